@@ -1,0 +1,183 @@
+"""The one place that decides which executor runs a launch.
+
+An executor is a module with two functions::
+
+    supports(launch) -> str | None        None, or why it cannot run the launch
+    run(launch, operands, donated) -> Tensor | tuple[Tensor, ...]     one tensor per output of the launch, in its order
+
+and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to tensors;
+``donated`` names the roles whose memory nobody reads afterwards. A launch the chosen executor does not support goes to the
+``reference`` executor, and :func:`fused_resnet.explain` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..launch import Launch
+from ..plan import Plan
+
+#: Backend -> its module, imported when it is first used.
+BACKENDS: dict[str, str] = {
+    "triton": "fused_resnet.backends.triton",
+    "cpu": "fused_resnet.backends.cpu",
+    "reference": "fused_resnet.backends.reference",
+}
+
+_DEVICE_DEFAULT = {"cuda": "triton", "cpu": "cpu"}
+_context: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
+
+
+def check_name(name: str, source: str = "backend") -> str:
+    """Return ``name`` if it is a backend.
+
+    Raises:
+        ValueError: it is not; the message names ``source`` and the choices.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run fused modules on the backend ``name`` inside this context (for this thread or task).
+
+    A backend given to :func:`fused_resnet.fuse` or to a block wins over the context; the context wins over the environment
+    variable ``FUSED_RESNET_BACKEND``, and that over the default by the tensor's device.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    reset = _context.set(check_name(name))
+    try:
+        yield
+    finally:
+        _context.reset(reset)
+
+
+def choose(requested: str | None, device: torch.device) -> str:
+    """The backend for tensors on ``device``: argument, context, environment, else by the device."""
+    if requested is not None:
+        return check_name(requested)
+    name = _context.get()
+    if name is not None:
+        return name
+    name = os.environ.get("FUSED_RESNET_BACKEND")
+    if name:
+        return check_name(name, "FUSED_RESNET_BACKEND")
+    return _DEVICE_DEFAULT.get(device.type, "reference")
+
+
+@lru_cache(maxsize=None)
+def executor(name: str) -> ModuleType:
+    """The executor's module.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend's compiler is not installed here.
+    """
+    try:
+        return importlib.import_module(BACKENDS[check_name(name)])
+    except ImportError as error:
+        raise RuntimeError(
+            f"backend={name!r} cannot be used here: {error}. PyTorch brings Triton on Linux; elsewhere choose 'cpu' or 'reference'"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def check_available(name: str, device: torch.device) -> None:
+    """Raise where backend ``name`` cannot run on ``device``.
+
+    Raises:
+        RuntimeError: what is missing, and what to choose instead.
+    """
+    executor(name).check_available(device)
+
+
+@lru_cache(maxsize=8192)
+def assign(launch: Launch, name: str) -> tuple[str, str | None]:
+    """The backend that will run ``launch`` when ``name`` is chosen, and why it is another one if it is."""
+    reason = executor(name).supports(launch)
+    return (name, None) if reason is None else ("reference", reason)
+
+
+@dataclass
+class LaunchLog:
+    """What ran while a :func:`count_launches` context was open.
+
+    Attributes:
+        launches: ``(backend, launch)`` in the order in which they ran.
+        kernels: names of the Triton kernels started, one entry a start.
+    """
+
+    launches: list[tuple[str, Launch]] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.launches)
+
+
+_logs: list[LaunchLog] = []  # open contexts; a list, since autograd runs backward launches in threads of its own
+
+
+@contextmanager
+def count_launches() -> Iterator[LaunchLog]:
+    """Record every launch that runs, of all threads, while the context is open."""
+    log = LaunchLog()
+    _logs.append(log)
+    try:
+        yield log
+    finally:
+        _logs.remove(log)
+
+
+def record_kernel(name: str) -> None:
+    """An executor started a Triton kernel."""
+    for log in _logs:
+        log.kernels.append(name)
+
+
+@lru_cache(maxsize=4096)
+def _program(plan: Plan, name: str) -> tuple[tuple[Launch, str, ModuleType, frozenset[str], frozenset[str]], ...]:
+    steps = []
+    for launch, dead in zip(plan.launches, plan.dead_after, strict=True):
+        runner, _ = assign(launch, name)
+        donated = frozenset(role for role, slot in launch.operands if slot in dead)
+        steps.append((launch, runner, executor(runner), donated, dead))
+    return tuple(steps)
+
+
+def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Run a plan's launches.
+
+    Args:
+        plan: what to run.
+        tensors: the tensors the plan reads, by slot.
+        name: the chosen backend.
+
+    Returns:
+        The plan's results and the slots it keeps, by slot.
+    """
+    slots = dict(tensors)
+    for launch, runner, module, donated, dead in _program(plan, name):
+        outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated)
+        for log in _logs:
+            log.launches.append((runner, launch))
+        for slot in dead:
+            del slots[slot]
+        if isinstance(outputs, Tensor):
+            slots[launch.outputs[0][1]] = outputs
+        else:
+            slots.update(zip((slot for _, slot in launch.outputs), outputs, strict=True))
+    return {slot: slots[slot] for slot in (*plan.results, *plan.keep)}

@@ -1,0 +1,95 @@
+"""The default without a GPU: oneDNN's convolutions with post-operations, through PyTorch's own operators.
+
+BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight cache is
+ours: :mod:`.derived`), ReLU and ``+ shortcut`` then ReLU are post-operations of the convolution, activations are channels_last.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+from ..launch import Geometry, Launch
+from . import reference
+from .derived import derived
+
+
+def check_available(device: torch.device) -> None:
+    """Raise unless ``device`` is the CPU."""
+    if device.type != "cpu":
+        raise RuntimeError(f"backend='cpu' runs on CPU tensors, got a tensor on {device}; choose 'triton' or 'reference' there")
+
+
+@lru_cache(maxsize=None)
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """Element types whose convolutions oneDNN computes natively on this processor."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return frozenset()
+    dtypes = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        dtypes.add(torch.float16)
+    return frozenset(dtypes)
+
+
+def supports(launch: Launch) -> str | None:
+    """``None`` or the reason why not."""
+    if launch.kind == "max_pool":
+        return None
+    if launch.kind != "conv":
+        return f"the CPU executor has no {launch.kind} yet"
+    if launch.dtype not in _onednn_dtypes():
+        return f"oneDNN on this processor has no {launch.dtype} convolution"
+    return None
+
+
+def _folded(launch: Launch, operands: dict[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Filters times scale, prepacked, and the shift. Folded in fp32, rounded once."""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    w = operands["w"]
+    roles = [role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in operands]
+
+    def build() -> tuple[Tensor, Tensor | None]:
+        weight, shift = w.detach(), operands.get("bias")
+        if "var" in operands:
+            scale, shift = reference.scale_and_shift(operands, launch.eps, torch.float32)
+            weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
+        weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, g.dilation, g.groups, list(shape))
+        return packed, None if shift is None else shift.detach().to(launch.dtype)
+
+    purpose = ("cpu", launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups)
+    return derived(purpose, [operands[role] for role in roles], build)
+
+
+def _conv(launch: Launch, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    x = operands["x"]
+    shortcut = operands.get("shortcut")
+    relu = launch.activation == "relu"
+    weight, shift = _folded(launch, operands, g.x_shape)
+    where = (g.padding, g.stride, g.dilation, g.groups)
+    if shortcut is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *where, "relu" if relu else "none", [], "")
+    operator = torch.ops.mkldnn._convolution_pointwise.binary
+    if "shortcut" in donated:  # nobody reads it afterwards: the sum is made in its memory
+        operator = torch.ops.mkldnn._convolution_pointwise_.binary
+        return operator(shortcut, x, weight, shift, *where, "add", 1.0, "relu" if relu else None, [], None)
+    return operator(x, shortcut, weight, shift, *where, "add", 1.0, "relu" if relu else None, [], None)
+
+
+def run(launch: Launch, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
+    """Run one ``conv`` or ``max_pool``."""
+    g = launch.geometry
+    if g.N == 0:
+        return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
+    with torch.no_grad():
+        if launch.kind == "max_pool":
+            return F.max_pool2d(operands["x"], g.kernel, g.stride, g.padding, g.dilation)
+        return _conv(launch, operands, donated)

@@ -1,0 +1,252 @@
+"""Drop-in modules whose forward is one chain: ConvBNReLU, BasicBlock, Bottleneck, Stem.
+
+Each is a class of :mod:`fused_resnet.plain` (or of the model at hand, see :mod:`fused_resnet.swap`) with a fused forward in front.
+What runs is decided at each call: the chain, where :func:`fused_resnet.describe.read` finds one; else the forward of the class
+behind, in plain PyTorch (batch statistics, for now; a hook on a child). :func:`fused_resnet.explain` tells which, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, functional, plain
+from .describe import Parts, WeightLayer, hooked, is_activation, is_convolution, is_norm, read
+
+
+class Fused(nn.Module):
+    """What all fused modules share.
+
+    Attributes:
+        unfused_class: the class behind, whose forward runs the children one by one.
+        fused_backend: backend of this module, None to let context, environment and device decide.
+    """
+
+    unfused_class: ClassVar[type[nn.Module]]
+    fused_backend: str | None = None
+
+    @staticmethod
+    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+        """The chains of a module with this class's children, as it is now, by name."""
+        raise TypeError("a class of fused modules says which chains it has")
+
+    def chains(self) -> list[tuple[str, Parts]]:
+        """The chains of this module, as it is now, by name."""
+        return self.chains_of(self)
+
+    def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
+        reading = read(parts)
+        if reading.chain is None:
+            return unfused(x)
+        return functional.chain(x, reading.parameters, reading.chain, self.fused_backend)
+
+
+def _projection(downsample: nn.Module | None) -> tuple[WeightLayer | None, str | None]:
+    """The weight layer of a projection shortcut (None for the identity), and why it is neither."""
+    if downsample is None:
+        return None, None
+    if type(downsample).forward not in (nn.Sequential.forward, FusedSequential.forward):
+        return None, f"the shortcut is a {type(downsample).__name__}, not a Sequential of a convolution and a BatchNorm"
+    if hooked(downsample):
+        return None, "a hook looks into its shortcut"
+    children = list(downsample.children())
+    if not 1 <= len(children) <= 2:
+        return None, f"the shortcut has {len(children)} modules, not a convolution and a BatchNorm"
+    return WeightLayer("downsample", children[0], *children[1:]), None
+
+
+def residual_parts(block: Any) -> Parts:
+    """The modules of a residual block with children conv1, bn1, ..., relu and downsample."""
+    layers = []
+    for index in range(1, 4):
+        conv = getattr(block, f"conv{index}", None)
+        if conv is None:
+            break
+        layers.append(WeightLayer(f"conv{index}", conv, getattr(block, f"bn{index}"), block.relu))
+    projection, reason = _projection(block.downsample)
+    return Parts(layers, True, projection, reason=reason)
+
+
+def stem_parts(module: Any) -> Parts:
+    """The modules of a stem with children conv1, bn1, relu and maxpool."""
+    return Parts([WeightLayer("conv1", module.conv1, module.bn1, module.relu)], pool=module.maxpool)
+
+
+class FusedResidual(Fused):
+    """A residual block: children conv1, bn1, conv2, bn2, ... with one ``relu`` behind each and behind the shortcut."""
+
+    @staticmethod
+    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+        return [("", residual_parts(module))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(residual_parts(self), x, super().forward)
+
+
+class FusedStem(Fused):
+    """A stem: children conv1, bn1, relu, maxpool."""
+
+    @staticmethod
+    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+        return [("", stem_parts(module))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(stem_parts(self), x, super().forward)
+
+
+class FusedResNet(Fused):
+    """A whole ResNet whose stem, a handful of its own children, is a chain; the blocks are fused on their own."""
+
+    @staticmethod
+    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+        return [("stem", stem_parts(module))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        stem = stem_parts(self)
+        x = self.run(stem, x, _one_by_one(stem))
+        x = module.layer4(module.layer3(module.layer2(module.layer1(x))))
+        return module.fc(torch.flatten(module.avgpool(x), 1))
+
+
+def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts | nn.Module]]:
+    """Cut the children of a Sequential into chains and modules that run on their own.
+
+    A chain is as many ``Conv2d [BatchNorm2d] [ReLU]`` as follow each other, with a MaxPool2d behind them if there is one. A
+    convolution alone has nothing to be fused with.
+    """
+    index = 0
+    while index < len(children):
+        name = children[index][0]
+        start, layers = index, []
+        while index < len(children) and is_convolution(children[index][1]):
+            layer = WeightLayer(f"{children[index][0]}", children[index][1])
+            index += 1
+            if index < len(children) and is_norm(children[index][1]):
+                layer.norm = children[index][1]
+                index += 1
+            if index < len(children) and is_activation(children[index][1]):
+                layer.activation = children[index][1]
+                index += 1
+            layers.append(layer)
+        if any(layer.norm is not None or layer.activation is not None for layer in layers):
+            parts = Parts(layers)
+            if index < len(children) and type(children[index][1]) is nn.MaxPool2d:
+                parts.pool = children[index][1]
+                index += 1
+            yield name, parts
+            continue
+        for name, module in children[start : max(index, start + 1)]:
+            yield name, module
+        index = max(index, start + 1)
+
+
+class FusedSequential(Fused):
+    """A Sequential in which runs of convolutions, BatchNorms and ReLUs are chains."""
+
+    @staticmethod
+    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+        return [(name, part) for name, part in segments(list(module.named_children())) if isinstance(part, Parts)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, part in segments(list(self._modules.items())):  # type: ignore[arg-type]
+            x = self.run(part, x, _one_by_one(part)) if isinstance(part, Parts) else part(x)
+        return x
+
+
+def _one_by_one(parts: Parts) -> Callable[[Tensor], Tensor]:
+    def unfused(x: Tensor) -> Tensor:
+        for module in parts.modules:
+            x = module(x)
+        return x
+
+    return unfused
+
+
+class BasicBlock(FusedResidual, plain.BasicBlock):
+    """Two 3x3 weight layers and a shortcut, fused: 2 launches in eval mode, 3 with a projection.
+
+    ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``, He et al. 2016, figure 5 (left). Constructor, children and state_dict
+    are torchvision's.
+
+    Args:
+        inplanes, planes: channels of the input, filters of both layers.
+        stride: of the first layer and the projection.
+        downsample: ``Sequential`` of a 1x1 convolution and a BatchNorm, or None for the identity shortcut.
+        groups, base_width, dilation: 1, 64 and 1 (others are the Bottleneck's).
+        norm_layer: constructor of the BatchNorms.
+    """
+
+    unfused_class = plain.BasicBlock
+
+
+class Bottleneck(FusedResidual, plain.Bottleneck):
+    """1x1, 3x3 and 1x1 weight layers and a shortcut, fused: 3 launches in eval mode, 4 with a projection.
+
+    He et al. 2016, figure 5 (right), with the stride on the 3x3 layer. Constructor, children and state_dict are torchvision's.
+
+    Args:
+        inplanes, planes: channels of the input, a quarter of the channels of the output.
+        stride: of the 3x3 layer and the projection.
+        downsample: ``Sequential`` of a 1x1 convolution and a BatchNorm, or None for the identity shortcut.
+        groups, base_width, dilation: of the 3x3 layer; its width is ``planes * base_width / 64 * groups``.
+        norm_layer: constructor of the BatchNorms.
+    """
+
+    unfused_class = plain.Bottleneck
+
+
+class Stem(FusedStem, plain.Stem):
+    """7x7 convolution, BatchNorm, ReLU and 3x3 max-pooling, both with stride 2, in 2 launches.
+
+    Args:
+        channels, filters: of the convolution.
+        norm_layer: constructor of the BatchNorm.
+    """
+
+    unfused_class = plain.Stem
+
+
+class ConvBNReLU(FusedSequential, nn.Sequential):
+    """Convolution, BatchNorm and ReLU in one launch: ``relu(bn(conv(x)))``; children 0, 1 and 2, as in a Sequential.
+
+    Args:
+        channels, filters, kernel_size, stride, padding, dilation, groups, bias: as :class:`torch.nn.Conv2d`'s; the default
+            padding keeps the size at stride 1 for odd kernels, the default bias is none.
+        relu: False leaves the ReLU out.
+        backend: see :func:`fused_resnet.backend`.
+    """
+
+    unfused_class = nn.Sequential
+
+    def __init__(
+        self,
+        channels: int,
+        filters: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        relu: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        if padding is None:
+            kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+            spread = (dilation, dilation) if isinstance(dilation, int) else dilation
+            padding = (spread[0] * (kernel[0] - 1) // 2, spread[1] * (kernel[1] - 1) // 2)
+        conv = nn.Conv2d(channels, filters, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(conv, nn.BatchNorm2d(filters), *([nn.ReLU(inplace=True)] if relu else []))
+        if backend is not None:
+            self.fused_backend = backends.check_name(backend)
+
+
+class ResNet(FusedResNet, plain.ResNet):
+    """A ResNet with fused stem and blocks; arguments as :class:`fused_resnet.plain.ResNet`, which are torchvision's."""
+
+    unfused_class = plain.ResNet

@@ -1,0 +1,198 @@
+"""Modules -> chain: reads a chain and its tensors off the modules a model has, or says why it cannot.
+
+Nothing is remembered between forwards: a module that was replaced, a BatchNorm that was switched to training, a hook that was
+added, all are seen at the next call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain, Layer, Pool
+
+_CONVOLUTIONS = (nn.Conv2d,)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Identity: "identity"}
+_TENSORS = (nn.Parameter, Tensor)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """A plain 2-D convolution (not a subclass, which may compute something else)."""
+    return type(module) in _CONVOLUTIONS
+
+
+def is_norm(module: nn.Module) -> bool:
+    """BatchNorm over channels of images, or torchvision's frozen one."""
+    return type(module) in _NORMS or _is_frozen_norm(module)
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
+
+
+def is_activation(module: nn.Module) -> bool:
+    """An activation that exists as an epilogue."""
+    return type(module) is nn.ReLU
+
+
+@dataclass
+class WeightLayer:
+    """Modules of one weight layer, by name for people (``conv1``), and what follows it."""
+
+    name: str
+    conv: nn.Module
+    norm: nn.Module | None = None
+    activation: nn.Module | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules present, in the order in which they run."""
+        return [module for module in (self.conv, self.norm, self.activation) if module is not None]
+
+
+@dataclass
+class Parts:
+    """Modules of one chain; ``reason`` where they are known not to be one."""
+
+    layers: list[WeightLayer]
+    residual: bool = False
+    projection: WeightLayer | None = None
+    pool: nn.Module | None = None
+    reason: str | None = None
+
+    @property
+    def weight_layers(self) -> list[WeightLayer]:
+        """All weight layers, the projection last."""
+        return self.layers if self.projection is None else [*self.layers, self.projection]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules that the chain stands for."""
+        modules = [module for layer in self.weight_layers for module in layer.modules]
+        return modules if self.pool is None else [*modules, self.pool]
+
+
+@dataclass
+class Reading:
+    """What :func:`read` found: a chain and the tensors it is called with, or the reason why there is none."""
+
+    chain: Chain | None
+    parameters: list[Tensor]
+    reason: str | None = None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Somebody watches or changes what goes in or out of this module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _padding(conv: Any) -> tuple[int, int] | None:
+    """Padding in numbers, or None where it differs between the sides."""
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == "valid":
+        return (0, 0)
+    total = [dilation * (kernel - 1) for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return (total[0] // 2, total[1] // 2) if all(side % 2 == 0 for side in total) else None
+
+
+def _refuse_convolution(name: str, conv: Any) -> str | None:
+    if not is_convolution(conv):
+        return f"{name} is a {type(conv).__name__}, not an nn.Conv2d"
+    if conv.padding_mode != "zeros":
+        return f"{name} pads with {conv.padding_mode!r}, not with zeros"
+    if _padding(conv) is None:
+        return f"{name} pads its sides unequally (padding='same' with an even kernel)"
+    if type(conv.weight) not in _TENSORS:
+        return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
+    return None
+
+
+def _refuse_norm(name: str, norm: Any, structure_only: bool) -> str | None:
+    if not is_norm(norm):
+        return f"the normalisation behind {name} is a {type(norm).__name__}, not a BatchNorm2d"
+    if _is_frozen_norm(norm) or structure_only:
+        return None
+    if norm.running_mean is None:
+        return f"the BatchNorm behind {name} has no running statistics"
+    if norm.training:
+        return f"the BatchNorm behind {name} is in training mode (batch statistics)"
+    return None
+
+
+def refusal(parts: Parts, structure_only: bool = False) -> str | None:
+    """Why these modules cannot run as one chain now, or None.
+
+    Args:
+        structure_only: leave out what may be different at the next call: training mode, hooks.
+    """
+    if parts.reason is not None:
+        return parts.reason
+    for layer in parts.weight_layers:
+        reason = _refuse_convolution(layer.name, layer.conv)
+        if reason is None and layer.norm is not None:
+            reason = _refuse_norm(layer.name, layer.norm, structure_only)
+        if reason is None and layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
+            reason = f"the activation behind {layer.name} is a {type(layer.activation).__name__}, not a ReLU"
+        if reason is not None:
+            return reason
+    pool: Any = parts.pool
+    if pool is not None and (type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices):
+        return f"the pooling is {pool}, not a MaxPool2d in floor mode without indices"
+    for module in () if structure_only else parts.modules:
+        if hooked(module):
+            return f"a hook looks into its {type(module).__name__}"
+    return None
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+@lru_cache(maxsize=4096)
+def _layer(name: str, shape: tuple[int, ...], windows: tuple[Any, ...], bias: bool, norm: tuple[Any, ...], act: str) -> Layer:
+    stride, padding, dilation, groups = windows
+    return Layer(
+        name, shape[0], shape[1] * groups, (shape[2], shape[3]), stride, padding, dilation, groups, bias, *norm, activation=act
+    )
+
+
+def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
+    conv: Any = layer.conv
+    norm: Any = layer.norm
+    weight, bias = conv.weight, conv.bias
+    parameters.append(weight)
+    if bias is not None:
+        parameters.append(bias)
+    state: tuple[Any, ...] = (False, False, 0.0)
+    if norm is not None:
+        affine = norm.weight is not None
+        state = (True, affine, norm.eps)
+        parameters.extend((norm.weight, norm.bias, norm.running_mean, norm.running_var) if affine else (norm.running_mean, norm.running_var))
+    activation = "identity" if layer.activation is None else _ACTIVATIONS[type(layer.activation)]
+    windows = (conv.stride, _padding(conv), conv.dilation, conv.groups)
+    return _layer(layer.name, tuple(weight.shape), windows, bias is not None, state, activation)
+
+
+@lru_cache(maxsize=4096)
+def _chain(layers: tuple[Layer, ...], residual: bool, projection: Layer | None, pool: tuple[Any, ...] | None) -> Chain:
+    return Chain(layers, residual, projection, None if pool is None else Pool(*pool))
+
+
+def read(parts: Parts) -> Reading:
+    """The chain that these modules compute now, with its tensors; or the reason why they must run one by one."""
+    reason = refusal(parts)
+    if reason is not None:
+        return Reading(None, [], reason)
+    parameters: list[Tensor] = []
+    layers = tuple(_read_layer(layer, parameters) for layer in parts.layers)
+    projection = None if parts.projection is None else _read_layer(parts.projection, parameters)
+    pool: Any = parts.pool
+    window = None if pool is None else tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    return Reading(_chain(layers, parts.residual, projection, window), parameters)

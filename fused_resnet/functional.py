@@ -1,0 +1,222 @@
+"""A chain as a differentiable function: forward and backward run the launches of its plans through one executor.
+
+In eager mode it is an :class:`torch.autograd.Function`. Under torch.compile and torch.export the same forward and backward are the
+operators ``fused_resnet::chain`` and ``fused_resnet::chain_backward``, opaque to the compiler, with fake kernels for the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends
+from .backends.derived import derived
+from .chain import Chain
+from .launch import accumulation_dtype
+from .plan import backward_plan, forward_plan, kept_slots, saved_slots
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
+    return frozenset(slot for slot, flag in zip(("x", *chain.parameter_slots), flags, strict=True) if flag)
+
+
+def forward(chain: Chain, backend: str, x: Tensor, parameters: Sequence[Tensor], needs: frozenset[str]) -> list[Tensor]:
+    """Run a chain's forward: ``out``, then what else the backward for ``needs`` reads of the activations made."""
+    n, _, h, w = x.shape
+    slots = dict(zip(chain.parameter_slots, parameters, strict=True))
+    slots["x"] = _channels_last(x)
+    keep = kept_slots(chain, needs) if needs else ()
+    results = backends.execute(forward_plan(chain, n, h, w, x.dtype, keep), slots, backend)
+    return [results["out"], *(results[slot] for slot in keep)]
+
+
+def backward(
+    chain: Chain, backend: str, needs: frozenset[str], size: Sequence[int], dout: Tensor, saved: Sequence[Tensor]
+) -> list[Tensor]:
+    """Run a chain's backward: the gradients of the slots in ``needs``, in the order of the chain's inputs.
+
+    Args:
+        size: ``(n, h, w)`` of the chain's input.
+        saved: the tensors of :func:`fused_resnet.plan.saved_slots`.
+    """
+    plan = backward_plan(chain, *size, dout.dtype, needs)
+    slots = dict(zip(saved_slots(chain, needs), saved, strict=True))
+    slots["dout"] = _channels_last(dout)
+    results = backends.execute(plan, slots, backend)
+    return [_channels_last(results[slot]) if results[slot].dim() == 4 else results[slot] for slot in plan.results]
+
+
+def _remember(ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, parameters: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Save what the backward reads. PyTorch checks that none of it is written in between."""
+    slots = {"x": x, **dict(zip(chain.parameter_slots, parameters, strict=True)), "out": outputs[0]}
+    slots.update(zip(kept_slots(chain, needs), outputs[1:], strict=True))
+    ctx.save_for_backward(*(slots[slot] for slot in saved_slots(chain, needs)))
+    ctx.chain, ctx.needs = chain, needs
+    ctx.size = (x.shape[0], x.shape[2], x.shape[3])
+
+
+def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients for all inputs of the chain, ``None`` where none is needed."""
+    given = iter(gradients)
+    return [next(given) if slot in needs else None for slot in ("x", *chain.parameter_slots)]
+
+
+class ChainFunction(torch.autograd.Function):
+    """``(chain, backend, flags, x, *parameters) -> out``; ``flags`` says which of x and the parameters need gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], x: Tensor, *parameters: Tensor) -> Tensor:
+        needs = _needs(chain, flags)
+        outputs = forward(chain, backend, x, parameters, needs)
+        _remember(ctx, chain, needs, x, parameters, outputs)
+        ctx.backend = backend
+        return outputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = backward(ctx.chain, ctx.backend, ctx.needs, ctx.size, dout, ctx.saved_tensors)
+        return (None, None, None, *_spread(ctx.chain, ctx.needs, gradients))
+
+
+def _empty(shape: Sequence[Any], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("fused_resnet::chain", mutates_args=())
+def _chain_op(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
+    spec = Chain.parse(chain)
+    return forward(spec, backend, x, parameters, _needs(spec, flags))
+
+
+@_chain_op.register_fake
+def _(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
+    spec = Chain.parse(chain)
+    shapes = spec.activation_shapes(x.shape[0], x.shape[2], x.shape[3])
+    needs = _needs(spec, flags)
+    slots = ("out", *(kept_slots(spec, needs) if needs else ()))
+    return [_empty(shapes[slot], x) for slot in slots]
+
+
+@torch.library.custom_op("fused_resnet::chain_backward", mutates_args=())
+def _chain_backward_op(
+    dout: Tensor, saved: Sequence[Tensor], size: Sequence[int], chain: str, backend: str, flags: Sequence[bool]
+) -> list[Tensor]:
+    spec = Chain.parse(chain)
+    return backward(spec, backend, _needs(spec, flags), size, dout, saved)
+
+
+@_chain_backward_op.register_fake
+def _(
+    dout: Tensor, saved: Sequence[Tensor], size: Sequence[int], chain: str, backend: str, flags: Sequence[bool]
+) -> list[Tensor]:
+    spec = Chain.parse(chain)
+    n, h, w = size
+    gradients = [_empty((n, spec.layers[0].channels, h, w), dout)] if flags[0] else []
+    roles = [(layer, role) for layer in spec.weight_layers for role in layer.parameter_roles]
+    for (layer, role), flag in zip(roles, flags[1:], strict=True):
+        if flag and role == "w":
+            gradients.append(_empty((layer.filters, layer.channels // layer.groups, *layer.kernel), dout))
+        elif flag:
+            gradients.append(dout.new_empty((layer.filters,), dtype=accumulation_dtype(dout.dtype)))
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, parameters, chain, backend, flags = inputs
+    spec = Chain.parse(chain)
+    _remember(ctx, spec, _needs(spec, flags), x, parameters, output)
+    ctx.backend, ctx.flags = backend, flags
+
+
+def _op_backward(ctx: Any, gradients: list[Tensor]) -> Any:
+    result = torch.ops.fused_resnet.chain_backward(
+        gradients[0], list(ctx.saved_tensors), ctx.size, ctx.chain.token, ctx.backend, ctx.flags
+    )
+    x, *parameters = _spread(ctx.chain, ctx.needs, result)
+    return x, parameters, None, None, None
+
+
+_chain_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Raise what PyTorch raises for an input a chain cannot take.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        ValueError: rank other than 4 in front of a BatchNorm.
+        RuntimeError: rank, channels, dtype or device do not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor of shape [N, C, H, W], got {type(x).__name__}")
+    first = chain.layers[0]
+    if x.dim() != 4:
+        error = ValueError if any(layer.norm for layer in chain.weight_layers) else RuntimeError
+        raise error(f"x: expected 4D input [N, C, H, W] (got {x.dim()}D input of size {list(x.shape)})")
+    if x.shape[1] != first.channels:
+        raise RuntimeError(
+            f"x: given groups={first.groups} and weight of size {[first.filters, first.channels // first.groups, *first.kernel]}, "
+            f"expected input of size {list(x.shape)} to have {first.channels} channels, but got {x.shape[1]} channels instead"
+        )
+    for slot, tensor in zip(chain.parameter_slots, parameters, strict=True):
+        if tensor.device != x.device:
+            raise RuntimeError(f"x is on {x.device} but {slot} is on {tensor.device}: expected all tensors on the same device")
+        if slot.endswith((".w", ".bias")) and tensor.dtype != x.dtype:
+            raise RuntimeError(f"input type ({x.dtype}) and weight type ({tensor.dtype}, {slot}) should be the same")
+
+
+def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Under autocast: x, filters and biases in its dtype; BatchNorm's vectors stay as they are (as in eager PyTorch)."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    cast = []
+    for slot, tensor in zip(chain.parameter_slots, parameters, strict=True):
+        if not slot.endswith((".w", ".bias")) or tensor.dtype in (dtype, torch.float64):
+            cast.append(tensor)
+        elif torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled()):
+            cast.append(tensor.to(dtype))
+        else:
+            cast.append(derived(dtype, [tensor], lambda tensor=tensor: tensor.detach().to(dtype)))
+    return (x if x.dtype == torch.float64 else x.to(dtype)), cast
+
+
+def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
+    """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` with running statistics, in as few launches as its plan has.
+
+    Args:
+        x: [N, C, H, W], fp32, fp16, bf16 or fp64; any memory format, channels_last saves a copy.
+        parameters: filters [K, C / groups, R, S] and per-filter vectors [K], in the order of ``spec.parameter_slots``.
+            Filters and biases in x's dtype, BatchNorm's vectors in x's dtype or fp32.
+        spec: what to compute.
+        backend: see :func:`fused_resnet.backend`.
+
+    Returns:
+        [N, K, P, Q] in x's dtype (autocast's where it is on), channels_last. Differentiable once.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as PyTorch does for the same input.
+        RuntimeError: the backend cannot run here.
+    """
+    if isinstance(x, Tensor) and x.dim() == 3 and not any(layer.norm for layer in spec.weight_layers):
+        return chain(x.unsqueeze(0), parameters, spec, backend).squeeze(0)  # PyTorch's convolutions take one image, its BatchNorm none
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, parameters = _autocast(spec, x, parameters)
+    check(spec, x, parameters)
+    name = backends.choose(backend, x.device)
+    backends.check_available(name, x.device)
+    if torch.compiler.is_compiling():
+        flags = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, *parameters)]
+        return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, name, flags)[0]
+    if torch.is_grad_enabled():
+        flags = tuple(tensor.requires_grad for tensor in (x, *parameters))
+        if any(flags):
+            return ChainFunction.apply(spec, name, flags, x, *parameters)
+    return forward(spec, name, x, parameters, frozenset())[0]

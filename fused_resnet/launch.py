@@ -1,0 +1,220 @@
+"""A launch, described by data.
+
+One :class:`Launch` says what a kernel computes (kind, geometry, prologue, epilogue, activation) and which tensors it reads and
+writes (slots of the plan it stands in). That one description is what executors run, what the compiler is given ahead of time,
+what counts FLOPs and bytes, what a tile is chosen for and what :func:`fused_resnet.explain` prints.
+
+Notation: activations ``x[N, H, W, C]`` (channels_last memory), filters ``w[K, R, S, C / groups]``, outputs ``y[N, P, Q, K]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+Pair = tuple[int, int]
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Extent of a convolution's or pooling's output along one axis (floor mode)."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one 2-D convolution; the only place where its output size is computed.
+
+    Raises:
+        RuntimeError: ``groups`` does not divide the channels or filters, or the output would have no pixels
+            (PyTorch raises the same type for both).
+    """
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int
+    S: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.C % self.groups or self.K % self.groups:
+            raise RuntimeError(
+                f"groups={self.groups} must divide the input channels ({self.C}) and the filters ({self.K}) of a convolution"
+            )
+        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
+            raise RuntimeError(
+                f"stride and dilation must be positive and padding not negative, got stride={self.stride}, "
+                f"dilation={self.dilation}, padding={self.padding}"
+            )
+        if self.P < 1 or self.Q < 1:
+            raise RuntimeError(
+                f"input of {self.H}x{self.W} with padding {self.padding} is smaller than the {self.R}x{self.S} kernel with "
+                f"dilation {self.dilation}: the output would be {self.P}x{self.Q}, expected at least 1x1"
+            )
+
+    @property
+    def P(self) -> int:
+        """Output rows."""
+        return output_size(self.H, self.R, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def Q(self) -> int:
+        """Output columns."""
+        return output_size(self.W, self.S, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        """Logical (NCHW) shape of the input."""
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        """Logical (KCRS) shape of the filters."""
+        return (self.K, self.C // self.groups, self.R, self.S)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        """Logical (NCHW) shape of the output."""
+        return (self.N, self.K, self.P, self.Q)
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiply-add, padding taps included (the usual convention)."""
+        return 2 * self.N * self.P * self.Q * self.K * self.R * self.S * (self.C // self.groups)
+
+    @property
+    def pointwise(self) -> bool:
+        """1x1, stride 1, no padding: a plain GEMM over the pixels."""
+        return (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
+
+
+@dataclass(frozen=True)
+class PoolGeometry:
+    """Sizes of one 2-D max-pooling (floor mode, as :class:`torch.nn.MaxPool2d` with ``ceil_mode=False``)."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    def __post_init__(self) -> None:
+        if self.P < 1 or self.Q < 1:
+            raise RuntimeError(
+                f"input of {self.H}x{self.W} is too small for max-pooling with kernel {self.kernel}, padding {self.padding} "
+                f"and dilation {self.dilation}: the output would be {self.P}x{self.Q}, expected at least 1x1"
+            )
+
+    @property
+    def P(self) -> int:
+        """Output rows."""
+        return output_size(self.H, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def Q(self) -> int:
+        """Output columns."""
+        return output_size(self.W, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        """Logical (NCHW) shape of the input."""
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        """Logical (NCHW) shape of the output."""
+        return (self.N, self.C, self.P, self.Q)
+
+    @property
+    def flops(self) -> int:
+        """Comparisons are not counted."""
+        return 0
+
+
+#: Epilogue -> the roles of the operands it reads besides the accumulator. Per filter unless the role is ``shortcut``
+#: (a tensor of the output's shape). ``affine`` is BatchNorm with given statistics:
+#: ``gamma * (acc + bias - mean) / sqrt(var + eps) + beta``; ``bias``, ``gamma`` and ``beta`` may be absent there.
+EPILOGUES: dict[str, tuple[str, ...]] = {
+    "store": (),
+    "bias": ("bias",),
+    "affine": ("gamma", "beta", "mean", "var", "bias"),
+    "add": ("shortcut",),
+    "bias_add": ("bias", "shortcut"),
+    "affine_add": ("gamma", "beta", "mean", "var", "bias", "shortcut"),
+}
+
+#: Functions applied last, after the shortcut. Each is a two-line twin in the reference executor and in the kernels.
+ACTIVATIONS: tuple[str, ...] = ("identity", "relu")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kind: ``conv``, ``max_pool``, and for the backward of frozen statistics ``act_backward``, ``dgrad``, ``wgrad``.
+        layer: name of the weight layer it belongs to, for people and for tuning tables.
+        geometry: sizes of the convolution (or pooling) the launch is about; for dgrad and wgrad those of the forward.
+        dtype: element type of activations and filters. Accumulation is always in fp32 (fp64 for fp64).
+        operands: ``(role, slot)`` pairs: what the launch calls the tensor, what the plan calls it.
+        outputs: ``(role, slot)`` pairs of what it writes.
+        epilogue: key of :data:`EPILOGUES` (``conv`` only).
+        activation: one of :data:`ACTIVATIONS`.
+        eps: BatchNorm's, where an epilogue or the backward needs it.
+    """
+
+    kind: str
+    layer: str
+    geometry: Geometry | PoolGeometry
+    dtype: torch.dtype
+    operands: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    prologue: str = "identity"
+    epilogue: str = "store"
+    activation: str = "identity"
+    eps: float = 0.0
+    #: Bytes of each operand and output by role, each counted once (the algorithmic traffic).
+    sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of the operands present."""
+        return frozenset(role for role, _ in self.operands)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the contraction (epilogues are not counted)."""
+        return 0 if self.kind == "act_backward" else self.geometry.flops
+
+    @property
+    def bytes(self) -> int:
+        """Algorithmic bytes: every operand read once and every output written once."""
+        return sum(size for _, size in self.sizes)
+
+    def __str__(self) -> str:
+        ends = [self.kind]
+        if self.epilogue != "store":
+            ends.append(self.epilogue)
+        if self.activation != "identity":
+            ends.append(self.activation)
+        return f"{self.layer}: {' + '.join(ends)}"
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a dense tensor."""
+    return prod(shape) * dtype.itemsize
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision sums are made in: fp32 for fp16 and bf16, else the type itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,155 @@
+"""explain: what runs for each layer of a model, in how many launches, and why something was left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import backends, blocks
+from ..describe import Parts, is_convolution, is_norm, read
+from ..plan import forward_plan, nominal_size
+from .recognise import fused_forward
+from .replace import stands_for
+
+
+@dataclass(frozen=True)
+class Row:
+    """One chain, or one module left alone.
+
+    Attributes:
+        name: place in the model, dotted.
+        what: the class, or the layers of the chain.
+        backend: who runs it: a backend's name, or ``pytorch`` for modules run one by one.
+        launches: launches of one forward.
+        eager_launches: launches of the same modules one by one (a convolution, a BatchNorm, a ReLU, an add, a pooling each count one).
+        note: the launches, or why it was left alone.
+    """
+
+    name: str
+    what: str
+    backend: str
+    launches: int
+    eager_launches: int
+    note: str
+
+    @property
+    def fused(self) -> bool:
+        """Runs as launches of a plan."""
+        return self.backend != "pytorch"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; ``str`` is a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def launches(self) -> int:
+        """Launches of one forward through all rows."""
+        return sum(row.launches for row in self.rows)
+
+    @property
+    def eager_launches(self) -> int:
+        """The same in eager mode."""
+        return sum(row.eager_launches for row in self.rows)
+
+    @property
+    def left_alone(self) -> tuple[Row, ...]:
+        """Rows that run in plain PyTorch."""
+        return tuple(row for row in self.rows if not row.fused)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no convolution, no BatchNorm: nothing to fuse"
+        head = ("layer", "what", "runs on", "launches", "eager", "how, or why not")
+        lines = [(r.name, r.what, r.backend, str(r.launches), str(r.eager_launches), r.note) for r in self.rows]
+        total = ("total", "", "", str(self.launches), str(self.eager_launches), "")
+        widths = [max(len(line[i]) for line in (head, *lines, total)) for i in range(5)]
+        text = []
+        for line in (head, *lines, total):
+            cells = [cell.rjust(w) if 3 <= i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=False))]
+            text.append("  ".join([*cells, line[5]]).rstrip())
+        return "\n".join(text)
+
+
+def _eager_launches(parts: Parts) -> int:
+    identities = sum(isinstance(module, nn.Identity) for module in parts.modules)
+    return len(parts.modules) - identities + int(parts.residual)
+
+
+def _device_and_dtype(parts: Parts) -> tuple[torch.device, torch.dtype]:
+    weight = parts.layers[0].conv.weight
+    if isinstance(weight, torch.Tensor):
+        return weight.device, weight.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
+    eager = _eager_launches(parts)
+    reading = read(parts)
+    if reading.chain is None:
+        return Row(name, what, "pytorch", eager, eager, reading.reason or "")
+    device, dtype = _device_and_dtype(parts)
+    chosen = backends.choose(module.fused_backend, device)
+    plan = forward_plan(reading.chain, *nominal_size(reading.chain), dtype)
+    notes = []
+    for launch in plan.launches:
+        runner, reason = backends.assign(launch, chosen)
+        notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
+    return Row(name, what, chosen, len(plan.launches), eager, "; ".join(notes))
+
+
+def _left_alone(name: str, module: nn.Module, reason: str) -> Row:
+    return Row(name, type(module).__name__, "pytorch", 1, 1, reason)
+
+
+def _walk(name: str, module: nn.Module, reason: str, rows: list[Row], seen: set[int]) -> None:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, blocks.Fused):
+        for chain, parts in module.chains():
+            place = ".".join(filter(None, (name, chain)))
+            rows.append(_chain_row(place, " + ".join(layer.name for layer in parts.weight_layers), module, parts))
+            seen.update(id(part) for part in parts.modules)
+        reason = f"stands alone in a {module.unfused_class.__name__}"
+    elif is_convolution(module) or is_norm(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
+        rows.append(_left_alone(name, module, reason))
+        return
+    else:
+        fused, refused = fused_forward(module)
+        if refused is not None:
+            reason = refused
+        elif fused is not None:
+            reason = "not fused yet: call fuse(model)"
+        elif list(module.children()) and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            reason = f"its order is in the forward of {type(module).__name__}, which is not a block we know"
+    for child_name, child in module.named_children():
+        if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
+            _walk(f"{name}.{child_name}" if name else child_name, child, reason, rows, seen)
+
+
+def explain(model: nn.Module, *, show: bool = True) -> Explanation:
+    """What runs for each convolution and BatchNorm of ``model`` as it is now (mode, hooks, device, types).
+
+    Args:
+        model: any module, fused or not.
+        show: print the table.
+
+    Returns:
+        The rows, with totals.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    rows: list[Row] = []
+    _walk("", model, "stands alone: nothing around it to fuse with", rows, set())
+    explanation = Explanation(tuple(rows))
+    if show:
+        print(explanation)
+    return explanation

@@ -1,0 +1,65 @@
+"""Which fused class goes in front of which class.
+
+A class is known by the ``forward`` it runs, not by its name: a subclass that keeps the forward of a class we know is known too,
+one that overrides it is not.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from .. import blocks, plain
+from ..describe import Parts, refusal
+
+#: Classes of torchvision.models.resnet -> the fused forward in front of them.
+_TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
+_PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
+    plain.BasicBlock: blocks.FusedResidual,
+    plain.Bottleneck: blocks.FusedResidual,
+    plain.Stem: blocks.FusedStem,
+    plain.ResNet: blocks.FusedResNet,
+}
+
+
+def _known_classes() -> dict[type[nn.Module], type[blocks.Fused]]:
+    known = dict(_PLAIN)
+    resnet = sys.modules.get("torchvision.models.resnet")  # a model of torchvision's can only exist if it was imported
+    if resnet is not None:
+        known.update({getattr(resnet, name): fused for name, fused in _TORCHVISION.items()})
+    return known
+
+
+def _same_forward(kind: type[Any], known: type[Any]) -> bool:
+    names = [name for name in ("forward", "_forward_impl") if hasattr(known, name)]
+    return all(getattr(kind, name) is getattr(known, name) for name in names)
+
+
+def fused_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
+    """The fused forward for a module, and why there is none where one could be expected.
+
+    Returns:
+        ``(class, None)`` for a module that can be swapped, ``(None, reason)`` for one that looks like a block but is left alone,
+        ``(None, None)`` for all others.
+    """
+    kind = type(module)
+    if isinstance(module, nn.Sequential):
+        parts = [part for _, part in blocks.segments(list(module.named_children())) if isinstance(part, Parts)]
+        if not parts:
+            return None, None
+        if kind.forward is not nn.Sequential.forward:
+            return None, f"{kind.__name__} overrides Sequential's forward"
+        reasons = [refusal(part, structure_only=True) for part in parts]
+        return (None, reasons[0]) if all(reasons) else (blocks.FusedSequential, None)
+    for known, fused in _known_classes().items():
+        if not isinstance(module, known):
+            continue
+        if not _same_forward(kind, known):
+            return None, f"{kind.__name__} overrides the forward of {known.__name__}"
+        if "forward" in module.__dict__:
+            return None, f"forward was replaced on this {kind.__name__}"
+        reason = next((refusal(part, structure_only=True) for _, part in fused.chains_of(module)), None)
+        return (None, reason) if reason else (fused, None)
+    return None, None

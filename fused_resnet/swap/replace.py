@@ -1,0 +1,145 @@
+"""fuse and unfuse: a module is swapped by changing its class.
+
+The object stays, and with it its parameters, buffers, hooks, name and place in the model. The new class has the fused forward in
+front of the old one (so ``isinstance`` still holds), and goes back to the old one by :func:`unfuse`.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any, TypeVar
+import warnings
+
+import torch
+from torch import nn
+
+from .. import backends, blocks, plain
+from .recognise import fused_forward
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_OURS: dict[type[nn.Module], type[blocks.Fused]] = {
+    plain.BasicBlock: blocks.BasicBlock,
+    plain.Bottleneck: blocks.Bottleneck,
+    plain.Stem: blocks.Stem,
+    plain.ResNet: blocks.ResNet,
+}
+
+
+def _rebuild(original: type[nn.Module], fused: type[blocks.Fused]) -> nn.Module:
+    kind = fused_class(original, fused)
+    return kind.__new__(kind)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickled as "the fused form of this class", since the class itself is made at run time."""
+    kind: Any = type(self)
+    state = self.__getstate__() if hasattr(kind, "__getstate__") else self.__dict__
+    return _rebuild, (kind.unfused_class, kind.fused_forward_class), state
+
+
+@lru_cache(maxsize=None)
+def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[blocks.Fused]:
+    """The class with ``fused``'s forward in front of ``original``."""
+    if original in _OURS:
+        return _OURS[original]
+    namespace = {
+        "unfused_class": original,
+        "fused_forward_class": fused,
+        "__reduce_ex__": _reduce,
+        "__module__": __name__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Fused{original.__name__}", (fused, original), namespace)
+
+
+def _lay_out(module: blocks.Fused) -> None:
+    """Filters of the module's chains in channels_last memory, what kernels read; the same objects with the same values."""
+    for _, parts in module.chains():
+        for layer in parts.weight_layers:
+            weight = layer.conv.weight
+            if type(weight) is nn.Parameter and weight.dim() == 4 and not weight.is_meta:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def stands_for(module: blocks.Fused, child: nn.Module) -> bool:
+    """Whether a chain of ``module`` does all that ``child`` does: it is not swapped, or counted, by itself."""
+    inside = {id(part) for _, parts in module.chains() for part in parts.modules}
+    return all(id(part) in inside for part in child.modules() if not list(part.children()))
+
+
+def _swap(module: nn.Module, backend: str | None, seen: set[int]) -> None:
+    """Swap ``module`` and what is in it."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    fused, _ = fused_forward(module)
+    if fused is not None:
+        module.__class__ = fused_class(type(module), fused)
+        module.fused_backend = backend
+        _lay_out(module)  # type: ignore[arg-type]
+    for child in module.children():
+        if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
+            _swap(child, backend, seen)
+
+
+def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> Model:
+    """Swap fused blocks into a model, without changing a parameter, a buffer or a name.
+
+    torchvision's ResNet family, any model that contains its blocks, and every ``Sequential`` of Conv2d, BatchNorm2d and ReLU.
+    What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with the reason.
+
+    Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on working.
+    Filters are laid out in channels_last memory, as ``model.to(memory_format=torch.channels_last)`` would; outputs of fused blocks
+    are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``).
+
+    Args:
+        model: any module.
+        backend: ``"triton"``, ``"cpu"`` or ``"reference"`` for this model; None lets :func:`fused_resnet.backend`, the environment
+            variable ``FUSED_RESNET_BACKEND`` or the tensors' device decide at each call.
+        inplace: False works on a deep copy.
+
+    Returns:
+        The model (its own object if ``inplace``).
+
+    Raises:
+        TypeError: not a module, or a scripted one.
+        ValueError: unknown backend.
+        RuntimeError: already fused; or the backend cannot be loaded here.
+
+    Warns:
+        UserWarning: nothing in the model could be fused.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a scripted module, whose code is fixed: fuse the nn.Module it was made from")
+    if backend is not None:
+        backends.executor(backend)
+    if any(isinstance(module, blocks.Fused) for module in model.modules()):
+        raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
+    if not inplace:
+        model = copy.deepcopy(model)
+    _swap(model, backend, set())
+    if not any(isinstance(module, blocks.Fused) for module in model.modules()):
+        warnings.warn("fuse found no residual block, no conv + BatchNorm + ReLU it knows: the model is unchanged", stacklevel=2)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every fused module its original class back, in place.
+
+    Raises:
+        TypeError: not a module.
+        RuntimeError: nothing in the model is fused.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    fused = [module for module in model.modules() if isinstance(module, blocks.Fused)]
+    if not fused:
+        raise RuntimeError("model is not fused: nothing to give back")
+    for module in fused:
+        module.__dict__.pop("fused_backend", None)
+        module.__class__ = module.unfused_class
+    return model
