@@ -7,12 +7,12 @@ and any ``Sequential`` of convolutions, BatchNorms and ReLUs is one. :mod:`fused
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-import json
+from ast import literal_eval
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
-from .launch import Geometry, Pair, PoolGeometry, output_size
+from .launch import Geometry, HashedOnce, Pair, PoolGeometry, output_size
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Layer:
     affine: bool = False
     eps: float = 0.0
     activation: str = "identity"
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """All attributes, in the order of the constructor. (Written out, since torch.compile traces it.)"""
+        windows = (self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        return (self.name, self.filters, self.channels, *windows, self.bias, self.norm, self.affine, self.eps, self.activation)
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:
@@ -81,7 +87,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(HashedOnce):
     """Weight layers in a row, with an optional shortcut around them and an optional pooling behind.
 
     ``residual`` without a ``projection`` is the identity shortcut.
@@ -92,12 +98,15 @@ class Chain:
     projection: Layer | None = None
     pool: Pool | None = None
 
+    def __hash__(self) -> int:
+        return self.hash
+
     @property
     def weight_layers(self) -> tuple[Layer, ...]:
         """All layers that have filters, the projection last."""
         return self.layers if self.projection is None else (*self.layers, self.projection)
 
-    @property
+    @cached_property
     def parameter_slots(self) -> tuple[str, ...]:
         """Slots of all parameters and buffers, in the order in which they are passed to :func:`fused_resnet.functional.chain`."""
         return tuple(layer.slot(role) for layer in self.weight_layers for role in layer.parameter_roles)
@@ -118,29 +127,18 @@ class Chain:
     @property
     def token(self) -> str:
         """The chain as text; :meth:`parse` reads it back. Operators seen by torch.compile carry it."""
-        return _token(self)
+        projection = None if self.projection is None else self.projection.fields
+        pool = None if self.pool is None else (self.pool.kernel, self.pool.stride, self.pool.padding, self.pool.dilation)
+        return repr((tuple([layer.fields for layer in self.layers]), self.residual, projection, pool))
 
     @staticmethod
+    @lru_cache(maxsize=4096)
     def parse(token: str) -> Chain:
         """The chain that a :attr:`token` stands for."""
-        return _parse(token)
-
-
-@lru_cache(maxsize=4096)
-def _token(chain: Chain) -> str:
-    return json.dumps(asdict(chain), separators=(",", ":"))
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-
-
-@lru_cache(maxsize=4096)
-def _parse(token: str) -> Chain:
-    fields = json.loads(token)
-    return Chain(
-        tuple(Layer(**_tuples(layer)) for layer in fields["layers"]),
-        fields["residual"],
-        Layer(**_tuples(fields["projection"])) if fields["projection"] else None,
-        Pool(**_tuples(fields["pool"])) if fields["pool"] else None,
-    )
+        layers, residual, projection, pool = literal_eval(token)
+        return Chain(
+            tuple(Layer(*fields) for fields in layers),
+            residual,
+            None if projection is None else Layer(*projection),
+            None if pool is None else Pool(*pool),
+        )

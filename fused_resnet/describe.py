@@ -155,7 +155,6 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-@lru_cache(maxsize=4096)
 def _layer(name: str, shape: tuple[int, ...], windows: tuple[Any, ...], bias: bool, norm: tuple[Any, ...], act: str) -> Layer:
     stride, padding, dilation, groups = windows
     return Layer(
@@ -177,12 +176,16 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
         parameters.extend((norm.weight, norm.bias, norm.running_mean, norm.running_var) if affine else (norm.running_mean, norm.running_var))
     activation = "identity" if layer.activation is None else _ACTIVATIONS[type(layer.activation)]
     windows = (conv.stride, _padding(conv), conv.dilation, conv.groups)
-    return _layer(layer.name, tuple(weight.shape), windows, bias is not None, state, activation)
+    make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them
+    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, activation)
 
 
-@lru_cache(maxsize=4096)
 def _chain(layers: tuple[Layer, ...], residual: bool, projection: Layer | None, pool: tuple[Any, ...] | None) -> Chain:
     return Chain(layers, residual, projection, None if pool is None else Pool(*pool))
+
+
+_cached_layer = lru_cache(maxsize=4096)(_layer)
+_cached_chain = lru_cache(maxsize=4096)(_chain)
 
 
 def read(parts: Parts) -> Reading:
@@ -195,4 +198,5 @@ def read(parts: Parts) -> Reading:
     projection = None if parts.projection is None else _read_layer(parts.projection, parameters)
     pool: Any = parts.pool
     window = None if pool is None else tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
-    return Reading(_chain(layers, parts.residual, projection, window), parameters)
+    make = _chain if torch.compiler.is_compiling() else _cached_chain
+    return Reading(make(layers, parts.residual, projection, window), parameters)

@@ -51,7 +51,15 @@ def backward(
     slots = dict(zip(saved_slots(chain, needs), saved, strict=True))
     slots["dout"] = _channels_last(dout)
     results = backends.execute(plan, slots, backend)
-    return [_channels_last(results[slot]) if results[slot].dim() == 4 else results[slot] for slot in plan.results]
+    gradients: list[Tensor] = []
+    taken = {tensor.data_ptr() for tensor in slots.values()}
+    for slot in plan.results:
+        gradient = results[slot] if results[slot].dim() != 4 else _channels_last(results[slot])
+        if gradient.data_ptr() in taken:  # such as dbeta of a block and of its projection: each owner gets its own memory
+            gradient = gradient.clone()
+        taken.add(gradient.data_ptr())
+        gradients.append(gradient)
+    return gradients
 
 
 def _remember(ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, parameters: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -94,7 +102,7 @@ def _empty(shape: Sequence[Any], like: Tensor) -> Tensor:
 @torch.library.custom_op("fused_resnet::chain", mutates_args=())
 def _chain_op(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
     spec = Chain.parse(chain)
-    return forward(spec, backend, x, parameters, _needs(spec, flags))
+    return forward(spec, backends.resolve(backend or None, x.device), x, parameters, _needs(spec, flags))
 
 
 @_chain_op.register_fake
@@ -111,7 +119,7 @@ def _chain_backward_op(
     dout: Tensor, saved: Sequence[Tensor], size: Sequence[int], chain: str, backend: str, flags: Sequence[bool]
 ) -> list[Tensor]:
     spec = Chain.parse(chain)
-    return backward(spec, backend, _needs(spec, flags), size, dout, saved)
+    return backward(spec, backends.resolve(backend or None, dout.device), _needs(spec, flags), size, dout, saved)
 
 
 @_chain_backward_op.register_fake
@@ -210,11 +218,10 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, parameters = _autocast(spec, x, parameters)
     check(spec, x, parameters)
-    name = backends.choose(backend, x.device)
-    backends.check_available(name, x.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # the backend is decided when the operator runs
         flags = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, *parameters)]
-        return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, name, flags)[0]
+        return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", flags)[0]
+    name = backends.resolve(backend, x.device)
     if torch.is_grad_enabled():
         flags = tuple(tensor.requires_grad for tensor in (x, *parameters))
         if any(flags):

@@ -9,8 +9,10 @@ Notation: activations ``x[N, H, W, C]`` (channels_last memory), filters ``w[K, R
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 
@@ -20,6 +22,18 @@ Pair = tuple[int, int]
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Extent of a convolution's or pooling's output along one axis (floor mode)."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+class HashedOnce:
+    """For frozen dataclasses that are looked up at every call: the hash is computed once an object."""
+
+    @cached_property
+    def hash(self) -> int:
+        """Hash of the fields that are compared."""
+        return hash(tuple(getattr(self, entry.name) for entry in fields(self) if entry.compare))  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "hash"}  # hashes of text differ between processes
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,7 @@ ACTIVATIONS: tuple[str, ...] = ("identity", "relu")
 
 
 @dataclass(frozen=True)
-class Launch:
+class Launch(HashedOnce):
     """One kernel launch.
 
     Attributes:
@@ -185,6 +199,9 @@ class Launch:
     eps: float = 0.0
     #: Bytes of each operand and output by role, each counted once (the algorithmic traffic).
     sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+
+    def __hash__(self) -> int:
+        return self.hash
 
     @property
     def roles(self) -> frozenset[str]:

@@ -24,11 +24,11 @@ from functools import cached_property, lru_cache
 import torch
 
 from .chain import Chain, Layer
-from .launch import Geometry, Launch, PoolGeometry, tensor_bytes
+from .launch import Geometry, HashedOnce, Launch, PoolGeometry, tensor_bytes
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(HashedOnce):
     """Launches in order, the slot that holds the result, and the slots that must outlive the plan.
 
     Attributes:
@@ -40,6 +40,9 @@ class Plan:
     launches: tuple[Launch, ...]
     results: tuple[str, ...]
     keep: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        return self.hash
 
     @property
     def flops(self) -> int:

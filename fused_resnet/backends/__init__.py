@@ -96,13 +96,20 @@ def executor(name: str) -> ModuleType:
 
 
 @lru_cache(maxsize=64)
-def check_available(name: str, device: torch.device) -> None:
-    """Raise where backend ``name`` cannot run on ``device``.
+def _check_available(name: str, device: torch.device) -> None:
+    executor(name).check_available(device)
+
+
+def resolve(requested: str | None, device: torch.device) -> str:
+    """The backend that :func:`choose` names, known to run on ``device``.
 
     Raises:
-        RuntimeError: what is missing, and what to choose instead.
+        ValueError: unknown name.
+        RuntimeError: it cannot run here: what is missing, and what to choose instead.
     """
-    executor(name).check_available(device)
+    name = choose(requested, device)
+    _check_available(name, device)
+    return name
 
 
 @lru_cache(maxsize=8192)

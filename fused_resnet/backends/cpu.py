@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from ..launch import Geometry, Launch
+from ..launch import Geometry, Launch, PoolGeometry
 from . import reference
 from .derived import derived
 
@@ -47,12 +47,10 @@ def supports(launch: Launch) -> str | None:
     return None
 
 
-def _folded(launch: Launch, operands: dict[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Filters times scale, prepacked, and the shift. Folded in fp32, rounded once."""
-    g = launch.geometry
-    assert isinstance(g, Geometry)
     w = operands["w"]
-    roles = [role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in operands]
+    roles = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in operands)
 
     def build() -> tuple[Tensor, Tensor | None]:
         weight, shift = w.detach(), operands.get("bias")
@@ -60,20 +58,18 @@ def _folded(launch: Launch, operands: dict[str, Tensor], shape: tuple[int, ...])
             scale, shift = reference.scale_and_shift(operands, launch.eps, torch.float32)
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, g.dilation, g.groups, list(shape))
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, g.dilation, g.groups, list(g.x_shape))
         return packed, None if shift is None else shift.detach().to(launch.dtype)
 
-    purpose = ("cpu", launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups)
+    purpose = ("cpu", launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups, roles)
     return derived(purpose, [operands[role] for role in roles], build)
 
 
-def _conv(launch: Launch, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
-    g = launch.geometry
-    assert isinstance(g, Geometry)
+def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
     x = operands["x"]
     shortcut = operands.get("shortcut")
     relu = launch.activation == "relu"
-    weight, shift = _folded(launch, operands, g.x_shape)
+    weight, shift = _folded(launch, g, operands)
     where = (g.padding, g.stride, g.dilation, g.groups)
     if shortcut is None:
         return torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *where, "relu" if relu else "none", [], "")
@@ -89,7 +85,6 @@ def run(launch: Launch, operands: dict[str, Tensor], donated: frozenset[str]) ->
     g = launch.geometry
     if g.N == 0:
         return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
-    with torch.no_grad():
-        if launch.kind == "max_pool":
-            return F.max_pool2d(operands["x"], g.kernel, g.stride, g.padding, g.dilation)
-        return _conv(launch, operands, donated)
+    if isinstance(g, PoolGeometry):
+        return F.max_pool2d(operands["x"], g.kernel, g.stride, g.padding, g.dilation)
+    return _conv(launch, g, operands, donated)

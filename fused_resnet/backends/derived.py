@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -20,53 +20,57 @@ from torch.utils.weak import WeakIdKeyDictionary
 #: Places at which a filter's memory is compared. 61 is prime: a write to every k-th element is met for small k.
 SAMPLES = 61
 
-_Entry = tuple[tuple[ReferenceType[Tensor], ...], tuple[tuple[int, int], ...], tuple[Tensor, ...], Any]
 
-_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first source -> {purpose: entry}
+class _Seen(NamedTuple):
+    """A source as it was: the object, its address, its version (None for inference tensors) and some of its values."""
+
+    reference: ReferenceType[Tensor]
+    address: int
+    version: int | None
+    places: tuple[tuple[int], tuple[int]] | None
+    values: Tensor | None
+
+    def unchanged(self, source: Tensor) -> bool:
+        if self.reference() is not source or self.address != source.data_ptr():
+            return False
+        if self.version is not None and self.version != source._version:
+            return False
+        if self.values is None:
+            return True
+        return torch.equal(self.values, source if self.places is None else source.as_strided(*self.places))
+
+
+def _see(source: Tensor) -> _Seen:
+    places = None
+    if source.dim() > 1:  # spread over the memory, whatever the layout
+        count = min(SAMPLES, source.numel())
+        places = (count,), (max(1, (source.numel() - 1) // max(1, count - 1)),)
+    values = None
+    if source.device.type == "cpu":
+        values = (source if places is None else source.as_strided(*places)).clone()
+    return _Seen(ref(source), source.data_ptr(), None if source.is_inference() else source._version, places, values)
+
+
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first source -> {purpose: (sources as they were, value)}
 _lock = threading.Lock()
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    if tensor.dim() == 1:
-        return tensor
-    count = min(SAMPLES, tensor.numel())
-    step = max(1, (tensor.numel() - 1) // max(1, count - 1))
-    return tensor.as_strided((count,), (step,))  # over the memory, whatever the layout
-
-
-def _unchanged(entry: _Entry, sources: Sequence[Tensor]) -> bool:
-    references, stamps, samples, _ = entry
-    if len(references) != len(sources):
-        return False
-    for reference, stamp, source in zip(references, stamps, sources, strict=True):
-        if reference() is not source or _stamp(source) != stamp:
-            return False
-    return all(torch.equal(sample, _sample(source)) for sample, source in zip(samples, sources, strict=False))
-
-
-@torch.no_grad()
 def derived(purpose: Any, sources: Sequence[Tensor], build: Callable[[], Any]) -> Any:
     """``build()``, or what it returned before if no source has changed since.
 
     Args:
-        purpose: hashable; what is derived and for which sizes. At most one entry is kept a purpose and first source.
+        purpose: hashable; what is derived, and from which kinds of sources. One entry is kept a purpose and first source.
         sources: all tensors ``build`` reads; the entry dies with the first.
         build: makes the value, under no_grad.
     """
-    entries = _cache.get(sources[0])
-    if entries is not None:
-        entry = entries.get(purpose)
-        if entry is not None and _unchanged(entry, sources):
-            return entry[3]
-    stamps = tuple(_stamp(source) for source in sources)
-    samples = tuple(_sample(source).clone() for source in sources) if sources[0].device.type == "cpu" else ()
-    value = build()
+    with torch.no_grad():
+        entry = _cache.get(sources[0], {}).get(purpose)
+        if entry is not None and all([seen.unchanged(source) for seen, source in zip(entry[0], sources, strict=True)]):
+            return entry[1]
+        seen = tuple(_see(source) for source in sources)
+        value = build()
     with _lock:
-        _cache.setdefault(sources[0], {})[purpose] = (tuple(ref(source) for source in sources), stamps, samples, value)
+        _cache.setdefault(sources[0], {})[purpose] = (seen, value)
     return value
 
 
