@@ -40,7 +40,7 @@ class Fused(nn.Module):
     def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
         reading = read(parts)
-        if reading.chain is None:
+        if reading.chain is None or functional.promotes(reading.chain, x):
             return unfused(x)
         return functional.chain(x, reading.parameters, reading.chain, self.fused_backend)
 
@@ -150,7 +150,7 @@ class FusedSequential(Fused):
 
     @staticmethod
     def chains_of(module: Any) -> list[tuple[str, Parts]]:
-        return [(name, part) for name, part in segments(list(module.named_children())) if isinstance(part, Parts)]
+        return [(name, part) for name, part in segments(list(module._modules.items())) if isinstance(part, Parts)]
 
     def forward(self, x: Tensor) -> Tensor:
         for _, part in segments(list(self._modules.items())):  # type: ignore[arg-type]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from ast import literal_eval
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from .launch import Geometry, HashedOnce, Pair, PoolGeometry, output_size
 
@@ -106,10 +108,10 @@ class Chain(HashedOnce):
         """All layers that have filters, the projection last."""
         return self.layers if self.projection is None else (*self.layers, self.projection)
 
-    @cached_property
+    @property
     def parameter_slots(self) -> tuple[str, ...]:
         """Slots of all parameters and buffers, in the order in which they are passed to :func:`fused_resnet.functional.chain`."""
-        return tuple(layer.slot(role) for layer in self.weight_layers for role in layer.parameter_roles)
+        return (_slots if torch.compiler.is_compiling() else _cached_slots)(self)
 
     def activation_shapes(self, n: Any, h: Any, w: Any) -> dict[str, tuple[Any, Any, Any, Any]]:
         """Logical shapes of ``out`` and of the activations in front of it, by slot; also for symbolic sizes."""
@@ -142,3 +144,10 @@ class Chain(HashedOnce):
             None if projection is None else Layer(*projection),
             None if pool is None else Pool(*pool),
         )
+
+
+def _slots(chain: Chain) -> tuple[str, ...]:
+    return tuple([layer.slot(role) for layer in chain.weight_layers for role in layer.parameter_roles])
+
+
+_cached_slots = lru_cache(maxsize=4096)(_slots)  # torch.compile traces past caches, and warns of them

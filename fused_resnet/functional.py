@@ -196,6 +196,16 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
     return (x if x.dtype == torch.float64 else x.to(dtype)), cast
 
 
+def promotes(spec: Chain, x: Tensor) -> bool:
+    """Whether autocast would make the shortcut's type wider than the branch's (fp32 images straight into an identity block).
+
+    The sum is then in the wider type, which no launch makes: such a block runs unfused.
+    """
+    if spec.projection is not None or not spec.residual or not isinstance(x, Tensor):
+        return False
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type)
+
+
 def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
     """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` with running statistics, in as few launches as its plan has.
 

@@ -57,7 +57,10 @@ def _build(
 
 def _builder(name: str, block: _Block, layers: list[int], paper: str, **fixed: Any) -> Callable[..., ResNet]:
     def build(*, weights: Any = None, progress: bool = True, backend: str | None = None, **arguments: Any) -> ResNet:
-        return _build(name, block, layers, weights, progress, backend, **{**arguments, **fixed})
+        for key, value in fixed.items():
+            if arguments.setdefault(key, value) != value:
+                raise ValueError(f"{key} must be {value} for {name}, got {arguments[key]}")
+        return _build(name, block, layers, weights, progress, backend, **arguments)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""{name} ({paper}) with fused blocks.

@@ -1,7 +1,8 @@
 """The default without a GPU: oneDNN's convolutions with post-operations, through PyTorch's own operators.
 
 BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight cache is
-ours: :mod:`.derived`), ReLU and ``+ shortcut`` then ReLU are post-operations of the convolution, activations are channels_last.
+ours: :mod:`.derived`), the shortcut is added by the convolution, ReLU works in place while the tile is in the cache, activations are
+channels_last.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def supports(launch: Launch) -> str | None:
     return None
 
 
+def _dilation(g: Geometry) -> tuple[int, int]:
+    """A kernel one tap wide has nothing to spread, and oneDNN crashes on some such dilations with prepacked filters (PyTorch 2.14)."""
+    return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
+
+
 def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Filters times scale, prepacked, and the shift. Folded in fp32, rounded once."""
     w = operands["w"]
@@ -58,7 +64,7 @@ def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[T
             scale, shift = reference.scale_and_shift(operands, launch.eps, torch.float32)
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, g.dilation, g.groups, list(g.x_shape))
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, _dilation(g), g.groups, list(g.x_shape))
         return packed, None if shift is None else shift.detach().to(launch.dtype)
 
     purpose = ("cpu", launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups, roles)
@@ -68,16 +74,17 @@ def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[T
 def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
     x = operands["x"]
     shortcut = operands.get("shortcut")
-    relu = launch.activation == "relu"
     weight, shift = _folded(launch, g, operands)
-    where = (g.padding, g.stride, g.dilation, g.groups)
+    where = (g.padding, g.stride, _dilation(g), g.groups)
     if shortcut is None:
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *where, "relu" if relu else "none", [], "")
-    operator = torch.ops.mkldnn._convolution_pointwise.binary
-    if "shortcut" in donated:  # nobody reads it afterwards: the sum is made in its memory
-        operator = torch.ops.mkldnn._convolution_pointwise_.binary
-        return operator(shortcut, x, weight, shift, *where, "add", 1.0, "relu" if relu else None, [], None)
-    return operator(x, shortcut, weight, shift, *where, "add", 1.0, "relu" if relu else None, [], None)
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *where, "none", [], "")
+    elif "shortcut" in donated or g.P * g.Q == 1:  # the sum is made in the shortcut's memory, where nobody reads it afterwards
+        y = shortcut if "shortcut" in donated else shortcut.clone()  # (PyTorch 2.11's other operator rejects images of one pixel)
+        torch.ops.mkldnn._convolution_pointwise_.binary(y, x, weight, shift, *where, "add", 1.0, None, [], None)
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, weight, shift, *where, "add", 1.0, None, [], None)
+    # Not oneDNN's own ReLU: that one turns NaN into 0 (3.7 to 3.11, AVX-512), and a diverged network must be seen to have diverged.
+    return y.relu_() if launch.activation == "relu" else y
 
 
 def run(launch: Launch, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:

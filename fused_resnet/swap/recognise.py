@@ -46,7 +46,7 @@ def fused_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | N
     """
     kind = type(module)
     if isinstance(module, nn.Sequential):
-        parts = [part for _, part in blocks.segments(list(module.named_children())) if isinstance(part, Parts)]
+        parts = [part for _, part in blocks.segments(list(module._modules.items())) if isinstance(part, Parts)]
         if not parts:
             return None, None
         if kind.forward is not nn.Sequential.forward:

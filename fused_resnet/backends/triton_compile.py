@@ -1,0 +1,193 @@
+"""Compiles launches ahead of time, for any GPU and on a machine without one.
+
+The arguments are those that :mod:`.triton` would start the kernel with (:func:`.triton.plan_start`, :func:`.triton.bind`), on
+tensors without memory; here they are only turned into the compiler's signature. Triton must not be interpreting: run this in a
+process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..launch import Geometry, Launch
+from ..tuning import Tile
+from .triton import Start, bind, plan_start
+
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class CompiledLaunch:
+    """What the compiler made of a launch.
+
+    Attributes:
+        target: ``sm_90``, ``gfx942`` ...
+        registers: a thread's (vector registers on AMD).
+        spills: bytes of local memory a thread (scratch on AMD).
+        shared: bytes of shared memory a program.
+        num_warps, num_stages: what it was compiled with.
+        assembly: SASS, or AMD's assembly.
+        start: the kernel, its constants and its grid.
+    """
+
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    num_warps: int
+    num_stages: int
+    assembly: str
+    start: Start
+
+    def count(self, pattern: str) -> int:
+        """Occurrences of an instruction, a regular expression, in the assembly."""
+        return len(re.findall(rf"\b(?:{pattern})", self.assembly))
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """Matrix instructions of any generation: HMMA, HGMMA, UTCHMMA (and relatives), MFMA, WMMA."""
+        return self.count(r"HMMA|[QIO]MMA|[HQI]GMMA|UTC\w*MMA|v_s?mfma|v_s?wmma")
+
+    @property
+    def tma_loads(self) -> int:
+        """Bulk tensor loads (Hopper and later)."""
+        return self.count("UTMALDG")
+
+
+def gpu_target(arch: str) -> GPUTarget:
+    """Triton's name for ``sm_90``, ``gfx942`` ...
+
+    Raises:
+        ValueError: it is neither ``sm_`` and a number nor ``gfx`` and a name.
+    """
+    if re.fullmatch(r"sm_\d{2,3}", arch):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise ValueError(f"target must look like 'sm_90' or 'gfx942', got {arch!r}")
+
+
+def compile_launch(
+    launch: Launch, target: str, tile: Tile | None = None, *, tf32: bool = False, parameters: torch.dtype = torch.float32
+) -> CompiledLaunch:
+    """Compile the kernel of a launch for ``target``.
+
+    Args:
+        launch: of a kind :func:`.triton.supports`.
+        target: ``sm_80``, ``sm_90``, ``gfx942`` ...
+        tile: instead of the one the rule chooses for the target.
+        tf32: as if PyTorch's settings allowed tf32.
+        parameters: type of the per-filter vectors.
+
+    Raises:
+        RuntimeError: Triton is interpreting in this process.
+        ValueError: unknown target.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("compile_launch needs Triton's compiler; TRITON_INTERPRET is set in this process")
+    gpu = gpu_target(target)
+    start = plan_start(launch, target, tile, tf32=tf32)
+    arguments = bind(start, launch, weightless_operands(launch, parameters), weightless(launch.geometry.y_shape, launch.dtype))
+    compiled = triton.compile(
+        source_of(start.kernel, arguments, gpu.backend),
+        target=gpu,
+        options={"num_warps": start.num_warps, "num_stages": start.num_stages},
+    )
+    if gpu.backend == "cuda":
+        registers, spills, assembly = _read_cubin(compiled.asm["cubin"])
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
+        spills = _field(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
+    return CompiledLaunch(
+        target, registers, spills, compiled.metadata.shared, start.num_warps, start.num_stages, assembly, start
+    )
+
+
+def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A channels_last tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def weightless_operands(launch: Launch, parameters: torch.dtype) -> dict[str, Tensor]:
+    """The operands of a launch as tensors without memory."""
+    g = launch.geometry
+    operands = {"x": weightless(g.x_shape, launch.dtype)}
+    if isinstance(g, Geometry):
+        operands["w"] = weightless(g.w_shape, launch.dtype)
+        operands["shortcut"] = weightless(g.y_shape, launch.dtype)
+    return {
+        role: operands[role] if role in operands else torch.empty(launch.geometry.y_shape[1], dtype=parameters, device="meta")
+        for role in launch.roles
+    }
+
+
+def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> ASTSource:
+    """A kernel and the types of its arguments, specialised as Triton's launcher would.
+
+    1 is a constant, a multiple of 16 is known to be one, and AMD's backend knows of tensors under 2 GiB that 32-bit offsets do.
+    """
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[str | int]]] = {}
+
+    def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            members = [describe(member, (*path, i)) for i, member in enumerate(value)]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            if backend == "hip" and value.numel() * value.dtype.itemsize < 1 << 31:
+                attributes[path].append(["tt.pointer_range", 32])
+            return f"*{_DTYPES[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if value < 1 << 31 else "i64"
+
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        if parameter.is_constexpr:
+            constants[(i,)] = arguments[name]
+            types[name] = "constexpr"
+        else:
+            types[name] = describe(arguments[name], (i,))
+    return ASTSource(kernel, types, constants, attributes)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """Registers and bytes of stack of a thread, and the SASS, by the tools in Triton's wheel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+        return _field(usage, r"REG:(\d+)"), _field(usage, r"STACK:(\d+)"), _tool("nvdisasm", "-c", str(path))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _field(text: str, pattern: str) -> int:
+    match = re.search(pattern, text)
+    assert match, f"{pattern!r} is not in the compiler's output"
+    return int(match[1])

@@ -1,0 +1,51 @@
+"""The command line, ``fused-resnet`` or ``python -m fused_resnet``: one file a command.
+
+A command's module has ``add(commands)``, which declares its arguments, and ``run(arguments) -> int``, which does the work and
+returns the exit code. Wrong input is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, fuse_check, info
+from .arguments import CommandError, Parser
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fused-resnet", description="ResNets with convolution, BatchNorm, ReLU and shortcut fused.")
+    parser.add_argument("--version", action="version", version=f"fused-resnet {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for command in (demo, info, fuse_check):
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv``'s by default.
+
+    Returns:
+        Exit code: 0 done, 1 the answer is no (``fuse-check``), 2 wrong input, 130 interrupted.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        print(f"fused-resnet: error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argparse's way out, of --help too
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("fused-resnet: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

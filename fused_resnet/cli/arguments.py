@@ -1,0 +1,119 @@
+"""What the commands' arguments have in common: one-line errors, numbers, names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from .. import backends, specimens
+from ..measure import automatic_device
+
+
+class CommandError(Exception):
+    """Wrong input: told in one line on stderr, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what :func:`fused_resnet.cli.main` prints."""
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
+def natural(text: str) -> int:
+    """A number from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def naturals(text: str) -> list[int]:
+    """Numbers from 1, separated by commas."""
+    return [natural(part.strip()) for part in text.split(",")]
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def dtype(text: str) -> torch.dtype:
+    """An element type by its short name."""
+    if text not in specimens.DTYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(specimens.DTYPES)}, got {text!r}")
+    return specimens.DTYPES[text]
+
+
+def dtype_name(wanted: torch.dtype) -> str:
+    """The short name of an element type."""
+    return next(name for name, known in specimens.DTYPES.items() if known == wanted)
+
+
+def device(text: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    if text == "auto":
+        return automatic_device()
+    try:
+        wanted = torch.device(text)
+    except RuntimeError:
+        wanted = torch.device("meta")
+    if wanted.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    if wanted.type == "cuda" and not (torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
+    return wanted
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--device``."""
+    parser.add_argument("--device", type=device, default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--backend``."""
+    parser.add_argument(
+        "--backend", choices=list(backends.BACKENDS), help="what runs the launches; by default chosen by the device"
+    )
+
+
+def chosen_backend(name: str | None, where: torch.device) -> AbstractContextManager[Any]:
+    """The context in which the backend ``name`` runs, after a look at whether it can run on ``where`` at all."""
+    try:
+        backends.resolve(name, where)
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(one_line(error)) from error
+    return nullcontext() if name is None else backends.backend(name)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def eager_model(name: str) -> nn.Module:
+    """:func:`fused_resnet.specimens.eager_model`, whose errors are the command's."""
+    return refusing(lambda: specimens.eager_model(name), ValueError)
+
+
+def refusing(make: Callable[[], Any], *errors: type[Exception]) -> Any:
+    """``make()``; its ``errors`` become the command's."""
+    try:
+        return make()
+    except errors as error:
+        raise CommandError(one_line(error)) from error

@@ -1,0 +1,68 @@
+"""``fused-resnet info MODEL``: layers, parameters, FLOPs, launches and bytes of a forward pass, eager and fused."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import counts
+from ..models import MODELS
+from ..specimens import unknown
+from ..swap import unfuse
+from .arguments import CommandError, dtype, dtype_name, natural, refusing
+from .text import scaled, table
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    text = "layers, parameters, FLOPs, launches and bytes of a forward pass, eager and fused"
+    parser = commands.add_parser("info", help=text, description=f"Show {text}. Nothing is computed: sizes suffice.")
+    parser.add_argument("model", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--batch", type=natural, default=1, metavar="N", help="images (1)")
+    parser.add_argument("--size", type=natural, default=224, metavar="N", help="rows and columns of an image (224)")
+    parser.add_argument("--dtype", type=dtype, default="fp32", metavar="TYPE", help="fp32 (the default), fp16, bf16, fp64")
+    parser.set_defaults(run=run)
+
+
+def weight_layers(model: nn.Module) -> int:
+    """Convolutions and linear layers, projections included."""
+    return sum(isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) for module in model.modules())
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:,.1f}"
+
+
+def _cells(place: str, eager: counts.Work, fused: counts.Work) -> list[str]:
+    saved = f"{eager.bytes / fused.bytes:.1f}x" if fused.bytes else ""
+    numbers = [f"{fused.flops / 1e9:,.2f}", str(eager.kernels), str(fused.kernels)]
+    return [place, *numbers, _megabytes(eager.bytes), _megabytes(fused.bytes), saved]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table."""
+    if arguments.model not in MODELS:
+        raise CommandError(str(unknown("model", arguments.model, list(MODELS))))
+    with torch.device("meta"):
+        fused = MODELS[arguments.model]().eval().to(arguments.dtype)
+        x = torch.empty(arguments.batch, 3, arguments.size, arguments.size, dtype=arguments.dtype)
+    eager = unfuse(copy.deepcopy(fused))
+    rows = refusing(lambda: counts.compare(eager, fused, x), RuntimeError)
+    all_eager, all_fused = counts.total(rows)
+
+    parameters = sum(parameter.numel() for parameter in eager.parameters())
+    shape = f"{arguments.batch} x 3 x {arguments.size} x {arguments.size}, {dtype_name(arguments.dtype)}"
+    print(f"{arguments.model}, forward pass in eval mode, input {shape}")
+    print(
+        f"{weight_layers(eager)} weight layers, {scaled(parameters)} parameters, {scaled(all_eager.flops, 'FLOP')} "
+        "(a multiply-add counts two)\n"
+    )
+    head = ["chain", "GFLOP", "launches eager", "fused", "MB eager", "fused", "saved"]
+    cells = [_cells(row.place if row.chain else f"{row.place} (PyTorch)", row.eager, row.fused) for row in rows]
+    print(table(head, [*cells, _cells("total", all_eager, all_fused)]))
+    print("\nBytes: each operand of each launch read once, its result written once. Counted, not measured.")
+    return 0

@@ -1,0 +1,51 @@
+"""Tables on stdout and progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  ") -> str:
+    """Columns as wide as they must be; the first ``left`` to the left, the others to the right."""
+    lines = [tuple(head), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = []
+    for line in lines:
+        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        text.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(text)
+
+
+def scaled(number: float, unit: str = "") -> str:
+    """``1234567`` as ``1.23 M``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            digits = f"{number / factor:.3g}" if number < 999.5 * factor else f"{number / factor:.0f}"
+            return f"{digits} {prefix}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+class Progress:
+    """One line on stderr a step; a bar where a terminal shows it."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def step(self, what: str) -> None:
+        """A step begins."""
+        self.clear()
+        print(f"[{time.monotonic() - self.began:3.0f} s] {what}", file=sys.stderr, flush=True)
+
+    def bar(self, part: float) -> None:
+        """How far the step is, 0 to 1."""
+        if self.terminal:
+            filled = round(30 * part)
+            print(f"\r        [{'#' * filled}{'.' * (30 - filled)}]", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

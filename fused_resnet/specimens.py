@@ -1,0 +1,111 @@
+"""Models and images to try things on: by name, with random BatchNorm state, nothing downloaded."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .models import MODELS
+from .swap import unfuse
+
+#: Names of element types on the command line.
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+
+
+def torchvision_models() -> ModuleType | None:
+    """``torchvision.models``, or None where torchvision is not installed."""
+    try:
+        import torchvision.models
+    except ImportError:
+        return None
+    return torchvision.models
+
+
+def unknown(what: str, name: str, choices: list[str]) -> ValueError:
+    """The error for a name that is not among ``choices``: the near ones, or all of a short list."""
+    near = get_close_matches(name, choices, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    if not near and len(choices) <= 12:
+        hint = f": expected one of {', '.join(choices)}"
+    return ValueError(f"unknown {what} {name!r}{hint}")
+
+
+def eager_model(name: str) -> nn.Module:
+    """The eager model ``name`` with random weights, in eval mode: torchvision's, or where that is missing our own plain one.
+
+    Raises:
+        ValueError: no such model.
+    """
+    vision = torchvision_models()
+    if vision is not None:
+        names: list[str] = vision.list_models()
+        if name not in names:
+            raise unknown("model", name, names)
+        return vision.get_model(name, weights=None).eval()
+    if name not in MODELS:
+        raise unknown("model", name, list(MODELS))
+    return unfuse(MODELS[name]()).eval()
+
+
+def images(batch: int, size: int, channels: int = 3, *, seed: int = 0) -> Tensor:
+    """Random images [N, C, H, W], fp32, contiguous, on the CPU; the same for the same seed."""
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The BatchNorms of a model that keep running statistics."""
+    found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in found if norm.running_mean is not None]
+
+
+def randomise(model: nn.Module, *, seed: int = 0) -> None:
+    """Give every BatchNorm a random gamma in [0.5, 1.5) and a random beta in [-0.2, 0.2), where it has them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for norm in norms(model):
+            for parameter, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.2, 0.2)):
+                if parameter is not None:
+                    parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+
+
+def untouched(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Running statistics as the constructor leaves them: mean 0, variance 1."""
+    mean, var = norm.running_mean, norm.running_var
+    return mean is not None and var is not None and not mean.any() and bool((var == 1).all())
+
+
+def calibrate(model: nn.Module, x: Tensor) -> int:
+    """Fill BatchNorms whose running statistics are :func:`untouched` with those of ``x`` on its way through the model.
+
+    With mean 0 and variance 1 a BatchNorm in eval mode is the identity: activations would grow from block to block, past what
+    fp16 can hold, and an error in the statistics would not show.
+
+    Returns:
+        How many BatchNorms were filled.
+    """
+    fresh = [norm for norm in norms(model) if untouched(norm)]
+    if not fresh:
+        return 0
+    momenta = [norm.momentum for norm in fresh]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for norm in fresh:
+            norm.momentum = 1.0
+            norm.train()
+        with torch.no_grad():
+            model(x)
+    finally:
+        for norm, momentum in zip(fresh, momenta):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    return len(fresh)

@@ -1,0 +1,12 @@
+"""The Triton kernels: what runs on the device, and nothing that knows a model, a module or a plan.
+
+==================  ====================================================================================
+:mod:`.conv`        the implicit-GEMM main loop of the convolution
+:mod:`.boxes`       how a tile of pixels and a tile of filters is loaded: descriptors and masked pointers
+:mod:`.prologues`   functions applied to the pixels on load
+:mod:`.epilogues`   functions applied to the accumulator before the store
+:mod:`.pool`        max-pooling
+==================  ====================================================================================
+
+Importing this package imports Triton. :mod:`fused_resnet.backends.triton` is what starts the kernels.
+"""

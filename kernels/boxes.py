@@ -1,0 +1,210 @@
+"""How the two tiles of a step of the main loop are loaded.
+
+A step of the implicit GEMM multiplies ``pixels [M, C]`` by ``filters [K, C]`` for one tap (r, s) and one chunk of channels::
+
+      x[N, H, W, C]                               w[K, R, S, C / groups]
+        +----------------+
+        |   +-------+    |   the box of output         +---+---+---+
+        |   | rows x|    |   pixels, moved by the      | k |   |   |  one tap of `filters` filters,
+        |   |columns|    |   tap; what sticks out      +---+---+---+  `channels` channels each
+        |   +-------+    |   of the image is zero      |   |   |   |
+        +----------------+                             +---+---+---+
+          x `images` images x `channels` channels
+
+Loaders of pixels, ``PIXELS(x, place, lanes, step, sizes, TAPS, TILE) -> pixels [M, C], channels [C], inside [M, 1 or C]``:
+
+============  ==========================================================================================================
+``box``       stride 1. A rank-4 descriptor; past the border it reads zero, which *is* the convolution's padding.
+``parity``    stride 2, even H and W. The same through a rank-5 view ``[N, H/2, 2, W/2, 2C]``, in which each tap is dense.
+``gather``    any stride: pointers and masks, channels contiguous.
+``flat``      any channel count, ungrouped: pointers and masks over the flattened reduction index ``(r * S + s) * C + c``.
+============  ==========================================================================================================
+
+Loaders of filters, ``FILTERS(w, place, filters, step, sizes, TAPS, TILE) -> [K, C]``:
+
+==================  ====================================================================================================
+``matrix``          one group; a rank-2 descriptor ``[K, R * S * C]``. A box that ran past the last channel would be in the
+                    next tap: the chunk must divide the channels, or there must be one tap.
+``rows``            one group, pointers and masks.
+``block_diagonal``  several groups in one tile of filters: zero wherever filter and channel are of different groups.
+``flat``            pointers and masks over the flattened reduction index.
+==================  ====================================================================================================
+
+Every lane that is masked is zero on *both* sides: a stray NaN times zero would still be NaN. The one exception, channels of
+another group under ``block_diagonal``, is what :func:`fused_resnet.kernels.conv.direct` is for.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Sizes(NamedTuple):
+    """Extents known when the kernel starts, as in :class:`fused_resnet.launch.Geometry`."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    P: int
+    Q: int
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What is known when the kernel is compiled: the filter's extent and how it walks.
+
+    ``group_channels`` and ``group_filters`` (C / groups and K / groups) are 0 for an ungrouped convolution.
+    """
+
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+    group_channels: int = 0
+    group_filters: int = 0
+
+
+class Place(NamedTuple):
+    """Start of a program's tile: image, output row and column, filter, first channel it reduces over, first one past them."""
+
+    n: Any
+    p: Any
+    q: Any
+    k: Any
+    c: Any
+    c_end: Any
+
+
+class Lanes(NamedTuple):
+    """Image, output row and output column of each of the M pixels of a tile, and whether it exists; all [M]."""
+
+    n: Any
+    p: Any
+    q: Any
+    inside: Any
+
+
+@triton.jit
+def lanes_of(place, sizes, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """Coordinates of the pixels of a box, in the order in which a box is flattened: images, rows, columns."""
+    m = tl.arange(0, TILE.images * TILE.rows * TILE.columns)
+    n = place.n + m // (TILE.rows * TILE.columns)
+    p = place.p + m // TILE.columns % TILE.rows
+    q = place.q + m % TILE.columns
+    inside = (n < sizes.N) & (p < sizes.P) & (q < sizes.Q)
+    if WIDE:
+        n = n.to(tl.int64)
+    return Lanes(n, p, q, inside)
+
+
+@triton.jit
+def tap_of(step, TAPS: tl.constexpr, TILE: tl.constexpr):
+    """Tap (r, s) and first channel of a step. The taps are the inner loop: a shifted box is still in the L2."""
+    tap = step % (TAPS.R * TAPS.S)
+    return tap // TAPS.S, tap % TAPS.S, step // (TAPS.R * TAPS.S) * TILE.channels
+
+
+@triton.jit
+def locate(lanes, r, s, sizes, TAPS: tl.constexpr):
+    """Input pixel ``(n * H + h) * W + w`` under tap (r, s), and whether it exists. Shapes follow from the arguments'."""
+    h = lanes.p * TAPS.stride_h + (r * TAPS.dilation_h - TAPS.padding_h)
+    w = lanes.q * TAPS.stride_w + (s * TAPS.dilation_w - TAPS.padding_w)
+    inside = lanes.inside & (h >= 0) & (h < sizes.H) & (w >= 0) & (w < sizes.W)
+    return (lanes.n * sizes.H + h) * sizes.W + w, inside
+
+
+@triton.jit
+def box(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    r, s, c = tap_of(step, TAPS, TILE)
+    h = place.p + (r * TAPS.dilation_h - TAPS.padding_h)
+    w = place.q + (s * TAPS.dilation_w - TAPS.padding_w)
+    pixels = x.load([place.n, h, w, place.c + c]).reshape(TILE.images * TILE.rows * TILE.columns, TILE.channels)
+    _, inside = locate(lanes, r, s, sizes, TAPS)
+    return pixels, place.c + c + tl.arange(0, TILE.channels), inside[:, None]
+
+
+@triton.jit
+def parity(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    """Row 2h + (dr & 1) of the image is row h of parity dr & 1; columns likewise, their parity folded into the channels."""
+    r, s, c = tap_of(step, TAPS, TILE)
+    dr = r * TAPS.dilation_h - TAPS.padding_h
+    ds = s * TAPS.dilation_w - TAPS.padding_w
+    c = place.c + c
+    start = [place.n, place.p + (dr >> 1), dr & 1, place.q + (ds >> 1), (ds & 1) * sizes.C + c]
+    pixels = x.load(start).reshape(TILE.images * TILE.rows * TILE.columns, TILE.channels)
+    _, inside = locate(lanes, r, s, sizes, TAPS)
+    return pixels, c + tl.arange(0, TILE.channels), inside[:, None]
+
+
+@triton.jit
+def gather(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    r, s, c = tap_of(step, TAPS, TILE)
+    channels = place.c + c + tl.arange(0, TILE.channels)
+    pixel, inside = locate(lanes, r, s, sizes, TAPS)
+    inside = inside[:, None]
+    pixels = tl.load(x + (pixel * sizes.C)[:, None] + channels[None, :], mask=inside & (channels < sizes.C)[None, :], other=0.0)
+    return pixels, channels, inside
+
+
+@triton.jit
+def flat(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    reduction = step * TILE.channels + tl.arange(0, TILE.channels)
+    tap = reduction // sizes.C
+    channels = reduction % sizes.C
+    columns = Lanes(lanes.n[:, None], lanes.p[:, None], lanes.q[:, None], lanes.inside[:, None])
+    pixel, inside = locate(columns, (tap // TAPS.S)[None, :], (tap % TAPS.S)[None, :], sizes, TAPS)
+    inside = inside & (tap < TAPS.R * TAPS.S)[None, :]
+    return tl.load(x + pixel * sizes.C + channels[None, :], mask=inside, other=0.0), channels, inside
+
+
+@triton.jit
+def matrix(w, place, filters, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    r, s, c = tap_of(step, TAPS, TILE)
+    return w.load([place.k, (r * TAPS.S + s) * (place.c_end - place.c) + c])
+
+
+@triton.jit
+def rows(w, place, filters, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    r, s, c = tap_of(step, TAPS, TILE)
+    deep = place.c_end - place.c
+    channels = c + tl.arange(0, TILE.channels)
+    start = (filters * (TAPS.R * TAPS.S) + (r * TAPS.S + s)) * deep
+    mask = (filters < sizes.K)[:, None] & (channels < deep)[None, :]
+    return tl.load(w + start[:, None] + channels[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def block_diagonal(w, place, filters, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    """One tap of filters of several groups as a dense [K, C] tile, zero where filter and channel are of different groups."""
+    r, s, c = tap_of(step, TAPS, TILE)
+    channels = place.c + c + tl.arange(0, TILE.channels)
+    own = (filters // TAPS.group_filters)[:, None] == (channels // TAPS.group_channels)[None, :]
+    start = (filters * (TAPS.R * TAPS.S) + (r * TAPS.S + s)) * TAPS.group_channels
+    return tl.load(
+        w + start[:, None] + (channels % TAPS.group_channels)[None, :],
+        mask=own & (filters < sizes.K)[:, None] & (channels < sizes.C)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def flat_filters(w, place, filters, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    reduction = step * TILE.channels + tl.arange(0, TILE.channels)
+    length = TAPS.R * TAPS.S * sizes.C
+    return tl.load(
+        w + (filters * length)[:, None] + reduction[None, :],
+        mask=(filters < sizes.K)[:, None] & (reduction < length)[None, :],
+        other=0.0,
+    )
+
+
+PIXELS = {"box": box, "parity": parity, "gather": gather, "flat": flat}
+FILTERS = {"matrix": matrix, "rows": rows, "block_diagonal": block_diagonal, "flat": flat_filters}

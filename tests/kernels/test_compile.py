@@ -1,0 +1,78 @@
+"""What the compiler makes of the launches of ResNet-50, for GPUs this machine need not have."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fused_resnet.tuning.tile import ARCHS
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+FEW = ["3x3", "3x3 stride 2", "1x1 and shortcut", "stem", "32x4d"]
+
+
+def compiled(target: str, *names: str) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parent.parent)
+    command = [sys.executable, str(HERE / "compile_cases.py"), target, *names]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return list(json.loads(process.stdout))
+
+
+def check(target: str, results: list[dict[str, Any]]) -> None:
+    for result in results:
+        case = result["case"]
+        assert result["spills"] == 0, result
+        assert result["shared"] <= ARCHS[target].shared * 1024, result
+        products = case not in ("depthwise", "max-pool") and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
+        assert (result["tensor_core"] > 0) == products, result
+        if target.startswith("sm") and int(target[3:]) >= 90 and case.startswith(("3x3", "1x1", "32x4d")):
+            assert result["tma"] > 0, result
+        if target == "sm_80" and case.startswith(("3x3", "1x1")):
+            assert result["async_copies"] > 0, result
+        if target == "sm_90" and case in FEW[:3]:
+            assert result["ldsm"] == 0, f"an operand passes through registers: {result}"
+
+
+def test_hopper() -> None:
+    check("sm_90", compiled("sm_90", *FEW))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_other_devices(target: str) -> None:
+    check(target, compiled(target, "3x3", "1x1 and shortcut"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+def test_all_cases(target: str) -> None:
+    check(target, compiled(target))
+
+
+def test_unknown_target_and_interpreting_process_are_errors() -> None:
+    script = """
+import os, sys
+from launches import conv
+from fused_resnet.backends.triton_compile import compile_launch
+try:
+    compile_launch(conv(1, 5, 6, 16, 16, 1, 1), "pentium")
+except (ValueError, RuntimeError) as error:
+    print(type(error).__name__, error)
+"""
+    for interpret, message in ((None, "ValueError target must look like 'sm_90'"), ("1", "RuntimeError compile_launch needs")):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
+        if interpret:
+            environment["TRITON_INTERPRET"] = interpret
+        process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert process.stdout.startswith(message), process.stdout + process.stderr

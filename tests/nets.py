@@ -1,0 +1,192 @@
+"""Small networks with random state, and the plain way to compute what a chain computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+
+from fused_resnet.chain import Chain, Layer, Pool
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> nn.Module:
+    """Random affine parameters (some gammas negative) and running statistics (var 0.5 to 2, means not zero); in place.
+
+    Fresh BatchNorms are the identity, and would hide a fold that forgets one of the four vectors.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
+            if module.running_mean is not None:
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 2.0)
+            if module.weight is not None:
+                module.weight.uniform_(0.5, 1.5)
+                module.weight[torch.rand_like(module.weight) < 0.25] *= -1
+                module.bias.uniform_(-0.5, 0.5)
+    return model
+
+
+def projection(channels: int, filters: int, stride: int = 1) -> nn.Sequential:
+    """A projection shortcut as torchvision's models have it."""
+    return nn.Sequential(nn.Conv2d(channels, filters, 1, stride, bias=False), nn.BatchNorm2d(filters))
+
+
+class TinyNet(nn.Module):
+    """A stem, a BasicBlock with a projection, a Bottleneck without one, a classifier: torchvision's parts in somebody's own model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 7, 2, padding=3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)
+        )
+        self.basic = BasicBlock(8, 16, 2, projection(8, 16, 2))
+        self.bottleneck = Bottleneck(16, 4)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bottleneck(self.basic(self.stem(x))).mean((2, 3)))
+
+
+#: Launches of one forward of a fused TinyNet in eval mode: stem 2, BasicBlock with projection 3, Bottleneck 3.
+TINY_LAUNCHES = 8
+
+
+def tiny() -> TinyNet:
+    """A TinyNet with random state in eval mode."""
+    net = TinyNet()
+    randomise(net)
+    return net.eval()
+
+
+def images(n: int = 2, h: int = 33, w: int = 35) -> Tensor:
+    """Small images with odd sides."""
+    return torch.randn(n, 3, h, w)
+
+
+def copies(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Two equal models, one to leave alone and one to fuse."""
+    return copy.deepcopy(model), copy.deepcopy(model)
+
+
+# ---------------------------------------------------------------------------------------------- chains
+
+
+def _conv(name: str, channels: int, filters: int, kernel: int = 3, **options: object) -> Layer:
+    defaults = {"padding": (kernel // 2, kernel // 2), "norm": True, "affine": True, "eps": 1e-5, "activation": "relu"}
+    return Layer(name, filters, channels, (kernel, kernel), **{**defaults, **options})
+
+
+_PLAIN = {"norm": False, "affine": False, "eps": 0.0}
+
+#: One chain for each thing a chain can have: name -> (chain, rows, columns).
+CHAINS: dict[str, tuple[Chain, int, int]] = {
+    "store": (Chain((_conv("a", 3, 5, activation="identity", **_PLAIN),)), 7, 9),
+    "store_relu": (Chain((_conv("a", 3, 5, **_PLAIN),)), 7, 9),
+    "bias": (Chain((_conv("a", 3, 5, bias=True, activation="identity", **_PLAIN),)), 7, 9),
+    "bias_relu": (Chain((_conv("a", 3, 5, bias=True, **_PLAIN),)), 7, 9),
+    "affine": (Chain((_conv("a", 3, 5, activation="identity"),)), 7, 9),
+    "affine_relu": (Chain((_conv("a", 3, 5),)), 7, 9),
+    "affine_with_bias": (Chain((_conv("a", 3, 5, bias=True),)), 7, 9),
+    "norm_without_affine": (Chain((_conv("a", 3, 5, affine=False),)), 7, 9),
+    "add": (Chain((_conv("a", 4, 4, **_PLAIN),), residual=True), 6, 5),
+    "add_without_relu": (Chain((_conv("a", 4, 4, activation="identity", **_PLAIN),), residual=True), 6, 5),
+    "bias_add": (Chain((_conv("a", 4, 4, bias=True, **_PLAIN), _conv("b", 4, 4, bias=True, **_PLAIN)), residual=True), 6, 5),
+    "basic": (Chain((_conv("a", 6, 6), _conv("b", 6, 6)), residual=True), 9, 7),
+    "pre_add_identity": (Chain((_conv("a", 6, 6), _conv("b", 6, 6, activation="identity")), residual=True), 9, 7),
+    "basic_projection": (
+        Chain(
+            (_conv("a", 4, 6, stride=(2, 2)), _conv("b", 6, 6)),
+            residual=True,
+            projection=_conv("d", 4, 6, 1, stride=(2, 2), activation="identity"),
+        ),
+        9,
+        7,
+    ),
+    "plain_projection": (
+        Chain(
+            (_conv("a", 4, 6, bias=True, **_PLAIN),),
+            residual=True,
+            projection=_conv("d", 4, 6, 1, bias=True, activation="identity", **_PLAIN),
+        ),
+        5,
+        6,
+    ),
+    "bottleneck_groups": (
+        Chain((_conv("a", 8, 4, 1), _conv("b", 4, 4, groups=2), _conv("c", 4, 8, 1)), residual=True),
+        5,
+        8,
+    ),
+    "bottleneck_dilated": (
+        Chain(
+            (_conv("a", 6, 4, 1), _conv("b", 4, 4, dilation=(2, 2), padding=(2, 2)), _conv("c", 4, 12, 1)),
+            residual=True,
+            projection=_conv("d", 6, 12, 1, activation="identity"),
+        ),
+        7,
+        6,
+    ),
+    "depthwise": (Chain((_conv("a", 6, 6, groups=6), _conv("b", 6, 12, 1))), 7, 6),
+    "stem": (Chain((_conv("a", 3, 8, 7, stride=(2, 2)),), pool=Pool((3, 3), (2, 2), (1, 1))), 19, 17),
+    "two_layers_and_pool": (Chain((_conv("a", 3, 4), _conv("b", 4, 5)), pool=Pool((2, 2), (2, 2))), 9, 8),
+    "pool_without_relu": (Chain((_conv("a", 3, 4, activation="identity"),), pool=Pool((3, 3), (2, 2), (1, 1))), 9, 8),
+    "no_activation_between": (Chain((_conv("a", 3, 4, activation="identity"), _conv("b", 4, 5))), 6, 7),
+    "rectangles": (
+        Chain(
+            (
+                Layer("a", 4, 3, (1, 7), (1, 2), (0, 3), norm=True, affine=True, eps=1e-3, activation="relu"),
+                Layer("b", 5, 4, (5, 1), (3, 1), (2, 0), bias=True, activation="relu"),
+            )
+        ),
+        10,
+        11,
+    ),
+}
+
+
+def chain_inputs(spec: Chain, n: int, h: int, w: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+    """Random x and parameters of a chain. Running statistics need no gradient, all else does."""
+    x = torch.randn(n, spec.layers[0].channels, h, w, dtype=dtype, requires_grad=True)
+    made: dict[str, Callable[[Layer], Tensor]] = {
+        "w": lambda layer: torch.randn(layer.filters, layer.channels // layer.groups, *layer.kernel, dtype=dtype) * 0.4,
+        "bias": lambda layer: torch.randn(layer.filters, dtype=dtype) * 0.3,
+        "gamma": lambda layer: torch.randn(layer.filters, dtype=dtype).sign() * (0.5 + torch.rand(layer.filters, dtype=dtype)),
+        "beta": lambda layer: torch.randn(layer.filters, dtype=dtype) * 0.3,
+        "mean": lambda layer: torch.randn(layer.filters, dtype=dtype) * 0.3,
+        "var": lambda layer: 0.5 + 1.5 * torch.rand(layer.filters, dtype=dtype),
+    }
+    parameters = []
+    for layer in spec.weight_layers:
+        for role in layer.parameter_roles:
+            parameters.append(made[role](layer).requires_grad_(role not in ("mean", "var")))
+    return x, parameters
+
+
+def _plain_layer(layer: Layer, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    bias = tensors.get(f"{layer.name}.bias")
+    y = F.conv2d(x, tensors[f"{layer.name}.w"], bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if not layer.norm:
+        return y
+    mean, var, gamma, beta = (tensors.get(f"{layer.name}.{role}") for role in ("mean", "var", "gamma", "beta"))
+    return F.batch_norm(y, mean, var, gamma, beta, training=False, eps=layer.eps)
+
+
+def plain_chain(spec: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """What a chain computes, written with torch.nn.functional and nothing of ours but the description."""
+    slots = [f"{layer.name}.{role}" for layer in spec.weight_layers for role in layer.parameter_roles]
+    tensors = dict(zip(slots, parameters, strict=True))
+    y = x
+    for index, layer in enumerate(spec.layers):
+        y = _plain_layer(layer, y, tensors)
+        if spec.residual and index == len(spec.layers) - 1:
+            y = y + (x if spec.projection is None else _plain_layer(spec.projection, x, tensors))
+        if layer.activation == "relu":
+            y = F.relu(y)
+    if spec.pool is not None:
+        y = F.max_pool2d(y, spec.pool.kernel, spec.pool.stride, spec.pool.padding, spec.pool.dilation)
+    return y

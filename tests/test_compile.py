@@ -1,0 +1,174 @@
+"""torch.compile, torch.export and torch.library's own checks: the chain is one opaque operator with shapes known ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import CHAINS, TINY_LAUNCHES, TinyNet, chain_inputs, copies, images, plain_chain, tiny
+from tolerances import relative_error
+from torch import nn
+
+from fused_resnet import count_launches, fuse
+from fused_resnet.functional import chain
+from fused_resnet.plan import kept_slots, saved_slots
+
+CLOSE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(net: nn.Module, **options: object) -> nn.Module:
+    return torch.compile(net, fullgraph=True, backend="aot_eager", **options)
+
+
+def test_inference() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused))
+    x = images()
+    with torch.no_grad():
+        expected = plain(x)
+        assert relative_error(run(x), expected) < CLOSE
+        with count_launches() as log:
+            run(x)
+    assert len(log) == TINY_LAUNCHES, "the fused launches run inside the compiled model"
+
+
+def test_gradients() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused))
+    x = images().requires_grad_()
+    (plain(x).square().sum()).backward()
+    dx, x.grad = x.grad, None
+    run(x).square().sum().backward()
+    assert relative_error(x.grad, dx) < 1e-4
+    for (key, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-4, key
+
+
+def test_partly_frozen() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused))
+    for model in (plain, fused):
+        model.stem.requires_grad_(False)
+        model.basic.bn1.requires_grad_(False)
+    x = images()
+    plain(x).sum().backward(), run(x).sum().backward()
+    for (key, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), key
+        assert a.grad is None or relative_error(a.grad, b.grad) < 1e-4, key
+
+
+def test_changed_weights_are_seen() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused))
+    x = images()
+    with torch.no_grad():
+        run(x)
+        for model in (plain, fused):
+            model.basic.conv1.weight.mul_(1.5)
+            model.bottleneck.bn1.running_var.add_(1)
+        assert relative_error(run(x), plain(x)) < CLOSE
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_dynamic_batch(grad: bool) -> None:
+    """One graph for all batch sizes."""
+    plain, fused = copies(tiny())
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(fuse(fused), fullgraph=True, backend=counter, dynamic=None)
+    with torch.set_grad_enabled(grad):
+        for n in (2, 3, 4, 7):
+            x = images(n)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert relative_error(run(x), plain(x)) < CLOSE, n
+    assert counter.frame_count == 1
+
+
+def test_dynamic_sizes() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused), dynamic=True)
+    with torch.no_grad():
+        for h, w in ((33, 35), (40, 31), (64, 64)):
+            x = images(2, h, w)
+            assert relative_error(run(x), plain(x)) < CLOSE, (h, w)
+
+
+def test_train_and_eval_are_told_apart() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused))
+    x = images(4)
+    for mode in (False, True, False):
+        plain.train(mode), fused.train(mode)
+        with torch.no_grad():
+            assert relative_error(run(x), plain(x)) < CLOSE
+    assert relative_error(fused.basic.bn1.running_mean, plain.basic.bn1.running_mean) < CLOSE
+
+
+def test_under_autocast() -> None:
+    plain, fused = copies(tiny())
+    run = compiled(fuse(fused))
+    x = images()
+    with torch.no_grad():
+        truth = plain(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, actual = plain(x), run(x)
+    assert actual.dtype == expected.dtype
+    assert relative_error(actual, truth) <= 2 * relative_error(expected, truth)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_export(dynamic: bool) -> None:
+    plain, fused = copies(tiny())
+    x = images()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
+    with torch.no_grad():
+        program = torch.export.export(fuse(fused), (x,), dynamic_shapes=shapes)
+        for given in (x, images(5)) if dynamic else (x,):
+            assert relative_error(program.module()(given), plain(given)) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["basic_projection", "stem", "bottleneck_groups", "bias_add"])
+def test_opcheck_of_the_forward_operator(name: str) -> None:
+    """Schema, fake kernel, autograd registration and dynamic shapes, by PyTorch's own tester."""
+    spec, h, w = CHAINS[name]
+    x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    flags = [t.requires_grad for t in (x, *parameters)]
+    for backend in ("cpu", "reference", ""):
+        torch.library.opcheck(torch.ops.fused_resnet.chain.default, (x, parameters, spec.token, backend, flags))
+    torch.library.opcheck(
+        torch.ops.fused_resnet.chain.default, (x.detach(), [p.detach() for p in parameters], spec.token, "cpu", [False] * len(flags))
+    )
+
+
+@pytest.mark.parametrize("which", ["all", "x", "parameters"])
+@pytest.mark.parametrize("name", ["basic_projection", "stem", "bottleneck_groups", "bias_add"])
+def test_opcheck_of_the_backward_operator(name: str, which: str) -> None:
+    spec, h, w = CHAINS[name]
+    x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
+    flags = [t.requires_grad and which in ("all", "x" if t is x else "parameters") for t in (x, *parameters)]
+    tensors = dict(zip(("x", *spec.parameter_slots), (t.detach() for t in (x, *parameters)), strict=True))
+    needs = frozenset(slot for slot, flag in zip(tensors, flags, strict=True) if flag)
+    outputs = torch.ops.fused_resnet.chain(tensors["x"], list(tensors.values())[1:], spec.token, "cpu", flags)
+    tensors.update(zip(("out", *kept_slots(spec, needs)), outputs, strict=True))
+    saved = [tensors[slot] for slot in saved_slots(spec, needs)]
+    dout = torch.randn_like(outputs[0])
+    torch.library.opcheck(
+        torch.ops.fused_resnet.chain_backward.default, (dout, saved, [2, h, w], spec.token, "cpu", flags)
+    )
+
+
+def test_a_chain_function_compiles_by_itself() -> None:
+    spec, h, w = CHAINS["basic"]
+    x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
+    run = torch.compile(lambda x, *p: chain(x, p, spec), fullgraph=True, backend="aot_eager")
+    assert relative_error(run(x, *parameters), plain_chain(spec, x, parameters)) < CLOSE
+
+
+def test_bad_input_is_still_refused() -> None:
+    run = compiled(fuse(TinyNet().eval()))
+    with pytest.raises(Exception, match="channels"):
+        run(torch.randn(1, 4, 16, 16))

@@ -1,0 +1,143 @@
+"""The CPU executor, launch by launch, against the reference in float64; what it hands on, what it reuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import CHAINS, chain_inputs, copies, images, plain_chain, tiny
+from test_reference import GEOMETRIES, make, tensors, truth
+from tolerances import assert_close, relative_error
+from torch import nn
+
+from fused_resnet import count_launches, fuse
+from fused_resnet.backends import cpu
+from fused_resnet.functional import chain
+from fused_resnet.launch import ACTIVATIONS, EPILOGUES, Geometry
+
+
+def run(g: Geometry, epilogue: str, activation: str, dtype: torch.dtype, donate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The executor's result and the truth in float64."""
+    roles = ["x", "w", *EPILOGUES[epilogue]]
+    given = {role: tensor for role, tensor in tensors(g, dtype).items() if role in roles}
+    expected = truth(g, epilogue, activation, given, 1e-3)
+    given = {r: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for r, t in given.items()}
+    launch = make("conv", g, roles, ["y"], dtype, epilogue=epilogue, activation=activation, eps=1e-3)
+    assert cpu.supports(launch) is None
+    donated = frozenset({"shortcut"}) if donate else frozenset()
+    before = {role: tensor.clone() for role, tensor in given.items()}
+    y = cpu.run(launch, given, donated)
+    for role, tensor in given.items():
+        assert role in donated or torch.equal(tensor, before[role]), f"{role} was written to"
+    return y, expected
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_epilogue_activation_and_geometry(name: str, epilogue: str, activation: str) -> None:
+    g = GEOMETRIES[name]
+    y, expected = run(g, epilogue, activation, torch.float32)
+    assert_close(y, expected, g.C // g.groups * g.R * g.S)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("epilogue", ["add", "bias_add", "affine_add"])
+def test_a_shortcut_nobody_reads_again_is_summed_in_its_memory(epilogue: str) -> None:
+    g = GEOMETRIES["3x3"]
+    y, expected = run(g, epilogue, "relu", torch.float32, donate=True)
+    assert_close(y, expected, g.C * g.R * g.S)
+
+
+def test_bfloat16_runs_here_or_says_why_not() -> None:
+    """Nothing in between: a type oneDNN has no convolution for goes to the reference, with a reason."""
+    g = GEOMETRIES["3x3"]
+    for dtype in (torch.bfloat16, torch.float16):
+        launch = make("conv", g, ["x", "w"], ["y"], dtype)
+        reason = cpu.supports(launch)
+        if reason is None:
+            y, expected = run(g, "affine_add", "relu", dtype)
+            assert_close(y, expected, g.C * g.R * g.S, 2)  # the folded filters are rounded once more
+        else:
+            assert str(dtype) in reason
+    assert "torch.float64" in str(cpu.supports(make("conv", g, ["x", "w"], ["y"], torch.float64)))
+
+
+def test_backward_launches_go_to_the_reference() -> None:
+    spec, h, w = CHAINS["basic"]
+    x, parameters = chain_inputs(spec, 1, h, w, torch.float32)
+    with count_launches() as log:
+        chain(x, parameters, spec, "cpu").sum().backward()
+    assert [name for name, _ in log.launches] == ["cpu", "cpu"] + ["reference"] * 5
+
+
+def test_filters_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a warm-up a forward folds and prepacks nothing; one changed vector folds one layer again."""
+    net = fuse(tiny())
+    x = images()
+    net(x)
+    folds = []
+    original = cpu.reference.scale_and_shift
+    monkeypatch.setattr(cpu.reference, "scale_and_shift", lambda *a: (folds.append(1), original(*a))[1])
+    with torch.no_grad():
+        net(x), net(images(3, 20, 21))
+        assert not folds
+        net.basic.bn2.bias.add_(1)
+        net(x)
+        assert len(folds) == 1
+
+
+def test_identity_shortcut_input_survives() -> None:
+    """x is the shortcut and belongs to the caller: the sum must not be made in its memory."""
+    spec, h, w = CHAINS["basic"]
+    x, parameters = chain_inputs(spec, 1, h, w, torch.float32)
+    x = x.detach().contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.inference_mode():
+        first, second = (chain(x, parameters, spec, "cpu") for _ in range(2))
+    assert torch.equal(x, before)
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+
+
+def test_a_projection_kept_in_memory_does_not_leak_into_the_next_call() -> None:
+    spec, h, w = CHAINS["basic_projection"]
+    x, parameters = chain_inputs(spec, 1, h, w, torch.float32)
+    with torch.no_grad():
+        first = chain(x, parameters, spec, "cpu")
+        kept = first.clone()
+        chain(x * 2, parameters, spec, "cpu")
+    assert torch.equal(first, kept)
+    assert relative_error(first, plain_chain(spec, x, parameters)) < 1e-5
+
+
+def test_empty_batches_keep_their_type() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        plain, fused = copies(tiny().to(dtype))
+        fuse(fused)
+        x = torch.zeros(0, 3, 33, 35, dtype=dtype)
+        assert fused(x).shape == plain(x).shape == (0, 5) and fused(x).dtype == dtype
+
+
+def test_without_onednn_everything_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch builds for some processors have no oneDNN."""
+    from fused_resnet import backends
+
+    monkeypatch.setattr(cpu, "_onednn_dtypes", lambda: frozenset())
+    for cache in (backends.assign, backends._program):
+        cache.cache_clear()
+    try:
+        plain, fused = copies(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval())
+        fuse(fused)
+        x = torch.randn(1, 3, 8, 8)
+        with count_launches() as log:
+            assert relative_error(fused(x), plain(x)) < 1e-5
+        assert log.launches[0][0] == "reference"
+    finally:
+        for cache in (backends.assign, backends._program):
+            cache.cache_clear()
+
+
+def test_dilated_one_by_one_kernel() -> None:
+    """Found by test_properties: oneDNN crashed the process on prepacked 1x1 filters with a dilation."""
+    g = Geometry(1, 4, 1, 1, 3, 1, 1, (2, 2), (1, 1), (1, 3))
+    y, expected = run(g, "bias", "identity", torch.float32)
+    assert_close(y, expected, 1)

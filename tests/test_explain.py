@@ -1,0 +1,118 @@
+"""explain: what runs, in how many launches, and why something was left alone; for fused and unfused models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from nets import TINY_LAUNCHES, images, tiny
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+import fused_resnet
+from fused_resnet import count_launches, explain, fuse
+
+
+def test_table_of_a_fused_model() -> None:
+    net = fuse(tiny())
+    told = explain(net, show=False)
+    assert [(row.name, row.backend, row.launches) for row in told.rows] == [
+        ("stem.0", "cpu", 2), ("basic", "cpu", 3), ("bottleneck", "cpu", 3)
+    ]  # fmt: skip
+    assert all(row.fused for row in told.rows) and not told.left_alone
+    assert told.launches == TINY_LAUNCHES
+    # conv, bn, relu, pool; 2 (conv, bn, relu) + conv, bn + add; 3 (conv, bn, relu) + add
+    assert [row.eager_launches for row in told.rows] == [4, 9, 10]
+    text = str(told)
+    assert text.splitlines()[-1].split() == ["total", "8", "23"]
+    assert "affine_add" in text and "max_pool" in text
+
+
+def test_what_it_says_is_what_runs() -> None:
+    """Launch by launch, in order, for each backend."""
+    for backend in ("cpu", "reference"):
+        net = fuse(tiny(), backend=backend)
+        with torch.no_grad(), count_launches() as log:
+            net(images())
+        told = explain(net, show=False)
+        assert "; ".join(str(launch) for _, launch in log.launches) == "; ".join(row.note for row in told.rows)
+        assert {row.backend for row in told.rows} == {name for name, _ in log.launches} == {backend}
+
+
+def test_it_prints_unless_told_not_to(capsys: pytest.CaptureFixture) -> None:
+    told = explain(fuse(tiny()))
+    assert capsys.readouterr().out == f"{told}\n"
+    explain(tiny(), show=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unfused_model_says_call_fuse() -> None:
+    told = explain(torchvision.models.resnet18(num_classes=2), show=False)
+    assert told.rows and not any(row.fused for row in told.rows)
+    assert all("call fuse" in row.note for row in told.rows)
+    assert told.launches == told.eager_launches
+
+
+def test_explain_follows_the_mode() -> None:
+    net = fuse(tiny()).train()
+    told = explain(net, show=False)
+    assert len(told.left_alone) == 3 and all("training mode" in row.note for row in told.left_alone)
+    assert told.launches == told.eager_launches
+    net.eval()
+    assert not explain(net, show=False).left_alone
+    net.bottleneck.bn2.train()
+    assert [row.name for row in explain(net, show=False).left_alone] == ["bottleneck"]
+
+
+def test_explain_follows_the_backend_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = fuse(tiny())
+    with fused_resnet.backend("reference"):
+        assert {row.backend for row in explain(net, show=False).rows} == {"reference"}
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "reference")
+    assert {row.backend for row in explain(net, show=False).rows} == {"reference"}
+
+
+def test_a_launch_that_goes_to_another_executor_is_named() -> None:
+    """Nothing falls back silently: oneDNN has no float64."""
+    net = fuse(tiny().double())
+    with torch.no_grad(), count_launches() as log:
+        net(images().double())
+    assert ("reference" in {name for name, _ in log.launches}) is True
+    assert "on reference: oneDNN on this processor has no torch.float64" in explain(net, show=False).rows[1].note
+
+
+def test_layers_in_unknown_order_are_listed() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.block = BasicBlock(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(self.bn(self.conv(x)))
+
+    told = explain(fuse(Own().eval()), show=False)
+    assert [(row.name, row.what, row.fused) for row in told.rows] == [
+        ("conv", "Conv2d", False), ("bn", "BatchNorm2d", False), ("block", "conv1 + conv2", True)
+    ]  # fmt: skip
+    assert "its order is in the forward of Own" in told.rows[0].note
+
+
+def test_every_convolution_is_accounted_for() -> None:
+    """No convolution of a detection model goes unmentioned."""
+    from torchvision.models.detection import retinanet_resnet50_fpn
+
+    model = fuse(retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2).eval())
+    told = explain(model, show=False)
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    mentioned = sum(row.what.count("+") + 1 if row.fused else int(row.what == "Conv2d") for row in told.rows)
+    assert mentioned == convolutions
+
+
+def test_nothing_to_say() -> None:
+    assert str(explain(nn.Linear(2, 2), show=False)) == "no convolution, no BatchNorm: nothing to fuse"
+
+
+def test_explain_needs_no_weights() -> None:
+    with torch.device("meta"):
+        assert explain(fused_resnet.resnet50().eval(), show=False).launches == 54

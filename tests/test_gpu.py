@@ -1,0 +1,78 @@
+"""What only a GPU can show: graph capture, no allocation but outputs, no host synchronisation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+
+from fused_resnet import fuse
+from nets import randomise
+from tolerances import relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: graphs, allocator and synchronisation are its own")
+
+
+def half_resnet() -> torch.nn.Module:
+    model = torchvision.models.resnet18().eval().cuda()
+    randomise(model)
+    return model.half().to(memory_format=torch.channels_last)
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.half).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_graph_capture_replays_with_new_inputs_and_new_parameters() -> None:
+    eager = half_resnet()
+    fused = fuse(copy.deepcopy(eager))
+    x = batch()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        fused(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused(x)
+    for _ in range(2):
+        x.copy_(batch())
+        for model in (eager, fused):
+            model.bn1.running_mean.add_(0.25)
+            model.layer1[0].conv1.weight.mul_(1.25)
+        graph.replay()
+        truth = copy.deepcopy(eager).double()(x.double())
+        assert relative_error(out, truth) <= 2 * relative_error(eager(x), truth)
+
+
+@torch.no_grad()
+def test_forward_neither_synchronises_nor_allocates_beyond_activations() -> None:
+    fused = fuse(half_resnet())
+    x = batch()
+    fused(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = fused(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rounded = -(-out.numel() * out.element_size() // 512) * 512
+    assert torch.cuda.memory_allocated() - before <= rounded
+
+
+@torch.no_grad()
+def test_tf32_is_used_exactly_when_pytorch_allows_it_for_convolutions() -> None:
+    eager = torchvision.models.resnet18().eval().cuda()
+    randomise(eager)
+    fused = fuse(copy.deepcopy(eager))
+    x = batch().float()
+    truth = copy.deepcopy(eager).double()(x.double())
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = relative_error(fused(x), truth)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        rounded = relative_error(fused(x), truth)
+    assert exact <= 1e-5
+    assert rounded > 10 * exact

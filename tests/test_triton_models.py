@@ -1,0 +1,83 @@
+"""Whole networks through the Triton kernels (the interpreter's where there is no GPU), against float64 eager PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+import torchvision
+
+from fused_resnet import count_launches, fuse
+from nets import randomise
+from tolerances import NETWORK_FP32, relative_error
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def small_bottleneck_net() -> nn.Module:
+    """Torchvision's ResNet with Bottlenecks, two stages' worth of everything: projection, identity, stride 2, dilation, groups."""
+    return torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck,
+        [2, 1, 1, 1],
+        num_classes=10,
+        groups=2,
+        width_per_group=32,
+        replace_stride_with_dilation=[False, True, False],
+    )
+
+
+NETS = {"resnet18": (torchvision.models.resnet18, 64, 21), "bottlenecks": (small_bottleneck_net, 47, 21)}
+
+
+@pytest.fixture(params=NETS, scope="module")
+def net(request: pytest.FixtureRequest) -> tuple[nn.Module, torch.Tensor, int]:
+    build, size, launches = NETS[request.param]
+    torch.manual_seed(0)
+    model = build().eval().to(DEVICE)
+    randomise(model)
+    return model, torch.randn(2, 3, size, size, device=DEVICE), launches
+
+
+@torch.no_grad()
+def test_fp32_logits_equal_eager_and_every_launch_is_one_kernel(net: tuple[nn.Module, torch.Tensor, int]) -> None:
+    model, x, launches = net
+    fused = fuse(copy.deepcopy(model), backend="triton")
+    with count_launches() as log, torch.backends.cudnn.flags(allow_tf32=False):
+        actual = fused(x)
+        expected = model(x)
+    assert relative_error(actual, expected) <= NETWORK_FP32
+    assert relative_error(actual, copy.deepcopy(model).double()(x.double())) <= NETWORK_FP32
+    assert len(log) == len(log.kernels) == launches
+    assert {backend for backend, _ in log.launches} == {"triton"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_half_precision_is_no_worse_than_twice_eager(net: tuple[nn.Module, torch.Tensor, int], dtype: torch.dtype) -> None:
+    model, x, _ = net
+    low, x = copy.deepcopy(model).to(dtype), x.to(dtype)
+    truth = copy.deepcopy(low).double()(x.double())
+    eager = relative_error(low(x), truth)
+    actual = relative_error(fuse(copy.deepcopy(low), backend="triton")(x), truth)
+    assert actual <= 2 * eager, f"fused {actual:.1e}, eager {eager:.1e} from float64"
+
+
+@torch.no_grad()
+def test_half_model_with_fp32_batchnorm() -> None:
+    """The usual mixed model: filters and activations in bf16, BatchNorm's vectors in fp32."""
+    torch.manual_seed(1)
+    model = small_bottleneck_net().eval().to(DEVICE)
+    randomise(model)
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    for name, module in low.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float().load_state_dict(model.get_submodule(name).state_dict())
+    x = torch.randn(1, 3, 40, 40, device=DEVICE).to(torch.bfloat16)
+    truth = copy.deepcopy(low).double()(x.double())
+    actual = fuse(copy.deepcopy(low), backend="triton")(x)
+    assert actual.dtype == torch.bfloat16
+    assert relative_error(actual, truth) <= 2 * relative_error(low(x), truth)
