@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional, plain
-from .describe import Parts, WeightLayer, hooked, is_activation, is_convolution, is_norm, read
+from .describe import Parts, WeightLayer, is_activation, is_convolution, is_norm, read
 
 
 class Fused(nn.Module):
@@ -45,14 +45,10 @@ class Fused(nn.Module):
         return functional.chain(x, reading.parameters, reading.chain, self.fused_backend)
 
 
-def _projection(downsample: nn.Module | None) -> tuple[WeightLayer | None, str | None]:
-    """The weight layer of a projection shortcut (None for the identity), and why it is neither."""
-    if downsample is None:
-        return None, None
+def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
+    """The weight layer of a projection shortcut, or why it is none."""
     if type(downsample).forward not in (nn.Sequential.forward, FusedSequential.forward):
         return None, f"the shortcut is a {type(downsample).__name__}, not a Sequential of a convolution and a BatchNorm"
-    if hooked(downsample):
-        return None, "a hook looks into its shortcut"
     children = list(downsample.children())
     if not 1 <= len(children) <= 2:
         return None, f"the shortcut has {len(children)} modules, not a convolution and a BatchNorm"
@@ -67,8 +63,10 @@ def residual_parts(block: Any) -> Parts:
         if conv is None:
             break
         layers.append(WeightLayer(f"conv{index}", conv, getattr(block, f"bn{index}"), block.relu))
+    if block.downsample is None:
+        return Parts(layers, residual=True)
     projection, reason = _projection(block.downsample)
-    return Parts(layers, True, projection, reason=reason)
+    return Parts(layers, True, projection, containers=(block.downsample,), reason=reason)
 
 
 def stem_parts(module: Any) -> Parts:

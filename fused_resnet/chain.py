@@ -41,9 +41,19 @@ class Layer:
 
     @property
     def fields(self) -> tuple[Any, ...]:
-        """All attributes, in the order of the constructor. (Written out, since torch.compile traces it.)"""
+        """All attributes, in the order of the constructor, eps as text.
+
+        Written out, since torch.compile traces it; there eps may be symbolic, and only its formatting makes it a constant.
+        """
         windows = (self.kernel, self.stride, self.padding, self.dilation, self.groups)
-        return (self.name, self.filters, self.channels, *windows, self.bias, self.norm, self.affine, self.eps, self.activation)
+        norm = (self.bias, self.norm, self.affine, f"{self.eps}")
+        return (self.name, self.filters, self.channels, *windows, *norm, self.activation)
+
+    @staticmethod
+    def of(fields: tuple[Any, ...]) -> Layer:
+        """The layer with these :attr:`fields`."""
+        *head, eps, activation = fields
+        return Layer(*head, eps=float(eps), activation=activation)
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:
@@ -139,9 +149,9 @@ class Chain(HashedOnce):
         """The chain that a :attr:`token` stands for."""
         layers, residual, projection, pool = literal_eval(token)
         return Chain(
-            tuple(Layer(*fields) for fields in layers),
+            tuple(Layer.of(fields) for fields in layers),
             residual,
-            None if projection is None else Layer(*projection),
+            None if projection is None else Layer.of(projection),
             None if pool is None else Pool(*pool),
         )
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -134,10 +133,7 @@ _FREE = frozenset(
 
 
 class _Counter:
-    """Follows the modules as they run.
-
-    The hooks are the global ones: a hook on a child would make its block run one by one, which is what is being counted.
-    """
+    """Follows the modules as they run."""
 
     def __init__(self, model: nn.Module, log: LaunchLog) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -189,18 +185,30 @@ def _by_chain(module: Fused, frame: _Frame) -> list[_Stamped]:
     return named
 
 
+def _followed(model: nn.Module) -> list[nn.Module]:
+    """All modules but those that a chain stands for: they do not run, and a hook on one would make its block run one by one."""
+    inside: set[int] = set()
+    for module in model.modules():
+        for _, parts in module.chains() if isinstance(module, Fused) else []:
+            if read(parts).chain is not None:
+                inside.update(id(part) for part in (*parts.modules, *parts.containers))
+    return [module for module in model.modules() if id(module) not in inside]
+
+
 @contextmanager
 def _counting(model: nn.Module) -> Iterator[_Counter]:
     with count_launches() as log:
         counter = _Counter(model, log)
-        before = hooks.register_module_forward_pre_hook(counter.enter)
-        after = hooks.register_module_forward_hook(counter.leave)
+        hooks = []
+        for module in _followed(model):
+            hooks.append(module.register_forward_pre_hook(counter.enter))
+            hooks.append(module.register_forward_hook(counter.leave))
         try:
             with _Operators(counter):
                 yield counter
         finally:
-            before.remove()
-            after.remove()
+            for hook in hooks:
+                hook.remove()
 
 
 def kernels(model: nn.Module, x: Tensor) -> list[Kernel]:

@@ -58,12 +58,17 @@ class WeightLayer:
 
 @dataclass
 class Parts:
-    """Modules of one chain; ``reason`` where they are known not to be one."""
+    """Modules of one chain.
+
+    ``containers`` are modules around some of them (the Sequential of a projection), which a hook may look into as well;
+    ``reason`` says why the modules are known not to be a chain.
+    """
 
     layers: list[WeightLayer]
     residual: bool = False
     projection: WeightLayer | None = None
     pool: nn.Module | None = None
+    containers: tuple[nn.Module, ...] = ()
     reason: str | None = None
 
     @property
@@ -90,6 +95,16 @@ class Reading:
 def hooked(module: nn.Module) -> bool:
     """Somebody watches or changes what goes in or out of this module."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _hooks_everywhere() -> bool:
+    state = nn.modules.module
+    return bool(
+        state._global_forward_hooks
+        or state._global_forward_pre_hooks
+        or state._global_backward_hooks
+        or state._global_backward_pre_hooks
+    )
 
 
 def _padding(conv: Any) -> tuple[int, int] | None:
@@ -145,7 +160,11 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     pool: Any = parts.pool
     if pool is not None and (type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices):
         return f"the pooling is {pool}, not a MaxPool2d in floor mode without indices"
-    for module in () if structure_only else parts.modules:
+    if structure_only:
+        return None
+    if _hooks_everywhere():
+        return "a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)"
+    for module in (*parts.modules, *parts.containers):
         if hooked(module):
             return f"a hook looks into its {type(module).__name__}"
     return None

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived
-from .chain import Chain
+from .chain import Chain, Layer
 from .launch import accumulation_dtype
 from .plan import backward_plan, forward_plan, kept_slots, saved_slots
 
@@ -167,19 +167,33 @@ def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor of shape [N, C, H, W], got {type(x).__name__}")
     first = chain.layers[0]
-    if x.dim() != 4:
-        error = ValueError if any(layer.norm for layer in chain.weight_layers) else RuntimeError
+    if x.dim() != 4:  # PyTorch's convolutions take one image as well, its BatchNorm does not
+        error = ValueError if x.dim() == 3 else RuntimeError
         raise error(f"x: expected 4D input [N, C, H, W] (got {x.dim()}D input of size {list(x.shape)})")
     if x.shape[1] != first.channels:
         raise RuntimeError(
             f"x: given groups={first.groups} and weight of size {[first.filters, first.channels // first.groups, *first.kernel]}, "
             f"expected input of size {list(x.shape)} to have {first.channels} channels, but got {x.shape[1]} channels instead"
         )
-    for slot, tensor in zip(chain.parameter_slots, parameters, strict=True):
-        if tensor.device != x.device:
-            raise RuntimeError(f"x is on {x.device} but {slot} is on {tensor.device}: expected all tensors on the same device")
-        if slot.endswith((".w", ".bias")) and tensor.dtype != x.dtype:
-            raise RuntimeError(f"input type ({x.dtype}) and weight type ({tensor.dtype}, {slot}) should be the same")
+    index = 0
+    for layer in chain.weight_layers:
+        for role in layer.parameter_roles:
+            _check_parameter(layer, role, parameters[index], x)
+            index += 1
+
+
+def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"x is on {x.device} but {layer.slot(role)} is on {tensor.device}: expected all tensors on the same device"
+        )
+    if role in ("w", "bias"):
+        if tensor.dtype != x.dtype:
+            raise RuntimeError(f"input type ({x.dtype}) and weight type ({tensor.dtype}, {layer.slot(role)}) should be the same")
+    elif tensor.dtype != x.dtype and tensor.dtype != accumulation_dtype(x.dtype):
+        raise RuntimeError(f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32")
+    if role != "w" and tensor.shape[0] != layer.filters:
+        raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
 
 
 def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -196,6 +210,11 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
     return (x if x.dtype == torch.float64 else x.to(dtype)), cast
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def promotes(spec: Chain, x: Tensor) -> bool:
     """Whether autocast would make the shortcut's type wider than the branch's (fp32 images straight into an identity block).
 
@@ -203,7 +222,7 @@ def promotes(spec: Chain, x: Tensor) -> bool:
     """
     if spec.projection is not None or not spec.residual or not isinstance(x, Tensor):
         return False
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type)
+    return _autocasts(x) and x.dtype != torch.get_autocast_dtype(x.device.type)
 
 
 def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
@@ -225,7 +244,7 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
     """
     if isinstance(x, Tensor) and x.dim() == 3 and not any(layer.norm for layer in spec.weight_layers):
         return chain(x.unsqueeze(0), parameters, spec, backend).squeeze(0)  # PyTorch's convolutions take one image, its BatchNorm none
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and _autocasts(x):
         x, parameters = _autocast(spec, x, parameters)
     check(spec, x, parameters)
     if torch.compiler.is_compiling():  # the backend is decided when the operator runs

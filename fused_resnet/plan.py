@@ -116,18 +116,22 @@ def _geometries(chain: Chain, n: int, h: int, w: int) -> dict[str, Geometry]:
     for layer in chain.layers:
         sizes[layer.name] = layer.geometry(n, rows, columns)
         rows, columns = sizes[layer.name].P, sizes[layer.name].Q
-    last = sizes[chain.layers[-1].name]
     if chain.projection is not None:
-        sizes[chain.projection.name] = side = chain.projection.geometry(n, h, w)
-        shortcut_shape = side.y_shape
-    else:
-        shortcut_shape = (n, chain.layers[0].channels, h, w)
-    if chain.residual and shortcut_shape != last.y_shape:
+        sizes[chain.projection.name] = chain.projection.geometry(n, h, w)
+    return sizes
+
+
+def _check_shortcut(chain: Chain, sizes: dict[str, Geometry]) -> None:
+    """Raise where the shortcut does not fit: PyTorch would broadcast, or raise a RuntimeError as well."""
+    if not chain.residual:
+        return
+    side = sizes[chain.layers[0].name].x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
+    shape = sizes[chain.layers[-1].name].y_shape
+    if side != shape:
         raise RuntimeError(
-            f"the shortcut of shape {list(shortcut_shape)} does not match the block's output {list(last.y_shape)}: "
+            f"the shortcut of shape {list(side)} does not match the block's output {list(shape)}: "
             "it is added element by element and must have the same shape"
         )
-    return sizes
 
 
 def _pool_launch(geometry: PoolGeometry, dtype: torch.dtype, x: str) -> Launch:
@@ -158,6 +162,7 @@ def forward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep:
         RuntimeError: a layer's output would be empty, or the shortcut does not fit.
     """
     sizes = _geometries(chain, n, h, w)
+    _check_shortcut(chain, sizes)
     launches = []
     for index, layer in enumerate(chain.layers):
         shortcut = None
@@ -322,5 +327,5 @@ def saved_slots(chain: Chain, needs: frozenset[str]) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def kept_slots(chain: Chain, needs: frozenset[str]) -> tuple[str, ...]:
     """The part of :func:`saved_slots` that the forward makes on its way to ``out``."""
-    made = {slot for launch in forward_plan(chain, *nominal_size(chain), torch.float32).launches for _, slot in launch.outputs}
+    made = chain.activation_shapes(*nominal_size(chain))
     return tuple(slot for slot in saved_slots(chain, needs) if slot in made and slot != "out")

@@ -43,7 +43,10 @@ class TinyNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 7, 2, padding=3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)
+            nn.Conv2d(3, 8, 7, 2, padding=3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, padding=1),
         )
         self.basic = BasicBlock(8, 16, 2, projection(8, 16, 2))
         self.bottleneck = Bottleneck(16, 4)

@@ -172,7 +172,9 @@ def test_basic_block_refuses_what_torchvisions_refuses(arguments: dict, error: t
             kind(8, 8, **arguments)
 
 
-@pytest.mark.parametrize("norm", [nn.SyncBatchNorm, lambda c: nn.BatchNorm2d(c, affine=False), lambda c: nn.BatchNorm2d(c, eps=0.1)])
+@pytest.mark.parametrize(
+    "norm", [nn.SyncBatchNorm, lambda c: nn.BatchNorm2d(c, affine=False), lambda c: nn.BatchNorm2d(c, eps=0.1)]
+)
 def test_other_batch_norms_are_fused(norm: object) -> None:
     block = randomise(BasicBlock(4, 4, norm_layer=norm)).eval()
     x = torch.randn(2, 4, 7, 7)

@@ -140,7 +140,8 @@ def test_opcheck_of_the_forward_operator(name: str) -> None:
     for backend in ("cpu", "reference", ""):
         torch.library.opcheck(torch.ops.fused_resnet.chain.default, (x, parameters, spec.token, backend, flags))
     torch.library.opcheck(
-        torch.ops.fused_resnet.chain.default, (x.detach(), [p.detach() for p in parameters], spec.token, "cpu", [False] * len(flags))
+        torch.ops.fused_resnet.chain.default,
+        (x.detach(), [p.detach() for p in parameters], spec.token, "cpu", [False] * len(flags)),
     )
 
 
@@ -156,9 +157,7 @@ def test_opcheck_of_the_backward_operator(name: str, which: str) -> None:
     tensors.update(zip(("out", *kept_slots(spec, needs)), outputs, strict=True))
     saved = [tensors[slot] for slot in saved_slots(spec, needs)]
     dout = torch.randn_like(outputs[0])
-    torch.library.opcheck(
-        torch.ops.fused_resnet.chain_backward.default, (dout, saved, [2, h, w], spec.token, "cpu", flags)
-    )
+    torch.library.opcheck(torch.ops.fused_resnet.chain_backward.default, (dout, saved, [2, h, w], spec.token, "cpu", flags))
 
 
 def test_a_chain_function_compiles_by_itself() -> None:

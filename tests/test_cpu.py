@@ -15,7 +15,9 @@ from fused_resnet.functional import chain
 from fused_resnet.launch import ACTIVATIONS, EPILOGUES, Geometry
 
 
-def run(g: Geometry, epilogue: str, activation: str, dtype: torch.dtype, donate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    g: Geometry, epilogue: str, activation: str, dtype: torch.dtype, donate: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The executor's result and the truth in float64."""
     roles = ["x", "w", *EPILOGUES[epilogue]]
     given = {role: tensor for role, tensor in tensors(g, dtype).items() if role in roles}

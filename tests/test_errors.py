@@ -101,7 +101,7 @@ def test_bad_input_raises_what_eager_raises(name: str, grad: bool) -> None:
     build, x, message = CASES[name]
     model = build().eval()
     with torch.set_grad_enabled(grad):
-        with pytest.raises(Exception) as eager:  # noqa: PT011
+        with pytest.raises(Exception) as eager:
             model(x)
         fuse(model)
         with pytest.raises(Exception, match=message) as ours:

@@ -53,7 +53,9 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: chain(t[0], t[1:], spec, "reference"), (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["basic_projection", "bottleneck_dilated", "stem", "bias_add", "affine_with_bias", "plain_projection"])
+@pytest.mark.parametrize(
+    "name", ["basic_projection", "bottleneck_dilated", "stem", "bias_add", "affine_with_bias", "plain_projection"]
+)
 def test_each_gradient_alone_equals_its_share_of_all(name: str) -> None:
     """With one tensor to train, its gradient is the same and nothing else comes out."""
     spec, h, w = CHAINS[name]

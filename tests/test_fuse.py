@@ -8,7 +8,6 @@ import pickle
 import threading
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from nets import TINY_LAUNCHES, TinyNet, copies, images, projection, randomise, tiny
@@ -223,7 +222,7 @@ def test_whole_models_can_be_pickled(how: str) -> None:
     assert launches(unfuse(twin), x) == 0
 
 
-def test_pickle_is_read_in_a_fresh_process(tmp_path) -> None:  # noqa: ANN001
+def test_pickle_is_read_in_a_fresh_process(tmp_path) -> None:
     """The classes are made at run time: a process that has not called fuse must be able to make them."""
     import os
     import subprocess
@@ -239,12 +238,14 @@ def test_pickle_is_read_in_a_fresh_process(tmp_path) -> None:  # noqa: ANN001
         "print(fused_resnet.explain(d['model'], show=False).launches)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(fused_resnet.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "21"
 
 
-def test_state_dict_goes_through_weights_only_and_into_an_unfused_model(tmp_path) -> None:  # noqa: ANN001
+def test_state_dict_goes_through_weights_only_and_into_an_unfused_model(tmp_path) -> None:
     fused = fuse(tiny())
     torch.save(fused.state_dict(), tmp_path / "state.pt")
     plain = TinyNet().eval()
@@ -510,7 +511,9 @@ def _with(change: str) -> nn.Module:
         case "same, even kernel":
             block.conv1 = nn.Conv2d(4, 4, 4, padding="same", bias=False)
         case "subclass of a convolution":
-            block.conv1.__class__ = type("Standardised", (nn.Conv2d,), {"forward": lambda self, x: nn.Conv2d.forward(self, x) * 2})
+            block.conv1.__class__ = type(
+                "Standardised", (nn.Conv2d,), {"forward": lambda self, x: nn.Conv2d.forward(self, x) * 2}
+            )
         case "no statistics":
             block.bn1 = nn.BatchNorm2d(4, track_running_stats=False)
         case "instance norm":

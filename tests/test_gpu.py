@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torchvision
-
-from fused_resnet import fuse
 from nets import randomise
 from tolerances import relative_error
+
+from fused_resnet import fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: graphs, allocator and synchronisation are its own")
 

@@ -153,7 +153,9 @@ def test_launches_of_resnet50_when_it_runs() -> None:
     assert len(log) == 54 == fused_resnet.explain(model, show=False).launches
 
 
-@pytest.mark.parametrize(("name", "launches"), [("resnet18", 21), ("resnet34", 37), ("resnet101", 105), ("resnext50_32x4d", 54)])
+@pytest.mark.parametrize(
+    ("name", "launches"), [("resnet18", 21), ("resnet34", 37), ("resnet101", 105), ("resnext50_32x4d", 54)]
+)
 def test_planned_launches(name: str, launches: int) -> None:
     with torch.device("meta"):
         assert fused_resnet.explain(MODELS[name]().eval(), show=False).launches == launches

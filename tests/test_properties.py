@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
-SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @st.composite
@@ -49,7 +49,10 @@ def chains(draw: st.DrawFn) -> Chain:
     made: list[Layer] = []
     for index in range(draw(st.integers(1, 3))):
         made.append(draw(layers(f"l{index}", made[-1].filters if made else channels)))
-    pool = draw(st.none() | st.builds(Pool, st.sampled_from([(2, 2), (3, 3), (3, 2)]), st.sampled_from([(1, 1), (2, 2)]), st.just((1, 1))))
+    pool = draw(
+        st.none()
+        | st.builds(Pool, st.sampled_from([(2, 2), (3, 3), (3, 2)]), st.sampled_from([(1, 1), (2, 2)]), st.just((1, 1)))
+    )
     return Chain(tuple(made), pool=pool)
 
 

@@ -34,7 +34,9 @@ def tensors(g: Geometry, dtype: torch.dtype = F64) -> dict[str, Tensor]:
     return {**made, **vector, "var": 0.5 + torch.rand(g.K, dtype=dtype), "shortcut": torch.randn(g.y_shape, dtype=dtype)}
 
 
-def make(kind: str, g: Geometry | PoolGeometry, roles: list[str], outputs: list[str], dtype: torch.dtype = F64, **rest: object) -> Launch:
+def make(
+    kind: str, g: Geometry | PoolGeometry, roles: list[str], outputs: list[str], dtype: torch.dtype = F64, **rest: object
+) -> Launch:
     return Launch(kind, "layer", g, dtype, tuple((r, r) for r in roles), tuple((o, o) for o in outputs), **rest)
 
 
@@ -78,7 +80,9 @@ def test_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
     """Sums and epilogue in fp32, one rounding at the store."""
     g = GEOMETRIES["3x3"]
     given = tensors(g, dtype)
-    launch = make("conv", g, ["x", "w", *EPILOGUES["affine_add"]], ["y"], dtype, epilogue="affine_add", activation="relu", eps=1e-5)
+    launch = make(
+        "conv", g, ["x", "w", *EPILOGUES["affine_add"]], ["y"], dtype, epilogue="affine_add", activation="relu", eps=1e-5
+    )
     y = reference.run(launch, given)
     assert y.dtype == dtype
     assert_close(y, truth(g, "affine_add", "relu", given, 1e-5), g.C * g.R * g.S)

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 import torchvision
-
-from fused_resnet import count_launches, fuse
 from nets import randomise
 from tolerances import NETWORK_FP32, relative_error
+from torch import nn
+
+from fused_resnet import count_launches, fuse
 
 pytest.importorskip("triton")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from ..launch import Geometry, Launch, PoolGeometry
+from ..launch import EPILOGUES, Geometry, Launch, PoolGeometry
 from . import reference
 from .derived import derived
 
@@ -43,6 +43,8 @@ def supports(launch: Launch) -> str | None:
         return None
     if launch.kind != "conv":
         return f"the CPU executor has no {launch.kind} yet"
+    if launch.epilogue not in EPILOGUES or launch.activation not in ("identity", "relu") or launch.prologue != "identity":
+        return f"the CPU executor has no {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
     if launch.dtype not in _onednn_dtypes():
         return f"oneDNN on this processor has no {launch.dtype} convolution"
     return None

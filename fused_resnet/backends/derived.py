@@ -2,13 +2,14 @@
 
 An entry is used only while every source is the same tensor object, at the same address, with the same version counter. PyTorch
 does not count writes through ``.data`` or NumPy views, so on the CPU the sources' contents are looked at as well: vectors whole,
-filters at :data:`SAMPLES` places spread over their memory. (On a GPU that look would stall the host; version counters decide
+filters at places spread at random, at least one in each filter and :data:`SAMPLES` in all. (On a GPU that look would stall the host; version counters decide
 there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 import threading
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -17,8 +18,29 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-#: Places at which a filter's memory is compared. 61 is prime: a write to every k-th element is met for small k.
-SAMPLES = 61
+#: Least number of places at which a tensor of filters is compared.
+SAMPLES = 64
+
+
+@lru_cache(maxsize=512)
+def _places(size: int, strata: int) -> Tensor:
+    """One random place in each of ``strata`` equal parts of a memory of ``size`` elements.
+
+    Random, since a regular grid misses writes that are as regular (every second channel).
+    """
+    generator = torch.Generator().manual_seed(size)
+    edges = torch.arange(strata + 1) * size // strata
+    return edges[:-1] + (torch.rand(strata, generator=generator) * (edges[1:] - edges[:-1])).long()
+
+
+def _look(source: Tensor) -> Tensor:
+    """The values of a source that are compared."""
+    size = source.numel()
+    strata = max(SAMPLES, source.shape[0]) if source.dim() else 1
+    dense = source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last)
+    if size <= strata or not dense:
+        return source
+    return source.as_strided((size,), (1,)).index_select(0, _places(size, strata))
 
 
 class _Seen(NamedTuple):
@@ -27,7 +49,6 @@ class _Seen(NamedTuple):
     reference: ReferenceType[Tensor]
     address: int
     version: int | None
-    places: tuple[tuple[int], tuple[int]] | None
     values: Tensor | None
 
     def unchanged(self, source: Tensor) -> bool:
@@ -35,20 +56,14 @@ class _Seen(NamedTuple):
             return False
         if self.version is not None and self.version != source._version:
             return False
-        if self.values is None:
-            return True
-        return torch.equal(self.values, source if self.places is None else source.as_strided(*self.places))
+        return self.values is None or torch.equal(self.values, source if source.dim() == 1 else _look(source))
 
 
 def _see(source: Tensor) -> _Seen:
-    places = None
-    if source.dim() > 1:  # spread over the memory, whatever the layout
-        count = min(SAMPLES, source.numel())
-        places = (count,), (max(1, (source.numel() - 1) // max(1, count - 1)),)
     values = None
     if source.device.type == "cpu":
-        values = (source if places is None else source.as_strided(*places)).clone()
-    return _Seen(ref(source), source.data_ptr(), None if source.is_inference() else source._version, places, values)
+        values = (source if source.dim() == 1 else _look(source)).clone()
+    return _Seen(ref(source), source.data_ptr(), None if source.is_inference() else source._version, values)
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first source -> {purpose: (sources as they were, value)}

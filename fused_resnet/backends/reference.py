@@ -91,6 +91,8 @@ def activation_backward(gradient: Tensor, output: Tensor, activation: str) -> Te
     """Gradient in front of an activation, from its output. A NaN output lets the gradient pass, as in PyTorch."""
     if activation == "identity":
         return gradient
+    if activation != "relu":
+        raise ValueError(f"activation {activation!r} has no backward here; known: 'identity', 'relu'")
     return torch.where(output <= 0, torch.zeros((), dtype=gradient.dtype, device=gradient.device), gradient)
 
 
@@ -198,5 +200,8 @@ _KINDS: dict[str, Callable[[Launch, Operands], Tensor | tuple[Tensor, ...]]] = {
 
 def run(launch: Launch, operands: Operands, donated: frozenset[str] = frozenset()) -> Tensor | tuple[Tensor, ...]:
     """Run one launch. Autocast is off inside: the plan has chosen the types."""
-    with torch.autocast(next(iter(operands.values())).device.type, enabled=False):
+    device = next(iter(operands.values())).device
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _KINDS[launch.kind](launch, operands)
+    with torch.autocast(device.type, enabled=False):
         return _KINDS[launch.kind](launch, operands)
