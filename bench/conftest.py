@@ -46,16 +46,17 @@ def _dtypes(config: pytest.Config) -> list[str]:
     return names
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Options -> parameters; the contenders innermost, so that the rows of a group run next to each other."""
-    batches, sizes = _list(metafunc.config, "--batch", int), _list(metafunc.config, "--size", int)
+    """Options -> parameters, after the decorators' own; the contenders innermost: a group's rows run in a row."""
+    batches = _list(metafunc.config, "--batch", int)
     choices = {
-        "contender": CONTENDERS,
+        "model_name": _list(metafunc.config, "--model"),
+        "dtype_name": _dtypes(metafunc.config),
+        "size": _list(metafunc.config, "--size", int),
         "batch": batches,
         "last_batch": batches[-1:],
-        "size": sizes,
-        "dtype_name": _dtypes(metafunc.config),
-        "model_name": _list(metafunc.config, "--model"),
+        "contender": CONTENDERS,
     }
     for name, values in choices.items():
         if name in metafunc.fixturenames:

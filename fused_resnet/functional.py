@@ -210,6 +210,13 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
     return (x if x.dtype == torch.float64 else x.to(dtype)), cast
 
 
+def _flags(spec: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of x and the parameters get gradients; running statistics never do, as in PyTorch."""
+    roles = [role for layer in spec.weight_layers for role in layer.parameter_roles]
+    wanted = [tensor.requires_grad and role not in ("mean", "var") for role, tensor in zip(roles, parameters, strict=True)]
+    return (x.requires_grad, *wanted)
+
+
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast is on where ``x`` is."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
@@ -248,11 +255,11 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
         x, parameters = _autocast(spec, x, parameters)
     check(spec, x, parameters)
     if torch.compiler.is_compiling():  # the backend is decided when the operator runs
-        flags = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, *parameters)]
+        flags = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
         return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", flags)[0]
     name = backends.resolve(backend, x.device)
     if torch.is_grad_enabled():
-        flags = tuple(tensor.requires_grad for tensor in (x, *parameters))
+        flags = _flags(spec, x, parameters)
         if any(flags):
             return ChainFunction.apply(spec, name, flags, x, *parameters)
     return forward(spec, name, x, parameters, frozenset())[0]

@@ -122,7 +122,8 @@ def interleaved(
             samples[name].append(now() - start)
         spent = time.perf_counter() - began
         if progress is not None:
-            progress(min(1.0, max((index + 1) / rounds[1], min(spent / seconds, (index + 1) / rounds[0]))))
+            least, most = (index + 1) / rounds[0], (index + 1) / rounds[1]
+            progress(min(1.0, max(most, min(spent / seconds, least))))
         if index + 1 >= rounds[0] and spent >= seconds:
             break
     return {name: Timing(tuple(values)) for name, values in samples.items()}

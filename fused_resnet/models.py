@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from . import backends
 from .blocks import BasicBlock, Bottleneck, Fused, ResNet
 
@@ -44,7 +42,7 @@ def _build(
         classes = len(weights.meta["categories"])
         if arguments.setdefault("num_classes", classes) != classes:
             raise ValueError(f"num_classes must be {classes} for weights={weights}, got {arguments['num_classes']}")
-    model = ResNet(block, layers, **arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = ResNet(block, layers, **arguments)
     if backend is not None:
         backends.check_name(backend)
         for module in model.modules():

@@ -86,8 +86,8 @@ def calibrate(model: nn.Module, x: Tensor) -> int:
     """Fill BatchNorms whose running statistics are :func:`untouched`, from ``x`` on its way through the model.
 
     With mean 0 and variance 1 a BatchNorm in eval mode is the identity: activations would grow from block to block, past what
-    fp16 can hold, and an error in the statistics would not show. The mean is half the true one and the variance the mean square:
-    random images differ so little from each other deep in a network that the true ones would blow rounding errors up.
+    fp16 can hold, and an error in the statistics would not show. The mean is half the true one and the variance the mean
+    square: random images differ so little from each other deep in a network that the true ones would blow rounding errors up.
 
     Returns:
         How many BatchNorms were filled.

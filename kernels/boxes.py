@@ -11,7 +11,7 @@ A step of the implicit GEMM multiplies ``pixels [M, C]`` by ``filters [K, C]`` f
         +----------------+                             +---+---+---+
           x `images` images x `channels` channels
 
-Loaders of pixels, ``PIXELS(x, place, lanes, step, sizes, TAPS, TILE) -> pixels [M, C], channels [C], inside [M, 1 or C]``:
+Loaders of pixels, ``PIXELS(x, place, lanes, step, sizes, TAPS, TILE) -> [M, C]``:
 
 ============  ==========================================================================================================
 ``box``       stride 1. A rank-4 descriptor; past the border it reads zero, which *is* the convolution's padding.
@@ -126,9 +126,7 @@ def box(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
     r, s, c = tap_of(step, TAPS, TILE)
     h = place.p + (r * TAPS.dilation_h - TAPS.padding_h)
     w = place.q + (s * TAPS.dilation_w - TAPS.padding_w)
-    pixels = x.load([place.n, h, w, place.c + c]).reshape(TILE.images * TILE.rows * TILE.columns, TILE.channels)
-    _, inside = locate(lanes, r, s, sizes, TAPS)
-    return pixels, place.c + c + tl.arange(0, TILE.channels), inside[:, None]
+    return x.load([place.n, h, w, place.c + c]).reshape(TILE.images * TILE.rows * TILE.columns, TILE.channels)
 
 
 @triton.jit
@@ -137,11 +135,8 @@ def parity(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr)
     r, s, c = tap_of(step, TAPS, TILE)
     dr = r * TAPS.dilation_h - TAPS.padding_h
     ds = s * TAPS.dilation_w - TAPS.padding_w
-    c = place.c + c
-    start = [place.n, place.p + (dr >> 1), dr & 1, place.q + (ds >> 1), (ds & 1) * sizes.C + c]
-    pixels = x.load(start).reshape(TILE.images * TILE.rows * TILE.columns, TILE.channels)
-    _, inside = locate(lanes, r, s, sizes, TAPS)
-    return pixels, c + tl.arange(0, TILE.channels), inside[:, None]
+    start = [place.n, place.p + (dr >> 1), dr & 1, place.q + (ds >> 1), (ds & 1) * sizes.C + place.c + c]
+    return x.load(start).reshape(TILE.images * TILE.rows * TILE.columns, TILE.channels)
 
 
 @triton.jit
@@ -149,20 +144,36 @@ def gather(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr)
     r, s, c = tap_of(step, TAPS, TILE)
     channels = place.c + c + tl.arange(0, TILE.channels)
     pixel, inside = locate(lanes, r, s, sizes, TAPS)
-    inside = inside[:, None]
-    pixels = tl.load(x + (pixel * sizes.C)[:, None] + channels[None, :], mask=inside & (channels < sizes.C)[None, :], other=0.0)
-    return pixels, channels, inside
+    mask = inside[:, None] & (channels < sizes.C)[None, :]
+    return tl.load(x + (pixel * sizes.C)[:, None] + channels[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def flat(x, place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    pixel, channels, inside = locate_flat(lanes, step, sizes, TAPS, TILE)
+    return tl.load(x + pixel * sizes.C + channels[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def locate_flat(lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
+    """As :func:`locate`, for a step of the flattened reduction: pixels [M, C], channels [C], whether they exist [M, C]."""
     reduction = step * TILE.channels + tl.arange(0, TILE.channels)
     tap = reduction // sizes.C
-    channels = reduction % sizes.C
     columns = Lanes(lanes.n[:, None], lanes.p[:, None], lanes.q[:, None], lanes.inside[:, None])
     pixel, inside = locate(columns, (tap // TAPS.S)[None, :], (tap % TAPS.S)[None, :], sizes, TAPS)
-    inside = inside & (tap < TAPS.R * TAPS.S)[None, :]
-    return tl.load(x + pixel * sizes.C + channels[None, :], mask=inside, other=0.0), channels, inside
+    return pixel, reduction % sizes.C, inside & (tap < TAPS.R * TAPS.S)[None, :]
+
+
+@triton.jit
+def loaded(place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr):
+    """What a prologue asks about a tile of pixels: the channels [C], and whether the tap is in the image, [M, 1 or C]."""
+    if FLAT:
+        _, channels, inside = locate_flat(lanes, step, sizes, TAPS, TILE)
+        return channels, inside
+    else:
+        r, s, c = tap_of(step, TAPS, TILE)
+        _, inside = locate(lanes, r, s, sizes, TAPS)
+        return place.c + c + tl.arange(0, TILE.channels), inside[:, None]
 
 
 @triton.jit

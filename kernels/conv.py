@@ -24,19 +24,9 @@ With a prologue the pixels are in registers anyway and come first.
 import triton
 import triton.language as tl
 
-from .boxes import Place, lanes_of, locate
+from .boxes import Place, lanes_of, loaded, locate
 from .epilogues import At
-
-#: Under the interpreter ``tl.dot`` multiplies the bit patterns of bf16 operands (Triton 3.6 to 3.9).
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a . b`` with fp32 accumulation."""
-    if INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+from .numerics import dot, rounded
 
 
 @triton.jit
@@ -123,10 +113,11 @@ def main_loop(
     else:
         acc = tl.zeros((K, M), dtype=tl.float32)
     for step in range(0, steps):
-        pixels, channels, inside = PIXELS(x, place, lanes, step, sizes, TAPS, TILE)
-        pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+        pixels = PIXELS(x, place, lanes, step, sizes, TAPS, TILE)
         taps = FILTERS(w, place, filters, step, sizes, TAPS, TILE)
         if PIXELS_FIRST:
+            channels, inside = loaded(place, lanes, step, sizes, TAPS, TILE, FLAT)
+            pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
             acc = dot(pixels, taps.trans(), acc, PRECISION)
         else:
             acc = dot(taps, pixels.trans(), acc, PRECISION)
@@ -169,7 +160,7 @@ def conv_forward(
         PIXELS, FILTERS: loaders of boxes.py; ``None`` for both means :func:`direct` alone.
         TAPS: :class:`Taps`.
         TILE: extents ``images, rows, columns, filters, channels`` (powers of two) and ``group``.
-        PIXELS_FIRST: order of the product, see above.
+        PIXELS_FIRST: there is a prologue; order of the product, see above.
         FLAT: the loaders walk the flattened reduction, not taps and chunks of channels.
         SPANS: a tile's filters may belong to several groups.
         PRECISION: ``ieee`` or ``tf32`` for fp32 operands.
@@ -214,4 +205,4 @@ def conv_forward(
     mask = lanes.inside[:, None] & (filters < sizes.K)[None, :]
     at = At(pixels, filters, lanes.inside, filters < sizes.K, offsets, mask)
     z = ACTIVATION(EPILOGUE(acc, at, *epilogue_args))
-    tl.store(y + offsets, z.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offsets, rounded(z, y.dtype.element_ty), mask=mask)

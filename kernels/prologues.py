@@ -7,13 +7,14 @@ A prologue is a function ``PROLOGUE(pixels, channels, inside, *prologue_args) ->
 * ``inside [M, 1]`` or ``[M, C]``: whether the tap falls into the image. A prologue that does not map 0 to 0 must put the zeros
   of the padding back, since a convolution pads what it reads *after* the normalisation, not before.
 
-To add one: a function here, its name in :data:`PROLOGUES`, its twin in the reference executor.
+To add one: a function here, a row in :data:`PROLOGUES`, its twin in the reference executor.
 """
 
 import triton
 import triton.language as tl
 
 from .epilogues import relu
+from .numerics import rounded
 
 
 @triton.jit
@@ -27,7 +28,11 @@ def bn_relu(pixels, channels, inside, C, scale, shift):
     a = tl.load(scale + channels, mask=channels < C, other=0.0)[None, :]
     b = tl.load(shift + channels, mask=channels < C, other=0.0)[None, :]
     normalised = relu(pixels.to(tl.float32) * a + b)
-    return tl.where(inside, normalised, 0.0).to(pixels.dtype)
+    return rounded(tl.where(inside, normalised, 0.0), pixels.dtype)
 
 
-PROLOGUES = {"identity": identity, "bn_relu": bn_relu}
+#: Name in a launch -> (function, names of its arguments: ``C`` or roles of operands).
+PROLOGUES = {
+    "identity": (identity, ()),
+    "bn_relu": (bn_relu, ("C", "scale", "shift")),
+}

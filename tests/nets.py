@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from fused_resnet import count_launches
 from fused_resnet.chain import Chain, Layer, Pool
 
 
@@ -38,7 +39,7 @@ def projection(channels: int, filters: int, stride: int = 1) -> nn.Sequential:
 
 
 class TinyNet(nn.Module):
-    """A stem, a BasicBlock with a projection, a Bottleneck without one, a classifier: torchvision's parts in somebody's own model."""
+    """A stem, a BasicBlock with a projection, a Bottleneck without one, a classifier: torchvision's parts in a model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +71,13 @@ def tiny() -> TinyNet:
 def images(n: int = 2, h: int = 33, w: int = 35) -> Tensor:
     """Small images with odd sides."""
     return torch.randn(n, 3, h, w)
+
+
+def launches(model: nn.Module, x: Tensor) -> int:
+    """How many launches run when ``model`` is called."""
+    with count_launches() as log:
+        model(x)
+    return len(log)
 
 
 def copies(model: nn.Module) -> tuple[nn.Module, nn.Module]:

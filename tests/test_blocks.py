@@ -126,7 +126,8 @@ def test_stem_is_two_launches_and_eager() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {}, {"relu": False}, {"bias": True}, {"stride": 2}, {"kernel_size": 1}, {"kernel_size": (1, 7)}, {"kernel_size": 5, "groups": 2},
+        {}, {"relu": False}, {"bias": True}, {"stride": 2}, {"kernel_size": 1}, {"kernel_size": (1, 7)},
+        {"kernel_size": 5, "groups": 2},
         {"dilation": 2}, {"dilation": (2, 3)}, {"padding": 0}, {"padding": (0, 2)}, {"kernel_size": 4, "stride": (2, 1)},
         {"groups": 4}, {"backend": "reference"},
     ],
@@ -143,7 +144,7 @@ def test_conv_bn_relu_is_a_sequential_in_one_launch(arguments: dict) -> None:
     assert len(log) == 1
     assert log.launches[0][0] == arguments.get("backend", "cpu")
     assert relative_error(out, expected) < 1e-5
-    assert list(module.state_dict())[0] == "0.weight"
+    assert next(iter(module.state_dict())) == "0.weight"
     if not {"padding", "stride"} & set(arguments) and arguments.get("kernel_size") != 4:
         assert out.shape[2:] == x.shape[2:], "the default padding keeps the size"
 

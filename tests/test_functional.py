@@ -95,7 +95,7 @@ def test_only_needed_gradients_are_computed() -> None:
 
 
 def saved_names(spec: Chain, h: int, w: int, trained: set[str]) -> set[str]:
-    """What autograd is asked to keep, by slot; an activation inside the chain (whose tensor we never see) counts as ``inner``."""
+    """What autograd is asked to keep, by slot; an activation inside the chain, which we never see, is ``inner``."""
     x, parameters = chain_inputs(spec, 1, h, w)
     x = x.to(memory_format=torch.channels_last).detach()
     known = dict(zip(("x", *spec.parameter_slots), (x, *parameters), strict=True))

@@ -86,17 +86,9 @@ def test_bottleneck_is_four_launches_with_a_projection() -> None:
 
 
 def test_output_shape_follows_torch() -> None:
-    for size, kernel, stride, padding, dilation in [
-        (7, 3, 2, 1, 1),
-        (8, 3, 2, 1, 1),
-        (9, 3, 1, 2, 2),
-        (12, 7, 3, 0, 1),
-        (5, 1, 2, 0, 1),
-    ]:
-        conv = torch.nn.functional.conv2d(
-            torch.zeros(1, 1, size, size), torch.zeros(1, 1, kernel, kernel), None, stride, padding, dilation
-        )
-        assert output_size(size, kernel, stride, padding, dilation) == conv.shape[2]
+    for size, kernel, *window in [(7, 3, 2, 1, 1), (8, 3, 2, 1, 1), (9, 3, 1, 2, 2), (12, 7, 3, 0, 1), (5, 1, 2, 0, 1)]:
+        conv = torch.nn.functional.conv2d(torch.zeros(1, 1, size, size), torch.zeros(1, 1, kernel, kernel), None, *window)
+        assert output_size(size, kernel, *window) == conv.shape[2]
 
 
 @pytest.mark.parametrize("name", CHAINS)

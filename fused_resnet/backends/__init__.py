@@ -91,7 +91,8 @@ def executor(name: str) -> ModuleType:
         return importlib.import_module(BACKENDS[check_name(name)])
     except ImportError as error:
         raise RuntimeError(
-            f"backend={name!r} cannot be used here: {error}. PyTorch brings Triton on Linux; elsewhere choose 'cpu' or 'reference'"
+            f"backend={name!r} cannot be used here: Triton is not installed or does not import ({error}). PyTorch brings it on Linux; "
+            "elsewhere choose backend='cpu' or 'reference'"
         ) from error
 
 

@@ -90,7 +90,12 @@ def derived(purpose: Any, sources: Sequence[Tensor], build: Callable[[], Any]) -
 
 
 def channels_last_filters(w: Tensor) -> Tensor:
-    """Filters as contiguous [K, R, S, C / groups]; a (cached) copy only where they are laid out otherwise."""
+    """Filters as contiguous [K, R, S, C / groups]; a (cached) copy only where they are laid out otherwise.
+
+    While a CUDA graph is captured the copy is part of the graph, so that a replay sees filters that have changed.
+    """
     if w.is_contiguous(memory_format=torch.channels_last):
         return w
+    if w.is_cuda and torch.cuda.is_current_stream_capturing():
+        return w.detach().contiguous(memory_format=torch.channels_last)
     return derived("channels_last", [w], lambda: w.detach().contiguous(memory_format=torch.channels_last))

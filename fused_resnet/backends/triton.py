@@ -14,20 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels import boxes, conv, epilogues, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning import Tile, choose_tile
 from . import record_kernel
-
-try:
-    import triton
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from ..kernels import boxes, conv, epilogues, pool, prologues
-except ImportError as error:
-    _missing: ImportError | None = error
-else:
-    _missing = None
+from .derived import channels_last_filters
 
 _KINDS = ("conv", "max_pool")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,13 +31,8 @@ def check_available(device: torch.device) -> None:
     """Raise where Triton cannot run on tensors of ``device``.
 
     Raises:
-        RuntimeError: Triton is not installed, or has nothing to run on there.
+        RuntimeError: Triton has nothing to run on there.
     """
-    if _missing is not None:
-        raise RuntimeError(
-            f"backend='triton': Triton is not installed or does not import here ({_missing}); choose backend='cpu', "
-            "or install PyTorch for Linux with GPU support, which brings Triton"
-        ) from _missing
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
             f"backend='triton' runs on GPU tensors, got tensors on {str(device)!r}; move the model and its input to a GPU, "
@@ -87,6 +76,8 @@ def run(
         [N, K, P, Q], channels_last, of the launch's type.
     """
     x = operands["x"]
+    if "w" in operands:
+        operands = {**operands, "w": channels_last_filters(operands["w"])}
     if out is None:
         out = torch.empty(launch.geometry.y_shape, dtype=launch.dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
@@ -259,7 +250,7 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         length = g.R * g.S * (C // g.groups)
         w_view = View((g.K, length), (length, 1), (tile.filters, tile.channels))
     constants = {
-        "PROLOGUE": prologues.PROLOGUES[launch.prologue],
+        "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],
         "EPILOGUE": epilogues.EPILOGUES[launch.epilogue][0],
         "ACTIVATION": epilogues.ACTIVATIONS[launch.activation],
         "PIXELS": boxes.PIXELS[pixels] if pixels else None,
@@ -298,8 +289,8 @@ def bind(start: Start, launch: Launch, operands: Mapping[str, Tensor], out: Tens
     if launch.kind == "max_pool":
         return {"x": x, "y": out, "sizes": start.sizes, **start.constants}
     w = operands["w"]
-    _, names = epilogues.EPILOGUES[launch.epilogue]
-    vectors = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
+    named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
+    named |= {"eps": launch.eps, "C": start.sizes.C}
     constants = start.constants
     return {
         "x": x if start.x_view is None else start.x_view.of(x),
@@ -307,7 +298,7 @@ def bind(start: Start, launch: Launch, operands: Mapping[str, Tensor], out: Tens
         "y": out,
         "sizes": start.sizes,
         "exact": (x, w) if constants["SPANS"] or constants["PIXELS"] is None else None,
-        "prologue_args": (),
-        "epilogue_args": tuple(launch.eps if name == "eps" else vectors.get(name) for name in names),
+        "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
+        "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
         **constants,
     }

@@ -54,15 +54,6 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[bl
     return type(f"Fused{original.__name__}", (fused, original), namespace)
 
 
-def _lay_out(module: blocks.Fused) -> None:
-    """Filters of the module's chains in channels_last memory, what kernels read; the same objects with the same values."""
-    for _, parts in module.chains():
-        for layer in parts.weight_layers:
-            weight = layer.conv.weight
-            if type(weight) is nn.Parameter and weight.dim() == 4 and not weight.is_meta:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-
-
 def stands_for(module: blocks.Fused, child: nn.Module) -> bool:
     """Whether a chain of ``module`` does all that ``child`` does: it is not swapped, or counted, by itself."""
     inside = {id(part) for _, parts in module.chains() for part in parts.modules}
@@ -78,7 +69,6 @@ def _swap(module: nn.Module, backend: str | None, seen: set[int]) -> None:
     if fused is not None:
         module.__class__ = fused_class(type(module), fused)
         module.fused_backend = backend
-        _lay_out(module)  # type: ignore[arg-type]
     for child in module.children():
         if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
             _swap(child, backend, seen)
@@ -91,8 +81,8 @@ def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> M
     What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with the reason.
 
     Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on working.
-    Filters are laid out in channels_last memory, as ``model.to(memory_format=torch.channels_last)`` would; outputs of fused blocks
-    are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``).
+    Outputs of fused blocks are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``). On a GPU, a model in that memory
+    format (``model.to(memory_format=torch.channels_last)``) saves a cached copy of its filters.
 
     Args:
         model: any module.

@@ -29,6 +29,7 @@ CASES: dict[str, Launch] = {
     "1x1 and shortcut fp32": conv(64, 14, 14, 256, 1024, 1, 1, epilogue="affine_add", activation="relu"),
     "stem fp32": conv(64, 224, 224, 3, 64, 7, 7, stride=(2, 2), padding=(3, 3), epilogue="affine", activation="relu"),
     "32x4d fp32": conv(64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, epilogue="affine", activation="relu"),
+    "3x3 behind a prologue": conv(64, 28, 28, 128, 128, 3, 3, padding=(1, 1), prologue="bn_relu", **_BF16),
     "max-pool": max_pool(64, 112, 112, 64, kernel=(3, 3), stride=(2, 2), padding=(1, 1), dtype=torch.bfloat16),
 }
 

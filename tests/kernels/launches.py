@@ -21,10 +21,13 @@ def conv(
     epilogue: str = "store",
     activation: str = "identity",
     without: tuple[str, ...] = (),
+    prologue: str = "identity",
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C, K, R, S and the keyword arguments of Geometry; ``without`` leaves out operands."""
     roles = ("x", "w", *(role for role in EPILOGUES[epilogue] if role not in without))
+    if prologue == "bn_relu":
+        roles += ("scale", "shift")
     return Launch(
         "conv",
         "layer",
@@ -32,6 +35,7 @@ def conv(
         dtype,
         tuple((role, role) for role in roles),
         (("y", "y"),),
+        prologue=prologue,
         epilogue=epilogue,
         activation=activation,
         eps=1e-3,
@@ -59,6 +63,8 @@ def operands_of(launch: Launch, parameters: torch.dtype = torch.float32) -> dict
             operands[role] = operands[role].contiguous(memory_format=torch.channels_last)
         elif role == "shortcut":
             operands[role] = activations(g.y_shape, launch.dtype)
+        elif role in ("scale", "shift"):
+            operands[role] = torch.randn(g.C, device=DEVICE)
         elif role == "var":
             operands[role] = (0.5 + 1.5 * torch.rand(g.K, device=DEVICE)).to(parameters)
         else:
@@ -72,6 +78,10 @@ def expected(launch: Launch, operands: dict[str, Tensor]) -> Tensor:
     o = {role: tensor.double().cpu() for role, tensor in operands.items()}
     if isinstance(g, PoolGeometry):
         return F.max_pool2d(o["x"], g.kernel, g.stride, g.padding, g.dilation)
+    if launch.prologue == "bn_relu":
+        # As a kernel that writes it would round it, to the launch's type.
+        normalised = F.relu(o["x"].float() * o["scale"].float().view(1, -1, 1, 1) + o["shift"].float().view(1, -1, 1, 1))
+        o["x"] = normalised.to(launch.dtype).double()
     y = F.conv2d(o["x"], o["w"], o.get("bias"), g.stride, g.padding, g.dilation, g.groups)
     if "var" in o:
         y = F.batch_norm(y, o["mean"], o["var"], o.get("gamma"), o.get("beta"), training=False, eps=launch.eps)

@@ -45,7 +45,7 @@ CLASSES: dict[str, tuple[tuple[str | None, str | None], Callable[..., Launch], T
     ),
     "gather, chunk past C": (
         ("gather", "rows"),
-        lambda **how: conv(2, 5, 6, 24, 24, 3, 3, stride=(2, 2), padding=(1, 1), **how),
+        lambda **how: conv(2, 5, 5, 24, 24, 3, 3, stride=(2, 2), padding=(1, 1), **how),
         Tile(1, 2, 4, 16, 16),
     ),
     "flat": (
@@ -60,7 +60,7 @@ CLASSES: dict[str, tuple[tuple[str | None, str | None], Callable[..., Launch], T
     ),
     "grouped": (
         ("box", "block_diagonal"),
-        lambda **how: conv(2, 6, 7, 48, 72, 3, 3, padding=(1, 1), groups=6, **how),
+        lambda **how: conv(2, 6, 7, 48, 72, 3, 3, padding=(1, 1), groups=12, **how),
         Tile(1, 4, 8, 16, 16),
     ),
     "grouped, stride 2": (
@@ -126,6 +126,17 @@ def test_every_epilogue_in_every_type(epilogue: str, dtype: torch.dtype, activat
 def test_every_epilogue_behind_every_loader(epilogue: str, dtype: torch.dtype, name: str) -> None:
     _, make, tile = CLASSES[name]
     check(make(dtype=dtype, epilogue=epilogue, activation="relu"), tile)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_prologue_behind_every_loader(name: str) -> None:
+    """The padding is zero after the normalisation, not before it: shift is not zero here."""
+    check(CLASSES[name][1](prologue="bn_relu", epilogue="bias"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prologue_in_every_type(dtype: torch.dtype) -> None:
+    check(conv(2, 5, 6, 24, 24, 3, 3, padding=(1, 1), dtype=dtype, prologue="bn_relu"), Tile(1, 4, 8, 16, 16))
 
 
 @pytest.mark.parametrize("without", [("bias",), ("gamma", "beta"), ("bias", "gamma", "beta")], ids="-".join)

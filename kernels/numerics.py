@@ -1,0 +1,25 @@
+"""Two operations that Triton's interpreter gets wrong for bf16, and that every kernel therefore takes from here."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a . b`` with fp32 accumulation. (The interpreter multiplies bf16 operands' bit patterns, Triton 3.6 to 3.9.)"""
+    if INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """fp32 to ``DTYPE``, to nearest even. (The interpreter cuts the low bits off on the way to bf16, Triton 3.6 to 3.8.)"""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        # The sum would carry a NaN into another number.
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)

@@ -1,0 +1,200 @@
+"""The command line: what it prints, its exit codes, and that wrong input is one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fused_resnet import blocks
+from fused_resnet.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: A file of models for fuse-check: one that fuses, one with nothing in it, and things that are no models.
+MODELS = """
+import torch
+from torch import nn
+
+def net():
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+
+def number():
+    return 3
+
+def broken():
+    raise KeyError("no such\\nkey")
+
+value = 5
+ready = net()
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "their_models.py"
+    path.write_text(MODELS)
+    return path
+
+
+def test_info_counts_resnet50(capsys: pytest.CaptureFixture[str]) -> None:
+    """174 kernels of eager mode are 56 (54 launches, average pooling, classifier); 41 and 14.5 GB as worked out by hand."""
+    assert main(["info", "resnet50", "--batch", "256", "--dtype", "bf16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    total = next(line for line in lines if line.strip().startswith("total")).split()
+    assert total[2:4] == ["174", "56"]
+    assert float(total[1].replace(",", "")) == pytest.approx(2 * 4.09 * 256, rel=1e-2)  # torchvision: 4.09 G multiply-adds
+    assert float(total[4].replace(",", "")) == pytest.approx(41_000, rel=0.02)
+    assert float(total[5].replace(",", "")) == pytest.approx(14_500, rel=0.02)
+    assert "54 weight layers, 25.6 M parameters" in lines[1]
+    assert next(line for line in lines if "layer1.0" in line).split()[2:4] == ["12", "4"]
+
+
+def test_fuse_check_agrees(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse-check", f"{models}:net", "--size", "8", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "launches: 5 in eager mode, 3 fused (1 of plans, 2 of PyTorch)" in out
+    verdicts = {line.split()[0]: line.split()[-1] for line in out.splitlines() if line.strip().startswith(("fp", "bf"))}
+    assert verdicts == {"fp32": "ok", "fp16": "ok", "bf16": "ok"}
+
+
+def test_fuse_check_takes_a_torchvision_name_and_a_module(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    assert main(["fuse-check", "resnet18", "--size", "32", "--dtype", "fp32", "--device", "cpu"]) == 0
+    monkeypatch.syspath_prepend(models.parent)
+    assert main(["fuse-check", "their_models:ready", "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 0
+
+
+def test_fuse_check_says_that_nothing_fuses(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse-check", f"{models}:linear", "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 0
+    assert "nothing in it could be fused" in capsys.readouterr().out
+
+
+def test_fuse_check_finds_a_difference(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fused model that is wrong by a part in ten thousand does not pass."""
+    right = blocks.FusedSequential.forward
+    monkeypatch.setattr(blocks.FusedSequential, "forward", lambda self, x: right(self, x) * 1.0001)
+    assert main(["fuse-check", f"{models}:net", "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "dance"),
+        (["info", "resnet5"], "did you mean resnet50"),
+        (["info", "zebra"], "resnet101"),
+        (["info"], "MODEL"),
+        (["info", "resnet18", "--batch", "0"], "--batch"),
+        (["info", "resnet18", "--size", "-3"], "--size"),
+        (["info", "resnet18", "--size", "many"], "--size"),
+        (["info", "resnet18", "--dtype", "int8"], "expected one of fp32, fp16, bf16, fp64"),
+        (["info", "resnet18", "--colour"], "--colour"),
+        (["fuse-check", "zebra"], "zebra"),
+        (["fuse-check", "nowhere.py:net"], "no file 'nowhere.py'"),
+        (["fuse-check", "nowhere.py"], "nowhere.py:FUNCTION"),
+        (["fuse-check", "no_such_module_here:net"], "no_such_module_here"),
+        (["fuse-check", "{models}:missing"], "has no function 'missing'"),
+        (["fuse-check", "{models}:number"], "returned a int, expected an nn.Module"),
+        (["fuse-check", "{models}:value"], "is a int"),
+        (["fuse-check", "{models}:broken"], "KeyError"),
+        (["fuse-check", "{models}:linear", "--size", "16"], "mat1 and mat2"),
+        (["fuse-check", "{models}:net", "--dtype", "fp8"], "expected one of fp32"),
+        (["fuse-check", "{models}:net", "--backend", "cudnn"], "--backend"),
+        (["fuse-check", "{models}:net", "--device", "toaster"], "--device"),
+        (["demo", "--batch", "1,0"], "--batch"),
+        (["demo", "--seconds", "nan"], "--seconds"),
+        (["demo", "--output", "no/such/folder/demo.png"], "no folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.format(models=models) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("fused-resnet: error: ")
+    assert says in lines[0]
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("demo", "info", "fuse-check"))
+    assert main(["--version"]) == 0
+    assert "fused-resnet" in capsys.readouterr().out
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole tour on a small network, with the picture where matplotlib is there."""
+    picture = tmp_path / "demo.png"
+    arguments = ["--model", "resnet18", "--size", "32", "--batch", "1,2", "--seconds", "0.01", "--device", "cpu"]
+    assert main(["demo", *arguments, "--output", str(picture)]) == 0
+    captured = capsys.readouterr()
+    rows = [line.split() for line in captured.out.splitlines()]
+    ran = {row[0]: row[-3:] for row in rows if row and row[0].startswith(("stem", "layer"))}
+    assert ran["stem"] == ["4", "2", "2"]
+    assert ran["layer1"] == ["14", "4", "4"]
+    assert ran["layer2"] == ["16", "5", "5"]
+    fused = [row for row in rows if row[:1] == ["fused"]]
+    assert float(fused[0][-1]) < 1e-5  # outputs
+    training = [row for row in rows if row[1:3] == ["statistics", "fused"]]
+    assert [float(row[-1]) < 1e-9 for row in training] == [True, True]  # gradients in fp64
+    assert "measured on this CPU" in captured.out
+    assert "timing batch 2" in captured.err
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "no picture" in captured.out
+    else:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def _python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def test_runs_from_a_checkout_without_torchvision(tmp_path: Path) -> None:
+    """``python -m fused_resnet`` needs no install; without torchvision and matplotlib the demo takes our own plain model."""
+    code = (
+        "import sys; sys.modules['torchvision'] = sys.modules['matplotlib'] = None\n"
+        "from fused_resnet.cli import main\n"
+        "sys.exit(main('demo --model resnet18 --size 32 --batch 1 --seconds 0.01 --device cpu'.split()))"
+    )
+    result = _python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "fused_resnet.plain resnet18" in result.stdout
+    assert "no picture: matplotlib is not installed" in result.stdout
+    result = _python("-m", "fused_resnet", "info", "resnet9000", cwd=tmp_path)
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = "import sys, fused_resnet.cli; print(*{'torchvision', 'matplotlib', 'triton', 'sympy'} & set(sys.modules))"
+    before = "import sys, torch; print(*{'torchvision', 'matplotlib', 'triton', 'sympy'} & set(sys.modules))"
+    assert _python("-c", code, cwd=tmp_path).stdout == _python("-c", before, cwd=tmp_path).stdout
+
+
+def test_models_of_others_are_left_as_they_are(models: Path) -> None:
+    """fuse-check works on a copy: a model kept in a module is still eager, with its statistics filled at most."""
+    from fused_resnet.cli import fuse_check
+
+    model = fuse_check.load(f"{models}:ready")
+    assert isinstance(model, nn.Sequential)
+    assert not any(isinstance(module, blocks.Fused) for module in model.modules())
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 4)

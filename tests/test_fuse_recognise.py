@@ -1,0 +1,226 @@
+"""What fuse recognises, what it leaves alone and why: blocks of others, Sequentials of every order, shared modules."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from nets import copies, launches, randomise
+from tolerances import CLOSE, relative_error
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
+
+from fused_resnet import explain, fuse, unfuse
+
+
+class Own(BasicBlock):
+    """Somebody's block with another order."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+
+
+class Renamed(BasicBlock):
+    """Somebody's block that keeps the forward."""
+
+
+class OwnSequential(nn.Sequential):
+    """A Sequential with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
+    plain, net = copies(nn.Sequential(Own(4, 4), Renamed(4, 4)).eval())
+    fuse(net)
+    assert type(net[0]) is Own and isinstance(net[1], Renamed)
+    assert launches(net, torch.randn(1, 4, 6, 6)) == 2
+    assert relative_error(net(x := torch.randn(1, 4, 6, 6)), plain(x)) < CLOSE
+    note = explain(net, show=False).left_alone[0].note
+    assert "Own overrides the forward of BasicBlock" in note
+
+
+def test_a_forward_replaced_on_the_object_is_left_alone() -> None:
+    block = BasicBlock(4, 4).eval()
+    block.forward = lambda x: x * 3
+    net = fuse(nn.Sequential(block, BasicBlock(4, 4).eval()))
+    x = torch.rand(1, 4, 5, 5)
+    assert torch.equal(net[0](x), 3 * x)
+    assert any("forward was replaced" in row.note for row in explain(net, show=False).left_alone)
+
+
+def _with(change: str) -> nn.Module:
+    """A BasicBlock that cannot be fused, for one reason."""
+    block = randomise(BasicBlock(4, 4)).eval()
+    match change:
+        case "group norm":
+            block.bn1 = nn.GroupNorm(2, 4)
+        case "weight norm":
+            parametrizations.weight_norm(block.conv1)
+        case "old weight norm":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.weight_norm(block.conv2)
+        case "spectral norm":
+            parametrizations.spectral_norm(block.conv2)
+        case "pruned":
+            prune.random_unstructured(block.conv2, "weight", 0.5)
+        case "gelu":
+            block.relu = nn.GELU()
+        case "relu6":
+            block.relu = nn.ReLU6()
+        case "reflect":
+            block.conv1 = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False)
+        case "same, even kernel":
+            block.conv1 = nn.Conv2d(4, 4, 4, padding="same", bias=False)
+        case "subclass of a convolution":
+            block.conv1.__class__ = type(
+                "Standardised", (nn.Conv2d,), {"forward": lambda self, x: nn.Conv2d.forward(self, x) * 2}
+            )
+        case "no statistics":
+            block.bn1 = nn.BatchNorm2d(4, track_running_stats=False)
+        case "instance norm":
+            block.bn2 = nn.InstanceNorm2d(4)
+        case "average shortcut":
+            block.downsample = nn.Sequential(nn.AvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+        case "shortcut with relu":
+            block.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+        case "shortcut of its own":
+            block.downsample = nn.AvgPool2d(1)
+    return block
+
+
+REASONS = {
+    "group norm": "GroupNorm", "weight norm": "Parametrized", "old weight norm": "hook", "spectral norm": "Parametrized",
+    "pruned": "hook", "gelu": "GELU", "relu6": "ReLU6", "reflect": "reflect", "same, even kernel": "unequally",
+    "subclass of a convolution": "Standardised", "no statistics": "running statistics", "instance norm": "InstanceNorm2d",
+    "average shortcut": "shortcut", "shortcut with relu": "ReLU", "shortcut of its own": "AvgPool2d",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REASONS)
+def test_what_is_not_understood_runs_as_before_and_explain_says_why(change: str) -> None:
+    torch.manual_seed(1)
+    plain = nn.Sequential(_with(change), BasicBlock(4, 4).eval())
+    torch.manual_seed(1)  # made twice: weight_norm and pruning cannot be copied
+    fused = fuse(nn.Sequential(_with(change), BasicBlock(4, 4).eval()))
+    x = torch.randn(2, 4, 7, 7)
+    assert relative_error(fused(x), plain(x)) < CLOSE
+    assert launches(fused, x) == (3 if change in ("average shortcut", "shortcut with relu") else 2), "a part may still be fused"
+    notes = [row.note for row in explain(fused, show=False).left_alone if row.name.startswith("0")]
+    assert notes and any(REASONS[change] in note for note in notes), notes
+
+
+SEQUENTIALS = {
+    "conv bn": (lambda: [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], 1),
+    "conv bn relu": (lambda: [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(True)], 1),
+    "conv relu": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU()], 1),
+    "conv bn relu pool": (lambda: [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 2),
+    "vgg": (
+        lambda: [
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(True), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2, 2),
+            nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(True), nn.MaxPool2d(2, 2),
+        ],
+        5,
+    ),
+    "conv first alone": (lambda: [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)], 2),
+    "pool ceil mode": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], None),
+    "average pool": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2)], 1),
+    "dropout between": (lambda: [nn.Conv2d(3, 4, 3), nn.Dropout(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU()], 1),
+    "relu in front": (lambda: [nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid()], 1),
+    "bn relu conv": (lambda: [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], 1),
+    "nested": (
+        lambda: [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())],
+        2,
+    ),
+    "same padding": (lambda: [nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.ReLU()], 1),
+    "same padding, dilated": (lambda: [nn.Conv2d(3, 4, (3, 5), padding="same", dilation=2), nn.ReLU()], 1),
+    "valid padding": (lambda: [nn.Conv2d(3, 4, 3, padding="valid"), nn.ReLU()], 1),
+    "bias and bn": (lambda: [nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4), nn.ReLU()], 1),
+    "frozen bn": (lambda: [nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.ReLU()], 1),
+    "sync bn": (lambda: [nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU()], 1),
+    "bn without affine": (lambda: [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU()], 1),
+    "conv double relu": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ReLU()], 1),
+    "grouped, strided": (lambda: [nn.Conv2d(3, 6, (3, 1), (2, 1), (1, 0), (2, 1), groups=3), nn.BatchNorm2d(6)], 1),
+    "identity between": (lambda: [nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU()], None),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:fuse found no")
+@pytest.mark.parametrize("name", SEQUENTIALS)
+def test_sequentials(name: str) -> None:
+    build, expected_launches = SEQUENTIALS[name]
+    plain, fused = copies(randomise(nn.Sequential(*build())).eval())
+    fuse(fused)
+    x = torch.randn(2, 3, 13, 14)
+    assert relative_error(fused(x), plain(x)) < CLOSE
+    if expected_launches is not None:
+        assert launches(fused, x) == expected_launches
+    plain.train(), fused.train()
+    if name not in ("sync bn", "dropout between"):
+        assert relative_error(fused(x), plain(x)) < CLOSE, "in train mode"
+    with torch.no_grad():
+        first, second = x.clone(), x.clone()
+        plain.eval()(first), fused.eval()(second)
+        assert torch.equal(first, second), "writes to its input as eager does (an in-place ReLU in front), or not at all"
+
+
+def test_a_module_used_twice_in_one_sequential() -> None:
+    """One ReLU object for all is common; one convolution for all is rarer. Both run as often as they stand there."""
+    relu, conv, bn = nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    plain, fused = copies(randomise(nn.Sequential(nn.Conv2d(3, 4, 3), relu, conv, bn, relu, conv, bn, relu)).eval())
+    fuse(fused)
+    x = torch.randn(2, 3, 9, 9)
+    assert relative_error(fused(x), plain(x)) < CLOSE
+    assert launches(fused, x) == 3 == explain(fused, show=False).launches
+    plain(x).sum().backward(), fused(x).sum().backward()
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-5
+
+
+def test_a_block_used_twice_in_a_model() -> None:
+    block = randomise(BasicBlock(4, 4))
+    plain, fused = copies(nn.Sequential(block, nn.Tanh(), block).eval())
+    fuse(fused)
+    assert fused[0] is fused[2]
+    x = torch.randn(2, 4, 6, 6)
+    assert relative_error(fused(x), plain(x)) < CLOSE
+    assert launches(fused, x) == 4
+    unfuse(fused)
+    assert type(fused[0]) is BasicBlock
+
+
+def test_sequential_methods_go_on_working() -> None:
+    net = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval())
+    net.append(nn.Conv2d(4, 2, 1))
+    assert len(net) == 4 and net(torch.randn(1, 3, 5, 5)).shape == (1, 2, 3, 3)
+    assert net[:2](torch.randn(1, 3, 5, 5)).shape == (1, 4, 3, 3)
+    del net[3]
+    assert [type(m) for m in net] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+def test_a_sequential_with_its_own_forward_is_left_alone() -> None:
+    net = OwnSequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.warns(UserWarning, match="unchanged"):
+        fuse(net)
+    assert type(net) is OwnSequential
+
+
+def test_a_lone_convolution_in_a_sequential_is_left_alone() -> None:
+    with pytest.warns(UserWarning, match="unchanged"):
+        fuse(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_a_frozen_projection_and_a_bias() -> None:
+    """Projection without BatchNorm, convolutions with biases."""
+    block = BasicBlock(4, 6, 2, nn.Sequential(nn.Conv2d(4, 6, 1, 2)))
+    block.conv1 = nn.Conv2d(4, 6, 3, 2, padding=1, bias=True)
+    plain, fused = copies(randomise(block).eval())
+    fuse(fused)
+    x = torch.randn(1, 4, 7, 7)
+    assert relative_error(fused(x), plain(x)) < CLOSE
+    assert launches(fused, x) == 3
