@@ -52,8 +52,8 @@ class Layer:
     @staticmethod
     def of(fields: tuple[Any, ...]) -> Layer:
         """The layer with these :attr:`fields`."""
-        *head, eps, activation = fields
-        return Layer(*head, eps=float(eps), activation=activation)
+        values: list[Any] = [*fields[:-2], float(fields[-2]), fields[-1]]
+        return Layer(*values)
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:

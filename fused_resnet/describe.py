@@ -176,9 +176,10 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def _layer(name: str, shape: tuple[int, ...], windows: tuple[Any, ...], bias: bool, norm: tuple[Any, ...], act: str) -> Layer:
     stride, padding, dilation, groups = windows
-    return Layer(
-        name, shape[0], shape[1] * groups, (shape[2], shape[3]), stride, padding, dilation, groups, bias, *norm, activation=act
-    )
+    kernel = (shape[2], shape[3])
+    present, affine, eps = norm
+    where = (stride, padding, dilation, groups)
+    return Layer(name, shape[0], shape[1] * groups, kernel, *where, bias, present, affine, eps, act)
 
 
 def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:

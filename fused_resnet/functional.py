@@ -7,6 +7,7 @@ operators ``fused_resnet::chain`` and ``fused_resnet::chain_backward``, opaque t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
         elif torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled()):
             cast.append(tensor.to(dtype))
         else:
-            cast.append(derived(dtype, [tensor], lambda tensor=tensor: tensor.detach().to(dtype)))
+            cast.append(derived(dtype, [tensor], partial(tensor.detach().to, dtype)))
     return (x if x.dtype == torch.float64 else x.to(dtype)), cast
 
 
@@ -255,8 +256,8 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
         x, parameters = _autocast(spec, x, parameters)
     check(spec, x, parameters)
     if torch.compiler.is_compiling():  # the backend is decided when the operator runs
-        flags = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
-        return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", flags)[0]
+        wanted = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
+        return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", wanted)[0]
     name = backends.resolve(backend, x.device)
     if torch.is_grad_enabled():
         flags = _flags(spec, x, parameters)

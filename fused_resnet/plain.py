@@ -194,7 +194,7 @@ class ResNet(nn.Module):
             return
         for module in self.modules():
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2 if isinstance(module, BasicBlock) else None
-            if last is not None and last.weight is not None:
+            if last is not None and isinstance(last.weight, Tensor):
                 nn.init.constant_(last.weight, 0)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -101,8 +101,10 @@ def test_the_next_forward_sees_a_change(how: str, mode: str) -> None:
 
 
 def test_a_write_that_sampling_may_miss_is_seen_once_pytorch_counts_it() -> None:
-    """A filter's memory is looked at in places (derived.py), so one element written behind PyTorch's back may be missed; docs/swap.md
-    says how to announce such a write: any in-place operation that is counted."""
+    """One element written behind PyTorch's back may be missed, since filters are looked at in places (derived.py).
+
+    docs/swap.md says how to announce such a write: any in-place operation that is counted.
+    """
     conv = nn.Conv2d(32, 32, 3, bias=False)
     net = nn.Sequential(conv, nn.BatchNorm2d(32), nn.ReLU()).eval()
     plain, fused = copies(net)

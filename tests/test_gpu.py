@@ -12,7 +12,7 @@ from tolerances import relative_error
 
 from fused_resnet import fuse
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: graphs, allocator and synchronisation are its own")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def half_resnet() -> torch.nn.Module:

@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def small_bottleneck_net() -> nn.Module:
-    """Torchvision's ResNet with Bottlenecks, two stages' worth of everything: projection, identity, stride 2, dilation, groups."""
+    """Torchvision's ResNet with few Bottlenecks and everything in them: projection, identity, stride 2, dilation, groups."""
     return torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck,
         [2, 1, 1, 1],

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 import importlib
 import os
 from types import ModuleType
@@ -79,7 +79,7 @@ def choose(requested: str | None, device: torch.device) -> str:
     return _DEVICE_DEFAULT.get(device.type, "reference")
 
 
-@lru_cache(maxsize=None)
+@cache
 def executor(name: str) -> ModuleType:
     """The executor's module.
 

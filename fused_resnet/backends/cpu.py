@@ -7,7 +7,7 @@ channels_last.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def check_available(device: torch.device) -> None:
         raise RuntimeError(f"backend='cpu' runs on CPU tensors, got a tensor on {device}; choose 'triton' or 'reference' there")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _onednn_dtypes() -> frozenset[torch.dtype]:
     """Element types whose convolutions oneDNN computes natively on this processor."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):

@@ -7,7 +7,6 @@ front of the old one (so ``isinstance`` still holds), and goes back to the old o
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 from typing import Any, TypeVar
 import warnings
 
@@ -28,8 +27,9 @@ _OURS: dict[type[nn.Module], type[blocks.Fused]] = {
 
 
 def _rebuild(original: type[nn.Module], fused: type[blocks.Fused]) -> nn.Module:
-    kind = fused_class(original, fused)
-    return kind.__new__(kind)
+    kind: Any = fused_class(original, fused)
+    module: nn.Module = kind.__new__(kind)
+    return module
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -39,11 +39,15 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     return _rebuild, (kind.unfused_class, kind.fused_forward_class), state
 
 
-@lru_cache(maxsize=None)
-def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[blocks.Fused]:
-    """The class with ``fused``'s forward in front of ``original``."""
+_made: dict[tuple[type[nn.Module], type[blocks.Fused]], type[Any]] = {}
+
+
+def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[Any]:
+    """The class with ``fused``'s forward in front of ``original``; the same one each time."""
     if original in _OURS:
         return _OURS[original]
+    if (original, fused) in _made:
+        return _made[original, fused]
     namespace = {
         "unfused_class": original,
         "fused_forward_class": fused,
@@ -51,7 +55,7 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[bl
         "__module__": __name__,
         "__doc__": original.__doc__,
     }
-    return type(f"Fused{original.__name__}", (fused, original), namespace)
+    return _made.setdefault((original, fused), type(f"Fused{original.__name__}", (fused, original), namespace))
 
 
 def stands_for(module: blocks.Fused, child: nn.Module) -> bool:
@@ -68,7 +72,8 @@ def _swap(module: nn.Module, backend: str | None, seen: set[int]) -> None:
     fused, _ = fused_forward(module)
     if fused is not None:
         module.__class__ = fused_class(type(module), fused)
-        module.fused_backend = backend
+        swapped: Any = module
+        swapped.fused_backend = backend
     for child in module.children():
         if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
             _swap(child, backend, seen)
@@ -131,5 +136,6 @@ def unfuse(model: Model) -> Model:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
         module.__dict__.pop("fused_backend", None)
-        module.__class__ = module.unfused_class
+        kind: type[Any] = module.unfused_class
+        module.__class__ = kind
     return model
