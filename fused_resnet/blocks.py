@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional, plain
-from .describe import Parts, WeightLayer, is_activation, is_convolution, is_norm, read
+from .describe import Parts, WeightLayer, hooked, hooks_everywhere, is_activation, is_convolution, is_norm, read
 
 
 class Fused(nn.Module):
@@ -37,12 +37,15 @@ class Fused(nn.Module):
         """The chains of this module, as it is now, by name."""
         return self.chains_of(self)
 
-    def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
+    def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor], donate: bool = False) -> Tensor:
+        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none.
+
+        ``donate``: nobody else has ``x``, it may be written over.
+        """
         reading = read(parts)
         if reading.chain is None or functional.promotes(reading.chain, x):
             return unfused(x)
-        return functional.chain(x, reading.parameters, reading.chain, self.fused_backend)
+        return functional.chain(x, reading.parameters, reading.chain, self.fused_backend, donate=donate)
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -83,6 +86,26 @@ class FusedResidual(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(residual_parts(self), x, super().forward)
+
+    def consume(self, x: Tensor) -> Tensor:
+        """As ``forward``, for an ``x`` that nobody else has: the sum with the shortcut may be made in its memory."""
+        return self.run(residual_parts(self), x, super().forward, donate=True)
+
+
+class FusedStage(Fused):
+    """A Sequential of residual blocks. What one block hands to the next is nobody else's, so the next may write over it."""
+
+    @staticmethod
+    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+        return []
+
+    def forward(self, x: Tensor) -> Tensor:
+        ours = False  # whether x was made by a block of this stage, and nobody saw it
+        for block in self._modules.values():
+            private = isinstance(block, FusedResidual) and not hooked(block) and not hooks_everywhere()
+            x = block.consume(x) if ours and private else block(x)  # type: ignore[operator, misc, union-attr]
+            ours = private
+        return x
 
 
 class FusedStem(Fused):
@@ -244,7 +267,14 @@ class ConvBNReLU(FusedSequential, nn.Sequential):
             self.fused_backend = backends.check_name(backend)
 
 
+class Stage(FusedStage, nn.Sequential):
+    """The blocks of one resolution."""
+
+    unfused_class = nn.Sequential
+
+
 class ResNet(FusedResNet, plain.ResNet):
     """A ResNet with fused stem and blocks; arguments as :class:`fused_resnet.plain.ResNet`, which are torchvision's."""
 
     unfused_class = plain.ResNet
+    stage_class = Stage

@@ -93,11 +93,12 @@ class Reading:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Somebody watches or changes what goes in or out of this module."""
+    """Somebody watches or changes what goes in or out of this module (alone; see also :func:`hooks_everywhere`)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _hooks_everywhere() -> bool:
+def hooks_everywhere() -> bool:
+    """Somebody watches all modules."""
     state = nn.modules.module
     return bool(
         state._global_forward_hooks
@@ -162,7 +163,7 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
         return f"the pooling is {pool}, not a MaxPool2d in floor mode without indices"
     if structure_only:
         return None
-    if _hooks_everywhere():
+    if hooks_everywhere():
         return "a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)"
     for module in (*parts.modules, *parts.containers):
         if hooked(module):

@@ -29,13 +29,19 @@ def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
     return frozenset(slot for slot, flag in zip(("x", *chain.parameter_slots), flags, strict=True) if flag)
 
 
-def forward(chain: Chain, backend: str, x: Tensor, parameters: Sequence[Tensor], needs: frozenset[str]) -> list[Tensor]:
-    """Run a chain's forward: ``out``, then what else the backward for ``needs`` reads of the activations made."""
+def forward(
+    chain: Chain, backend: str, x: Tensor, parameters: Sequence[Tensor], needs: frozenset[str], donate: bool = False
+) -> list[Tensor]:
+    """Run a chain's forward: ``out``, then what else the backward for ``needs`` reads of the activations made.
+
+    ``donate``: nobody reads ``x`` afterwards, its memory may hold the result.
+    """
     n, _, h, w = x.shape
     slots = dict(zip(chain.parameter_slots, parameters, strict=True))
     slots["x"] = _channels_last(x)
     keep = kept_slots(chain, needs) if needs else ()
-    results = backends.execute(forward_plan(chain, n, h, w, x.dtype, keep), slots, backend)
+    plan = forward_plan(chain, n, h, w, x.dtype, keep, ("x",) if donate else ())
+    results = backends.execute(plan, slots, backend)
     return [results["out"], *(results[slot] for slot in keep)]
 
 
@@ -233,7 +239,9 @@ def promotes(spec: Chain, x: Tensor) -> bool:
     return _autocasts(x) and x.dtype != torch.get_autocast_dtype(x.device.type)
 
 
-def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
+def chain(
+    x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False
+) -> Tensor:
     """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` with running statistics, in as few launches as its plan has.
 
     Args:
@@ -242,6 +250,7 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
             Filters and biases in x's dtype, BatchNorm's vectors in x's dtype or fp32.
         spec: what to compute.
         backend: see :func:`fused_resnet.backend`.
+        donate: the caller gives ``x`` up; without gradients its memory may then hold the result.
 
     Returns:
         [N, K, P, Q] in x's dtype (autocast's where it is on), channels_last. Differentiable once.
@@ -263,4 +272,4 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
         flags = _flags(spec, x, parameters)
         if any(flags):
             return ChainFunction.apply(spec, name, flags, x, *parameters)
-    return forward(spec, name, x, parameters, frozenset())[0]
+    return forward(spec, name, x, parameters, frozenset(), donate)[0]

@@ -132,6 +132,8 @@ class ResNet(nn.Module):
         ValueError: ``replace_stride_with_dilation`` is not a sequence of three, or a block takes no such width or groups.
     """
 
+    stage_class: ClassVar[type[nn.Sequential]] = nn.Sequential
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
@@ -181,7 +183,7 @@ class ResNet(nn.Module):
             block(self.inplanes, planes, 1, None, self.groups, self.base_width, self.dilation, self._norm_layer)
             for _ in range(1, blocks)
         ]
-        return nn.Sequential(first, *rest)
+        return self.stage_class(first, *rest)
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():

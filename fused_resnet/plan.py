@@ -35,11 +35,13 @@ class Plan(HashedOnce):
         launches: what runs.
         results: slots handed back (``out``, or gradients).
         keep: further slots that stay alive (saved for the backward).
+        donated: slots read that the caller gives up: they may be written over after their last use.
     """
 
     launches: tuple[Launch, ...]
     results: tuple[str, ...]
     keep: tuple[str, ...] = ()
+    donated: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return self.hash
@@ -56,9 +58,9 @@ class Plan(HashedOnce):
 
     @cached_property
     def dead_after(self) -> tuple[frozenset[str], ...]:
-        """For each launch the slots made by this plan that nothing reads afterwards: their memory may go, or be written over."""
+        """For each launch the slots made here, or donated, that nothing reads afterwards: their memory may be written over."""
         live = {*self.results, *self.keep}
-        made = {slot for launch in self.launches for _, slot in launch.outputs}
+        made = {slot for launch in self.launches for _, slot in launch.outputs}.union(self.donated)
         dead: list[frozenset[str]] = []
         for launch in reversed(self.launches):
             read = {slot for _, slot in launch.operands}
@@ -149,7 +151,9 @@ def _output_slot(chain: Chain, index: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def forward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Plan:
+def forward_plan(
+    chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep: tuple[str, ...] = (), donated: tuple[str, ...] = ()
+) -> Plan:
     """Launches of a chain's forward with running statistics.
 
     Args:
@@ -157,6 +161,7 @@ def forward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep:
         n, h, w: images, rows and columns of the input.
         dtype: element type of activations and filters.
         keep: slots that the backward will read.
+        donated: inputs that may be written over.
 
     Raises:
         RuntimeError: a layer's output would be empty, or the shortcut does not fit.
@@ -177,7 +182,7 @@ def forward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep:
     if chain.pool is not None:
         last = sizes[chain.layers[-1].name]
         launches.append(_pool_launch(chain.pool.geometry(n, last.P, last.Q, last.K), dtype, _output_slot(chain, len(chain.layers) - 1)))
-    return Plan(tuple(launches), ("out",), keep)
+    return Plan(tuple(launches), ("out",), keep, donated)
 
 
 def _gradient_launch(

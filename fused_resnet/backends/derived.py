@@ -2,7 +2,7 @@
 
 An entry is used only while every source is the same tensor object, at the same address, with the same version counter. PyTorch
 does not count writes through ``.data`` or NumPy views, so on the CPU the sources' contents are looked at as well: vectors whole,
-filters at places spread at random, at least one in each filter and :data:`SAMPLES` in all. (On a GPU that look would stall the host; version counters decide
+filters at :data:`SAMPLES` random places spread over their memory. (On a GPU that look would stall the host; version counters decide
 there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all.)
 """
 
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+#: Values kept for one tensor (batch sizes, types); the oldest goes first.
+ENTRIES = 4
+
 #: Least number of places at which a tensor of filters is compared.
-SAMPLES = 64
+SAMPLES = 16
 
 
 @lru_cache(maxsize=512)
@@ -36,7 +39,7 @@ def _places(size: int, strata: int) -> Tensor:
 def _look(source: Tensor) -> Tensor:
     """The values of a source that are compared."""
     size = source.numel()
-    strata = max(SAMPLES, source.shape[0]) if source.dim() else 1
+    strata = SAMPLES
     dense = source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last)
     if size <= strata or not dense:
         return source
@@ -74,7 +77,7 @@ def derived(purpose: Any, sources: Sequence[Tensor], build: Callable[[], Any]) -
     """``build()``, or what it returned before if no source has changed since.
 
     Args:
-        purpose: hashable; what is derived, and from which kinds of sources. One entry is kept a purpose and first source.
+        purpose: hashable; what is derived, and from which kinds of sources. One entry is kept for each, the last :data:`ENTRIES` of them.
         sources: all tensors ``build`` reads; the entry dies with the first.
         build: makes the value, under no_grad.
     """
@@ -85,7 +88,11 @@ def derived(purpose: Any, sources: Sequence[Tensor], build: Callable[[], Any]) -
         seen = tuple(_see(source) for source in sources)
         value = build()
     with _lock:
-        _cache.setdefault(sources[0], {})[purpose] = (seen, value)
+        entries = _cache.setdefault(sources[0], {})
+        entries.pop(purpose, None)
+        while len(entries) >= ENTRIES:
+            entries.pop(next(iter(entries)))
+        entries[purpose] = (seen, value)
     return value
 
 

@@ -13,8 +13,8 @@ from math import ceil, prod
 from typing import Any
 
 import torch
-from torch import Tensor
 import triton
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import boxes, conv, epilogues, pool, prologues

@@ -37,6 +37,12 @@ def _same_forward(kind: type[Any], known: type[Any]) -> bool:
     return all(getattr(kind, name) is getattr(known, name) for name in names)
 
 
+def _is_stage(module: nn.Sequential) -> bool:
+    """Two residual blocks in a row."""
+    residual = [isinstance(child, blocks.FusedResidual) or fused_forward(child)[0] is blocks.FusedResidual for child in module]
+    return any(first and second for first, second in zip(residual, residual[1:], strict=False))
+
+
 def fused_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
     """The fused forward for a module, and why there is none where one could be expected.
 
@@ -47,10 +53,12 @@ def fused_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | N
     kind = type(module)
     if isinstance(module, nn.Sequential):
         parts = [part for _, part in blocks.segments(list(module._modules.items())) if isinstance(part, Parts)]
-        if not parts:
+        if not parts and not _is_stage(module):
             return None, None
         if kind.forward is not nn.Sequential.forward:
             return None, f"{kind.__name__} overrides Sequential's forward"
+        if not parts:
+            return blocks.FusedStage, None
         reasons = [refusal(part, structure_only=True) for part in parts]
         return (None, reasons[0]) if all(reasons) else (blocks.FusedSequential, None)
     for known, fused in _known_classes().items():

@@ -110,7 +110,6 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     Args:
         launch: of kind ``conv``.
         arch: ``sm_90``, ``gfx942`` ... or ``interpreter``.
-
         tf32: whether fp32 may be multiplied as tf32.
 
     The rule, in its order:
@@ -121,8 +120,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     2. 128 filters, fewer where there are fewer, by 128 pixels: each element loaded then takes part in 128 multiply-adds, which
        is what keeps the tensor cores busy from the L2. Half the filters for fp32, whose tiles are twice as large, and for
        grouped convolutions, where a wider tile only multiplies more zeros.
-    3. While there are fewer programs than the device has multiprocessors, halve the larger side, down to 64 pixels and 32
-       filters: the 7x7 layers at batch 1 have 49 pixels.
+    3. While there are fewer programs than the device has multiprocessors, halve the larger side, down to 32 pixels and 64
+       filters: the 7x7 layers at batch 1 have 49 pixels, and fewer than 64 rows (the filters) are no wgmma or tcgen05.
     4. The box with the least rim, see :func:`best_box`.
     5. Warps for 64 accumulators a thread, for 32 where other things want registers (fp32, addresses of flat loads, the exact
        branch of grouped tiles: all three spill otherwise). Stages as many as shared memory holds, at most 4.
@@ -150,8 +149,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     def tile() -> Tile:
         return Tile(*best_box(pixels, g), filters, channels)
 
-    while tile().programs(g) < device.programs and (pixels > 64 or filters > 32):
-        if pixels > 64 and (pixels >= filters or filters <= 32):
+    while tile().programs(g) < device.programs and (pixels > 32 or filters > 64):
+        if pixels > 32 and (pixels >= filters or filters <= 64):
             pixels //= 2
         else:
             filters //= 2
