@@ -1,8 +1,9 @@
 """Drop-in modules whose forward is one chain: ConvBNReLU, BasicBlock, Bottleneck, Stem.
 
-Each is a class of :mod:`fused_resnet.plain` (or of the model at hand, see :mod:`fused_resnet.swap`) with a fused forward in front.
-What runs is decided at each call: the chain, where :func:`fused_resnet.describe.read` finds one; else the forward of the class
-behind, in plain PyTorch (batch statistics, for now; a hook on a child). :func:`fused_resnet.explain` tells which, and why.
+Each is a class of :mod:`fused_resnet.plain` (or of the model at hand, see :mod:`fused_resnet.swap`) with a fused forward in
+front. What runs is decided at each call: the chain, where :func:`fused_resnet.describe.read` finds one; else the forward of
+the class behind, in plain PyTorch (batch statistics, for now; a hook on a child). :func:`fused_resnet.explain` tells which,
+and why.
 """
 
 from __future__ import annotations
@@ -191,8 +192,8 @@ def _one_by_one(parts: Parts) -> Callable[[Tensor], Tensor]:
 class BasicBlock(FusedResidual, plain.BasicBlock):
     """Two 3x3 weight layers and a shortcut, fused: 2 launches in eval mode, 3 with a projection.
 
-    ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``, He et al. 2016, figure 5 (left). Constructor, children and state_dict
-    are torchvision's.
+    ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``, He et al. 2016, figure 5 (left). Constructor, children and
+    state_dict are torchvision's.
 
     Args:
         inplanes, planes: channels of the input, filters of both layers.

@@ -1,8 +1,9 @@
 """A chain, described by data: the weight layers of one block, its shortcut and its pooling.
 
-A chain is ``out = pool(act(norm_L(conv_L(... act(norm_1(conv_1(x))) ...)) + shortcut(x)))`` where the normalisations, activations,
-the shortcut and the pooling may each be absent. He et al. 2016, section 3, draws the blocks; every block of a ResNet, its stem,
-and any ``Sequential`` of convolutions, BatchNorms and ReLUs is one. :mod:`fused_resnet.plan` turns a chain into launches.
+A chain is ``out = pool(act(norm_L(conv_L(... act(norm_1(conv_1(x))) ...)) + shortcut(x)))`` where the normalisations,
+activations, the shortcut and the pooling may each be absent. He et al. 2016, section 3, draws the blocks; every block of a
+ResNet, its stem, and any ``Sequential`` of convolutions, BatchNorms and ReLUs is one. :mod:`fused_resnet.plan` turns a chain
+into launches.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .launch import Geometry, HashedOnce, Pair, PoolGeometry, output_size
 class Layer:
     """One weight layer: a convolution, the BatchNorm behind it if any, and its activation.
 
-    ``norm`` says that running statistics are applied (BatchNorm in eval mode, or frozen); ``affine`` that it has gamma and beta.
-    The activation of the last layer of a chain comes after the shortcut.
+    ``norm`` says that running statistics are applied (BatchNorm in eval mode, or frozen); ``affine`` that it has gamma and
+    beta. The activation of the last layer of a chain comes after the shortcut.
     """
 
     name: str
@@ -75,9 +76,7 @@ class Layer:
     def geometry(self, n: int, h: int, w: int) -> Geometry:
         """Sizes of its convolution on ``n`` images of ``h`` x ``w`` pixels."""
         r, s = self.kernel
-        return Geometry(
-            n, h, w, self.channels, self.filters, r, s, self.stride, self.padding, self.dilation, self.groups
-        )
+        return Geometry(n, h, w, self.channels, self.filters, r, s, self.stride, self.padding, self.dilation, self.groups)
 
     def slot(self, role: str) -> str:
         """What plans call this layer's operand of that role."""
@@ -120,7 +119,7 @@ class Chain(HashedOnce):
 
     @property
     def parameter_slots(self) -> tuple[str, ...]:
-        """Slots of all parameters and buffers, in the order in which they are passed to :func:`fused_resnet.functional.chain`."""
+        """Slots of all parameters and buffers, in the order in which :func:`fused_resnet.functional.chain` takes them."""
         return (_slots if torch.compiler.is_compiling() else _cached_slots)(self)
 
     def activation_shapes(self, n: Any, h: Any, w: Any) -> dict[str, tuple[Any, Any, Any, Any]]:

@@ -194,7 +194,9 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     if norm is not None:
         affine = norm.weight is not None
         state = (True, affine, norm.eps)
-        parameters.extend((norm.weight, norm.bias, norm.running_mean, norm.running_var) if affine else (norm.running_mean, norm.running_var))
+        if affine:
+            parameters += [norm.weight, norm.bias]
+        parameters += [norm.running_mean, norm.running_var]
     activation = "identity" if layer.activation is None else _ACTIVATIONS[type(layer.activation)]
     windows = (conv.stride, _padding(conv), conv.dilation, conv.groups)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them

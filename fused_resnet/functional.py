@@ -1,7 +1,8 @@
 """A chain as a differentiable function: forward and backward run the launches of its plans through one executor.
 
-In eager mode it is an :class:`torch.autograd.Function`. Under torch.compile and torch.export the same forward and backward are the
-operators ``fused_resnet::chain`` and ``fused_resnet::chain_backward``, opaque to the compiler, with fake kernels for the shapes.
+In eager mode it is an :class:`torch.autograd.Function`. Under torch.compile and torch.export the same forward and backward are
+the operators ``fused_resnet::chain`` and ``fused_resnet::chain_backward``, opaque to the compiler, with fake kernels for the
+shapes.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def backward(
     return gradients
 
 
-def _remember(ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, parameters: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def _remember(
+    ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, parameters: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> None:
     """Save what the backward reads. PyTorch checks that none of it is written in between."""
     slots = {"x": x, **dict(zip(chain.parameter_slots, parameters, strict=True)), "out": outputs[0]}
     slots.update(zip(kept_slots(chain, needs), outputs[1:], strict=True))
@@ -179,8 +182,9 @@ def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> None:
         raise error(f"x: expected 4D input [N, C, H, W] (got {x.dim()}D input of size {list(x.shape)})")
     if x.shape[1] != first.channels:
         raise RuntimeError(
-            f"x: given groups={first.groups} and weight of size {[first.filters, first.channels // first.groups, *first.kernel]}, "
-            f"expected input of size {list(x.shape)} to have {first.channels} channels, but got {x.shape[1]} channels instead"
+            f"x: given groups={first.groups} and weight of size "
+            f"{[first.filters, first.channels // first.groups, *first.kernel]}, expected input of size {list(x.shape)} "
+            f"to have {first.channels} channels, but got {x.shape[1]} channels instead"
         )
     index = 0
     for layer in chain.weight_layers:
@@ -196,9 +200,13 @@ def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None
         )
     if role in ("w", "bias"):
         if tensor.dtype != x.dtype:
-            raise RuntimeError(f"input type ({x.dtype}) and weight type ({tensor.dtype}, {layer.slot(role)}) should be the same")
+            raise RuntimeError(
+                f"input type ({x.dtype}) and weight type ({tensor.dtype}, {layer.slot(role)}) should be the same"
+            )
     elif tensor.dtype != x.dtype and tensor.dtype != accumulation_dtype(x.dtype):
-        raise RuntimeError(f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32")
+        raise RuntimeError(
+            f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32"
+        )
     if role != "w" and tensor.shape[0] != layer.filters:
         raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
 
@@ -239,9 +247,7 @@ def promotes(spec: Chain, x: Tensor) -> bool:
     return _autocasts(x) and x.dtype != torch.get_autocast_dtype(x.device.type)
 
 
-def chain(
-    x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False
-) -> Tensor:
+def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False) -> Tensor:
     """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` with running statistics, in as few launches as its plan has.
 
     Args:
@@ -259,8 +265,9 @@ def chain(
         TypeError, ValueError, RuntimeError: as PyTorch does for the same input.
         RuntimeError: the backend cannot run here.
     """
+    # PyTorch's convolutions take one image without a batch, its BatchNorm does not.
     if isinstance(x, Tensor) and x.dim() == 3 and not any(layer.norm for layer in spec.weight_layers):
-        return chain(x.unsqueeze(0), parameters, spec, backend).squeeze(0)  # PyTorch's convolutions take one image, its BatchNorm none
+        return chain(x.unsqueeze(0), parameters, spec, backend).squeeze(0)
     if isinstance(x, Tensor) and _autocasts(x):
         x, parameters = _autocast(spec, x, parameters)
     check(spec, x, parameters)

@@ -1,8 +1,8 @@
 """The modules that the fused ones stand on: residual blocks, the stem and the whole ResNet, written with torch.nn alone.
 
 He et al. 2016 (arXiv 1512.03385), table 1 and figure 5; the stride sits on the 3x3 convolution of a Bottleneck. Children, their
-order and their initialisation are those of torchvision's models, so that a state_dict moves between the two key for key, and the
-same seed gives the same weights. :mod:`fused_resnet.blocks` puts a fused forward in front of each.
+order and their initialisation are those of torchvision's models, so that a state_dict moves between the two key for key, and
+the same seed gives the same weights. :mod:`fused_resnet.blocks` puts a fused forward in front of each.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ class ResNet(nn.Module):
         super().__init__()
         dilate = [False, False, False] if replace_stride_with_dilation is None else list(replace_stride_with_dilation)
         if len(dilate) != 3:
-            raise ValueError(f"replace_stride_with_dilation should be None or a 3-element tuple, got {replace_stride_with_dilation}")
+            raise ValueError(
+                f"replace_stride_with_dilation should be None or a 3-element tuple, got {replace_stride_with_dilation}"
+            )
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1

@@ -91,7 +91,9 @@ def _sizes(roles: list[str], geometry: Geometry, dtype: torch.dtype) -> tuple[tu
     return tuple((role, _operand_bytes(role, geometry, dtype)) for role in roles)
 
 
-def _conv(layer: Layer, geometry: Geometry, dtype: torch.dtype, x: str, y: str, shortcut: str | None, activation: str) -> Launch:
+def _conv(
+    layer: Layer, geometry: Geometry, dtype: torch.dtype, x: str, y: str, shortcut: str | None, activation: str
+) -> Launch:
     operands = [("x", x), *((role, layer.slot(role)) for role in layer.parameter_roles)]
     epilogue = layer.epilogue
     if shortcut is not None:
@@ -181,7 +183,9 @@ def forward_plan(
         launches.append(_conv(layer, sizes[layer.name], dtype, x, y, shortcut, layer.activation))
     if chain.pool is not None:
         last = sizes[chain.layers[-1].name]
-        launches.append(_pool_launch(chain.pool.geometry(n, last.P, last.Q, last.K), dtype, _output_slot(chain, len(chain.layers) - 1)))
+        launches.append(
+            _pool_launch(chain.pool.geometry(n, last.P, last.Q, last.K), dtype, _output_slot(chain, len(chain.layers) - 1))
+        )
     return Plan(tuple(launches), ("out",), keep, donated)
 
 
@@ -218,7 +222,9 @@ def _wgrad(layer: Layer, geometry: Geometry, dtype: torch.dtype, x: str, dz: str
     if contracts:
         operands += [("x", x), ("w", layer.slot("w"))]
     operands += [(role, layer.slot(role)) for role in layer.parameter_roles if role in ("bias", "gamma", "mean", "var")]
-    return _gradient_launch("wgrad", layer, geometry, dtype, operands, [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted])
+    return _gradient_launch(
+        "wgrad", layer, geometry, dtype, operands, [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted]
+    )
 
 
 def _dgrad(
@@ -230,7 +236,7 @@ def _dgrad(
     result: str,
     shortcut_gradient: str | None = None,
 ) -> Launch:
-    """Gradient of a layer's input; behind the previous layer's activation (its output's slot and activation) where there is one."""
+    """Gradient of a layer's input; behind the previous layer's activation where there is one (output's slot, activation)."""
     operands = [("dz", dz), *((role, layer.slot(role)) for role in layer.parameter_roles if role in ("w", "gamma", "var"))]
     outputs = [("dx", result)]
     activation = "identity"

@@ -5,20 +5,20 @@ An executor is a module with two functions::
     supports(launch) -> str | None        None, or why it cannot run the launch
     run(launch, operands, donated) -> Tensor | tuple[Tensor, ...]     one tensor per output of the launch, in its order
 
-and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to tensors;
-``donated`` names the roles whose memory nobody reads afterwards. A launch the chosen executor does not support goes to the
-``reference`` executor, and :func:`fused_resnet.explain` says so.
+and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to
+tensors; ``donated`` names the roles whose memory nobody reads afterwards. A launch the chosen executor does not support goes
+to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-import importlib
-import os
 from types import ModuleType
 
 import torch
@@ -91,8 +91,8 @@ def executor(name: str) -> ModuleType:
         return importlib.import_module(BACKENDS[check_name(name)])
     except ImportError as error:
         raise RuntimeError(
-            f"backend={name!r} cannot be used here: Triton is not installed or does not import ({error}). PyTorch brings it on Linux; "
-            "elsewhere choose backend='cpu' or 'reference'"
+            f"backend={name!r} cannot be used here: Triton is not installed or does not import ({error}). "
+            "PyTorch brings it on Linux; elsewhere choose backend='cpu' or 'reference'"
         ) from error
 
 

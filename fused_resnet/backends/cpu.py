@@ -1,8 +1,8 @@
 """The default without a GPU: oneDNN's convolutions with post-operations, through PyTorch's own operators.
 
 BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight cache is
-ours: :mod:`.derived`), the shortcut is added by the convolution, ReLU works in place while the tile is in the cache, activations are
-channels_last.
+ours: :mod:`.derived`), the shortcut is added by the convolution, ReLU works in place while the tile is in the cache,
+activations are channels_last.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..launch import EPILOGUES, Geometry, Launch, PoolGeometry
 from . import reference
@@ -51,7 +51,7 @@ def supports(launch: Launch) -> str | None:
 
 
 def _dilation(g: Geometry) -> tuple[int, int]:
-    """A kernel one tap wide has nothing to spread, and oneDNN crashes on some such dilations with prepacked filters (PyTorch 2.14)."""
+    """1 where a kernel is one tap wide: oneDNN crashes on some dilations of such, with prepacked filters (PyTorch 2.14)."""
     return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
 
 
@@ -66,10 +66,12 @@ def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[T
             scale, shift = reference.scale_and_shift(operands, launch.eps, torch.float32)
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, _dilation(g), g.groups, list(g.x_shape))
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, g.padding, g.stride, _dilation(g), g.groups, list(g.x_shape)
+        )
         return packed, None if shift is None else shift.detach().to(launch.dtype)
 
-    # oneDNN lays filters out differently for other batches: those packed for one image are a tenth slower for eight (2 threads).
+    # oneDNN lays filters out differently for other batches: packed for one image they are a tenth slower for eight.
     purpose = ("cpu", g.N, launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups, roles)
     return derived(purpose, [operands[role] for role in roles], build)
 
@@ -87,7 +89,7 @@ def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: fro
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *where, "none", [], "")
         if shortcut is not None:  # faster than oneDNN's sum into a third tensor (ResNet-50, batch 8: 356 against 379 ms)
             y.add_(shortcut)
-    # Not oneDNN's own ReLU: that one turns NaN into 0 (3.7 to 3.11, AVX-512), and a diverged network must be seen to have diverged.
+    # Not oneDNN's own ReLU: it turns NaN into 0 (in PyTorch 2.11 and 2.14), and a diverged network must be seen to be one.
     return y.relu_() if launch.activation == "relu" else y
 
 

@@ -1,16 +1,16 @@
 """Tensors computed from parameters (folded and prepacked filters, low-precision copies), cached and never stale.
 
 An entry is used only while every source is the same tensor object, at the same address, with the same version counter. PyTorch
-does not count writes through ``.data`` or NumPy views, so on the CPU the sources' contents are looked at as well: vectors whole,
-filters at :data:`SAMPLES` random places spread over their memory. (On a GPU that look would stall the host; version counters decide
-there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all.)
+does not count writes through ``.data`` or NumPy views, so on the CPU the sources' contents are looked at as well: vectors
+whole, filters at :data:`SAMPLES` random places spread over their memory. (On a GPU that look would stall the host; version
+counters decide there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all.)
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-import threading
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -77,7 +77,8 @@ def derived(purpose: Any, sources: Sequence[Tensor], build: Callable[[], Any]) -
     """``build()``, or what it returned before if no source has changed since.
 
     Args:
-        purpose: hashable; what is derived, and from which kinds of sources. One entry is kept for each, the last :data:`ENTRIES` of them.
+        purpose: hashable; what is derived, and from which kinds of sources. One entry is kept for each, the last
+            :data:`ENTRIES` of them.
         sources: all tensors ``build`` reads; the entry dies with the first.
         build: makes the value, under no_grad.
     """

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..launch import Geometry, Launch, PoolGeometry, accumulation_dtype
 
@@ -146,7 +146,7 @@ def _convolution_gradients(
 
 
 def dgrad(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
-    """Gradient of a layer's input: ``dgrad(scale * dz, w)``, plus the shortcut's gradient, behind the previous activation's mask."""
+    """Gradient of a layer's input: ``dgrad(scale * dz, w)``, plus the shortcut's, behind the previous activation's mask."""
     dtype = accumulation_dtype(launch.dtype)
     dz, w = operands["dz"].to(dtype), operands["w"].to(dtype)
     if "var" in operands:

@@ -23,7 +23,7 @@ class Row:
         what: the class, or the layers of the chain.
         backend: who runs it: a backend's name, or ``pytorch`` for modules run one by one.
         launches: launches of one forward.
-        eager_launches: launches of the same modules one by one (a convolution, a BatchNorm, a ReLU, an add, a pooling each count one).
+        eager_launches: launches of the same modules one by one: a convolution, a BatchNorm, a ReLU, an add, a pooling each.
         note: the launches, or why it was left alone.
     """
 
@@ -70,7 +70,7 @@ class Explanation:
         widths = [max(len(line[i]) for line in (head, *lines, total)) for i in range(5)]
         text = []
         for line in (head, *lines, total):
-            cells = [cell.rjust(w) if 3 <= i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=False))]
+            cells = [cell.rjust(w) if i >= 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=False))]
             text.append("  ".join([*cells, line[5]]).rstrip())
         return "\n".join(text)
 
@@ -116,7 +116,11 @@ def _walk(name: str, module: nn.Module, reason: str, rows: list[Row], seen: set[
             rows.append(_chain_row(place, " + ".join(layer.name for layer in parts.weight_layers), module, parts))
             seen.update(id(part) for part in parts.modules)
         reason = f"stands alone in a {module.unfused_class.__name__}"
-    elif is_convolution(module) or is_norm(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
+    elif (
+        is_convolution(module)
+        or is_norm(module)
+        or isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase))
+    ):
         rows.append(_left_alone(name, module, reason))
         return
     else:

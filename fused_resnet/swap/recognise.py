@@ -7,6 +7,7 @@ one that overrides it is not.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -40,15 +41,15 @@ def _same_forward(kind: type[Any], known: type[Any]) -> bool:
 def _is_stage(module: nn.Sequential) -> bool:
     """Two residual blocks in a row."""
     residual = [isinstance(child, blocks.FusedResidual) or fused_forward(child)[0] is blocks.FusedResidual for child in module]
-    return any(first and second for first, second in zip(residual, residual[1:], strict=False))
+    return any(first and second for first, second in pairwise(residual))
 
 
 def fused_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
     """The fused forward for a module, and why there is none where one could be expected.
 
     Returns:
-        ``(class, None)`` for a module that can be swapped, ``(None, reason)`` for one that looks like a block but is left alone,
-        ``(None, None)`` for all others.
+        ``(class, None)`` for a module that can be swapped, ``(None, reason)`` for one that looks like a block but is left
+        alone, ``(None, None)`` for all others.
     """
     kind = type(module)
     if isinstance(module, nn.Sequential):

@@ -1,14 +1,14 @@
 """fuse and unfuse: a module is swapped by changing its class.
 
-The object stays, and with it its parameters, buffers, hooks, name and place in the model. The new class has the fused forward in
-front of the old one (so ``isinstance`` still holds), and goes back to the old one by :func:`unfuse`.
+The object stays, and with it its parameters, buffers, hooks, name and place in the model. The new class has the fused forward
+in front of the old one (so ``isinstance`` still holds), and goes back to the old one by :func:`unfuse`.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
 import warnings
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -85,14 +85,14 @@ def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> M
     torchvision's ResNet family, any model that contains its blocks, and every ``Sequential`` of Conv2d, BatchNorm2d and ReLU.
     What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with the reason.
 
-    Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on working.
-    Outputs of fused blocks are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``). On a GPU, a model in that memory
-    format (``model.to(memory_format=torch.channels_last)``) saves a cached copy of its filters.
+    Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on
+    working. Outputs of fused blocks are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``). On a GPU, a
+    model in that memory format (``model.to(memory_format=torch.channels_last)``) saves a cached copy of its filters.
 
     Args:
         model: any module.
-        backend: ``"triton"``, ``"cpu"`` or ``"reference"`` for this model; None lets :func:`fused_resnet.backend`, the environment
-            variable ``FUSED_RESNET_BACKEND`` or the tensors' device decide at each call.
+        backend: ``"triton"``, ``"cpu"`` or ``"reference"`` for this model; None lets :func:`fused_resnet.backend`, the
+            environment variable ``FUSED_RESNET_BACKEND`` or the tensors' device decide at each call.
         inplace: False works on a deep copy.
 
     Returns:
