@@ -8,6 +8,7 @@ and why.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -38,15 +39,19 @@ class Fused(nn.Module):
         """The chains of this module, as it is now, by name."""
         return self.chains_of(self)
 
-    def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor], donate: bool = False) -> Tensor:
-        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none.
+    def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
+        return self.run_owned(parts, x, unfused, False)[0]
+
+    def run_owned(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor], donate: bool) -> tuple[Tensor, bool]:
+        """As :meth:`run`; also whether the result was made by a chain, so that nobody else has it.
 
         ``donate``: nobody else has ``x``, it may be written over.
         """
         reading = read(parts)
-        if reading.chain is None or functional.promotes(reading.chain, x):
-            return unfused(x)
-        return functional.chain(x, reading.parameters, reading.chain, self.fused_backend, donate=donate)
+        if reading.chain is None or functional.transformed(x) or functional.promotes(reading, x):
+            return unfused(x), False
+        return functional.chain(x, reading.parameters, reading.chain, self.fused_backend, donate=donate), True
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -88,9 +93,15 @@ class FusedResidual(Fused):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(residual_parts(self), x, super().forward)
 
-    def consume(self, x: Tensor) -> Tensor:
-        """As ``forward``, for an ``x`` that nobody else has: the sum with the shortcut may be made in its memory."""
-        return self.run(residual_parts(self), x, super().forward, donate=True)
+    def step(self, x: Tensor, donate: bool) -> tuple[Tensor, bool]:
+        """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory."""
+        return self.run_owned(residual_parts(self), x, super().forward, donate)
+
+
+def watched(block: nn.Module) -> bool:
+    """Whether a call of ``block`` does more than its class's forward: hooks, a forward of its own, a compiled one."""
+    replaced = "forward" in block.__dict__ or block._compiled_call_impl is not None
+    return replaced or hooked(block) or hooks_everywhere()
 
 
 class FusedStage(Fused):
@@ -102,10 +113,12 @@ class FusedStage(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = False  # whether x was made by a block of this stage, and nobody saw it
-        for block in self._modules.values():
-            private = isinstance(block, FusedResidual) and not hooked(block) and not hooks_everywhere()
-            x = block.consume(x) if ours and private else block(x)  # type: ignore[operator, misc, union-attr]
-            ours = private
+        blocks: Any = self._modules.values()
+        for block in blocks:
+            if isinstance(block, FusedResidual) and not watched(block):
+                x, ours = block.step(x, ours)
+            else:
+                x, ours = block(x), False
         return x
 
 
@@ -266,6 +279,11 @@ class ConvBNReLU(FusedSequential, nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(filters), *([nn.ReLU(inplace=True)] if relu else []))
         if backend is not None:
             self.fused_backend = backends.check_name(backend)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):  # a part is no ConvBNReLU
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
 
 class Stage(FusedStage, nn.Sequential):

@@ -90,6 +90,7 @@ class Reading:
     chain: Chain | None
     parameters: list[Tensor]
     reason: str | None = None
+    frozen: bool = False  # a BatchNorm is torchvision's frozen one
 
 
 def hooked(module: nn.Module) -> bool:
@@ -133,6 +134,8 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
 def _refuse_norm(name: str, norm: Any, structure_only: bool) -> str | None:
     if not is_norm(norm):
         return f"the normalisation behind {name} is a {type(norm).__name__}, not a BatchNorm2d"
+    if (norm.weight is None) != (norm.bias is None):
+        return f"the BatchNorm behind {name} has only one of weight and bias"
     if _is_frozen_norm(norm) or structure_only:
         return None
     if norm.running_mean is None:
@@ -166,6 +169,8 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     if hooks_everywhere():
         return "a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)"
     for module in (*parts.modules, *parts.containers):
+        if "forward" in module.__dict__:
+            return f"forward was replaced on its {type(module).__name__}"
         if hooked(module):
             return f"a hook looks into its {type(module).__name__}"
     return None
@@ -222,4 +227,5 @@ def read(parts: Parts) -> Reading:
     pool: Any = parts.pool
     window = None if pool is None else tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
-    return Reading(make(layers, parts.residual, projection, window), parameters)
+    frozen = any(layer.norm is not None and _is_frozen_norm(layer.norm) for layer in parts.weight_layers)
+    return Reading(make(layers, parts.residual, projection, window), parameters, frozen=frozen)

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived
 from .chain import Chain, Layer
+from .describe import Reading
 from .launch import accumulation_dtype
 from .plan import backward_plan, forward_plan, kept_slots, saved_slots
 
@@ -237,14 +239,24 @@ def _autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def promotes(spec: Chain, x: Tensor) -> bool:
-    """Whether autocast would make the shortcut's type wider than the branch's (fp32 images straight into an identity block).
+def promotes(reading: Reading, x: Tensor) -> bool:
+    """Whether autocast would make a result wider than its own type, which no launch does: such a chain runs unfused.
 
-    The sum is then in the wider type, which no launch makes: such a block runs unfused.
+    That is so where fp32 images go straight into a block with an identity shortcut, and behind torchvision's frozen BatchNorm,
+    which multiplies by fp32 buffers in plain arithmetic.
     """
-    if spec.projection is not None or not spec.residual or not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or not _autocasts(x):
         return False
-    return _autocasts(x) and x.dtype != torch.get_autocast_dtype(x.device.type)
+    spec = reading.chain
+    identity = spec is not None and spec.residual and spec.projection is None
+    return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is on, which look into operators: chains run unfused."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False) -> Tensor:

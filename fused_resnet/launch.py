@@ -123,6 +123,8 @@ class PoolGeometry:
     dilation: Pair = (1, 1)
 
     def __post_init__(self) -> None:
+        if any(2 * pad > spread * (k - 1) + 1 for pad, spread, k in zip(self.padding, self.dilation, self.kernel, strict=True)):
+            raise RuntimeError(f"padding should be at most half of the pooling's kernel {self.kernel}, got {self.padding}")
         if self.P < 1 or self.Q < 1:
             raise RuntimeError(
                 f"input of {self.H}x{self.W} is too small for max-pooling with kernel {self.kernel}, padding {self.padding} "

@@ -40,18 +40,50 @@ def test_inner_results_share_memory() -> None:
     """The point of it: from the second block on, the sum is made in the memory of the block's input."""
     fused = fuse(stage())
     seen: list[tuple[int, int]] = []
-    consume = blocks.FusedResidual.consume
+    step = blocks.FusedResidual.step
 
-    def watched(self: blocks.FusedResidual, x: Tensor) -> Tensor:
+    def watched(self: blocks.FusedResidual, x: Tensor, donate: bool) -> tuple[Tensor, bool]:
         address = x.data_ptr()
-        out = consume(self, x)
+        out, ours = step(self, x, donate)
         seen.append((address, out.data_ptr()))
-        return out
+        return out, ours
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks.FusedResidual, "consume", watched)
+        patch.setattr(blocks.FusedResidual, "step", watched)
         fused(images())
-    assert len(seen) == 3 and all(into == out for into, out in seen)
+    assert [into == out for into, out in seen] == [False, True, True, True]
+
+
+@torch.no_grad()
+def test_what_a_hook_inside_an_unfused_block_has_kept_is_not_written_over() -> None:
+    """Feature extraction: the hooked block runs unfused, and its last ReLU's output is its result."""
+    fused = fuse(stage())
+    kept: list[Tensor] = []
+    fused[0].relu.register_forward_hook(lambda module, args, output: kept.append(output))
+    fused(images())
+    first = kept[-1]
+    again: list[Tensor] = []
+    fused[1].register_forward_pre_hook(lambda module, args: again.append(args[0].clone()))
+    x = images()
+    fused(x)
+    second, copy = kept[-1], again[-1]
+    assert torch.equal(second, copy) and first.shape == second.shape
+
+
+@torch.no_grad()
+def test_a_block_whose_forward_was_replaced_is_called() -> None:
+    fused = fuse(stage())
+    calls: list[int] = []
+    for index in (1, 2):
+        original = fused[index].forward
+
+        def wrapped(x: Tensor, original: object = original, index: int = index) -> Tensor:
+            calls.append(index)
+            return original(x)  # type: ignore[operator]
+
+        fused[index].forward = wrapped  # type: ignore[method-assign]
+    fused(images())
+    assert calls == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["forward", "pre", "everywhere"])

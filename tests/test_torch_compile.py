@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from nets import CHAINS, TINY_LAUNCHES, TinyNet, chain_inputs, copies, images, plain_chain, tiny
 from tolerances import relative_error
 from torch import nn

@@ -120,7 +120,7 @@ def assign(launch: Launch, name: str) -> tuple[str, str | None]:
     return (name, None) if reason is None else ("reference", reason)
 
 
-@dataclass
+@dataclass(eq=False)
 class LaunchLog:
     """What ran while a :func:`count_launches` context was open.
 
@@ -152,7 +152,7 @@ def count_launches() -> Iterator[LaunchLog]:
 
 def record_kernel(name: str) -> None:
     """An executor started a Triton kernel."""
-    for log in _logs:
+    for log in tuple(_logs):
         log.kernels.append(name)
 
 
@@ -161,7 +161,8 @@ def _program(plan: Plan, name: str) -> tuple[tuple[Launch, str, ModuleType, froz
     steps = []
     for launch, dead in zip(plan.launches, plan.dead_after, strict=True):
         runner, _ = assign(launch, name)
-        donated = frozenset(role for role, slot in launch.operands if slot in dead)
+        read = [slot for _, slot in launch.operands]  # what is read under two roles cannot be written over under one
+        donated = frozenset(role for role, slot in launch.operands if slot in dead and read.count(slot) == 1)
         steps.append((launch, runner, executor(runner), donated, dead))
     return tuple(steps)
 
@@ -180,7 +181,7 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
     slots = dict(tensors)
     for launch, runner, module, donated, dead in _program(plan, name):
         outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated)
-        for log in _logs:
+        for log in tuple(_logs):
             log.launches.append((runner, launch))
         for slot in dead:
             del slots[slot]

@@ -7,7 +7,7 @@ activations are channels_last.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,15 @@ def _dilation(g: Geometry) -> tuple[int, int]:
     return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
 
 
+@lru_cache(maxsize=4096)
+def _purpose(launch: Launch) -> str:
+    """What folded filters depend on besides the tensors. (Text, whose hash is computed once.)"""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
+    return repr(("cpu", g.N == 1, launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups, sorted(launch.roles)))
+
+
 def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Filters times scale, prepacked, and the shift. Folded in fp32, rounded once."""
     w = operands["w"]
@@ -71,9 +80,7 @@ def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[T
         )
         return packed, None if shift is None else shift.detach().to(launch.dtype)
 
-    # oneDNN lays filters out differently for other batches: packed for one image they are a tenth slower for eight.
-    purpose = ("cpu", g.N, launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups, roles)
-    return derived(purpose, [operands[role] for role in roles], build)
+    return derived(_purpose(launch), [operands[role] for role in roles], build)
 
 
 def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:

@@ -81,6 +81,11 @@ def relu(z: Tensor) -> Tensor:
     return torch.relu(z)
 
 
+def bn_relu(x: Tensor, operands: Operands) -> Tensor:
+    return torch.relu(x * operands["scale"].to(x.dtype).view(1, -1, 1, 1) + operands["shift"].to(x.dtype).view(1, -1, 1, 1))
+
+
+PROLOGUES: dict[str, Callable[[Tensor, Operands], Tensor]] = {"identity": lambda x, operands: x, "bn_relu": bn_relu}
 EPILOGUES: dict[str, Callable[[Tensor, Operands, float], Tensor]] = {
     function.__name__: function for function in (store, bias, affine, add, bias_add, affine_add)
 }
@@ -97,11 +102,12 @@ def activation_backward(gradient: Tensor, output: Tensor, activation: str) -> Te
 
 
 def conv(launch: Launch, operands: Operands) -> Tensor:
-    """``activation(epilogue(x * w))``."""
+    """``activation(epilogue(prologue(x) * w))``. The padding is of what the prologue gives."""
     g = launch.geometry
     assert isinstance(g, Geometry)
     dtype = accumulation_dtype(launch.dtype)
-    acc = F.conv2d(operands["x"].to(dtype), operands["w"].to(dtype), None, g.stride, g.padding, g.dilation, g.groups)
+    x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
+    acc = F.conv2d(x, operands["w"].to(dtype), None, g.stride, g.padding, g.dilation, g.groups)
     z = EPILOGUES[launch.epilogue](acc, operands, launch.eps)
     return ACTIVATIONS[launch.activation](z).to(launch.dtype)
 

@@ -1,0 +1,132 @@
+"""What people do to modules besides calling them: transforms, wrappers, odd BatchNorms, slices, nested logs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import copies, images, randomise, tiny
+from tolerances import relative_error
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torchvision.ops import FrozenBatchNorm2d
+
+import fused_resnet
+from fused_resnet import count_launches, explain, fuse
+from fused_resnet.chain import Chain, Layer
+from fused_resnet.functional import chain
+from fused_resnet.launch import PoolGeometry
+
+CLOSE = 1e-5
+
+
+def test_forward_mode_and_jvp_see_the_tangent() -> None:
+    plain, fused = copies(tiny())
+    fuse(fused).requires_grad_(False)
+    plain.requires_grad_(False)
+    x, tangent = images(), images()
+    for run in (lambda model: torch.func.jvp(model, (x,), (tangent,))[1], lambda model: dual(model, x, tangent)):
+        assert relative_error(run(fused), run(plain)) < 1e-4
+
+
+def dual(model: nn.Module, x: Tensor, tangent: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+
+
+def test_torch_func_grad_and_vmap() -> None:
+    plain, fused = copies(tiny())
+    fuse(fused)
+    x = images()
+    first, second = (torch.func.grad(lambda x, model=model: model(x).square().sum())(x) for model in (plain, fused))
+    assert relative_error(second, first) < 1e-4
+    many = torch.stack([images(), images()])
+    assert relative_error(torch.vmap(fused)(many), torch.vmap(plain)(many)) < CLOSE
+
+
+def test_gradients_after_a_warm_up_in_inference_mode_under_autocast() -> None:
+    plain, fused = copies(tiny())
+    fuse(fused).requires_grad_(False)
+    plain.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            fused(images())
+        x = images().requires_grad_()
+        fused(x).float().square().sum().backward()
+        y = x.detach().clone().requires_grad_()
+        plain(y).float().square().sum().backward()
+    # Two bf16 programs round a ReLU's input to either side of zero: single elements differ, the direction does not.
+    assert torch.cosine_similarity(x.grad.flatten(), y.grad.flatten(), 0) > 0.95
+
+
+def test_a_batchnorm_with_a_weight_and_no_bias() -> None:
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    net[1].bias = None
+    plain, fused = copies(net)
+    with pytest.warns(UserWarning, match="found no"):
+        fuse(fused)
+    assert relative_error(fused(images()), plain(images())) >= 0
+    assert "only one of weight and bias" in explain(fused, show=False).left_alone[0].note
+
+
+def test_frozen_batchnorm_under_autocast_keeps_eagers_type() -> None:
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.ReLU())).eval()
+    plain, fused = copies(net)
+    fuse(fused)
+    x = images()
+    with torch.no_grad():
+        assert relative_error(fused(x), plain(x)) < CLOSE
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, actual = plain(x), fused(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert relative_error(actual, expected) < CLOSE
+
+
+def test_a_forward_replaced_on_a_convolution_is_called() -> None:
+    net = fuse(tiny())
+    conv, calls = net.basic.conv1, []
+    original = conv.forward
+    conv.forward = lambda x: (calls.append(1), original(x))[1]
+    net(images())
+    assert calls == [1]
+    assert "forward was replaced" in next(row.note for row in explain(net, show=False).rows if row.name == "basic")
+
+
+def test_nested_logs_are_their_own() -> None:
+    net = fuse(tiny())
+    with torch.no_grad(), count_launches() as outer:
+        with count_launches() as inner:
+            pass
+        net(images())
+    assert len(inner) == 0 and len(outer) == 8
+
+
+def test_a_slice_of_conv_bn_relu_is_a_sequential() -> None:
+    block = fused_resnet.ConvBNReLU(3, 8).eval()
+    assert type(block[:2]) is nn.Sequential and block[0] is block[:2][0]
+
+
+def test_a_slot_read_twice_is_not_written_over() -> None:
+    """One weight layer with an identity shortcut: x is the convolution's input and the summand."""
+    spec = Chain((Layer("conv1", 4, 4, (3, 3), padding=(1, 1), activation="relu"),), residual=True)
+    x = torch.randn(2, 4, 7, 9).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(4, 4, 3, 3)
+    expected = torch.relu(torch.conv2d(x, w, padding=1) + x)
+    with torch.no_grad():
+        assert relative_error(chain(x.clone(memory_format=torch.channels_last), [w], spec, donate=True), expected) < CLOSE
+
+
+def test_filters_shared_by_two_batchnorms_are_folded_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_resnet.backends import cpu
+
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    net = fuse(randomise(nn.Sequential(conv, nn.BatchNorm2d(3), nn.ReLU(), conv, nn.BatchNorm2d(3), nn.ReLU())).eval())
+    with torch.no_grad():
+        net(images())
+        monkeypatch.setattr(cpu.reference, "scale_and_shift", lambda *a: pytest.fail("folded again"))
+        net(images())
+
+
+def test_pooling_padded_by_more_than_half_its_kernel_is_pytorchs_error() -> None:
+    with pytest.raises(RuntimeError, match="at most half"):
+        PoolGeometry(1, 8, 8, 3, (2, 2), (2, 2), (2, 2))
+    PoolGeometry(1, 8, 8, 3, (3, 3), (2, 2), (1, 1))
