@@ -91,8 +91,8 @@ def best_box(pixels: int, g: Geometry) -> tuple[int, int, int]:
     def cost(box: tuple[int, int, int]) -> tuple[float, int]:
         images, rows, columns = box
         covered = ceil(g.N / images) * images * ceil(g.P / rows) * rows * ceil(g.Q / columns) * columns
-        height = (rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
-        width = (columns - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1
+        height = min((rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1, rows * g.R)  # a strided 1x1 skips rows
+        width = min((columns - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1, columns * g.S)
         halo = height * width / (rows * columns * prod(g.stride))
         return covered / (g.N * g.P * g.Q) + halo / 8, -columns
 
