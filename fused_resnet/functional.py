@@ -224,7 +224,7 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
             cast.append(tensor.to(dtype))
         else:
             cast.append(derived(dtype, [tensor], partial(tensor.detach().to, dtype)))
-    return (x if x.dtype == torch.float64 else x.to(dtype)), cast
+    return (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x), cast
 
 
 def _flags(spec: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[bool, ...]:

@@ -130,3 +130,13 @@ def test_pooling_padded_by_more_than_half_its_kernel_is_pytorchs_error() -> None
     with pytest.raises(RuntimeError, match="at most half"):
         PoolGeometry(1, 8, 8, 3, (2, 2), (2, 2), (2, 2))
     PoolGeometry(1, 8, 8, 3, (3, 3), (2, 2), (1, 1))
+
+
+def test_integer_images_under_autocast_are_pytorchs_error() -> None:
+    plain, fused = copies(tiny())
+    fuse(fused)
+    x = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        for model in (plain, fused):
+            with pytest.raises(RuntimeError):
+                model(x)
