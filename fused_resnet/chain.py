@@ -8,7 +8,6 @@ into launches.
 
 from __future__ import annotations
 
-from ast import literal_eval
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,20 +40,20 @@ class Layer:
     activation: str = "identity"
 
     @property
-    def fields(self) -> tuple[Any, ...]:
-        """All attributes, in the order of the constructor, eps as text.
-
-        Written out, since torch.compile traces it; there eps may be symbolic, and only its formatting makes it a constant.
-        """
-        windows = (self.kernel, self.stride, self.padding, self.dilation, self.groups)
-        norm = (self.bias, self.norm, self.affine, f"{self.eps}")
-        return (self.name, self.filters, self.channels, *windows, *norm, self.activation)
+    def token(self) -> str:
+        """The layer in one line of text. See :attr:`Chain.token`."""
+        sizes = (self.filters, self.channels, *self.kernel, *self.stride, *self.padding, *self.dilation, self.groups)
+        numbers = ",".join([f"{size}" for size in sizes])
+        return f"{numbers};{self.bias};{self.norm};{self.affine};{float(self.eps).hex()};{self.activation};{self.name}"
 
     @staticmethod
-    def of(fields: tuple[Any, ...]) -> Layer:
-        """The layer with these :attr:`fields`."""
-        values: list[Any] = [*fields[:-2], float(fields[-2]), fields[-1]]
-        return Layer(*values)
+    def parse(token: str) -> Layer:
+        """The layer that a :attr:`token` stands for."""
+        numbers, bias, norm, affine, eps, activation, name = token.split(";", 6)
+        filters, channels, *windows, groups = [int(number) for number in numbers.split(",")]
+        kernel, stride, padding, dilation = zip(windows[::2], windows[1::2], strict=True)
+        flags = (bias == "True", norm == "True", affine == "True")
+        return Layer(name, filters, channels, kernel, stride, padding, dilation, groups, *flags, float.fromhex(eps), activation)
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:
@@ -137,21 +136,28 @@ class Chain(HashedOnce):
 
     @property
     def token(self) -> str:
-        """The chain as text; :meth:`parse` reads it back. Operators seen by torch.compile carry it."""
-        projection = None if self.projection is None else self.projection.fields
-        pool = None if self.pool is None else (self.pool.kernel, self.pool.stride, self.pool.padding, self.pool.dilation)
-        return repr((tuple([layer.fields for layer in self.layers]), self.residual, projection, pool))
+        """The chain as text; :meth:`parse` reads it back. Operators seen by torch.compile carry it.
+
+        Put together from single numbers, since torch.compile traces this. It may hold eps to be symbolic, which its hexadecimal
+        form makes a constant in all PyTorch versions (repr, JSON and plain formatting do not).
+        """
+        pool = self.pool
+        windows = () if pool is None else (*pool.kernel, *pool.stride, *pool.padding, *pool.dilation)
+        lines = [",".join([f"{size}" for size in windows]), f"{self.residual}"]
+        lines.append("" if self.projection is None else self.projection.token)
+        return "\n".join([*lines, *[layer.token for layer in self.layers]])
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(token: str) -> Chain:
         """The chain that a :attr:`token` stands for."""
-        layers, residual, projection, pool = literal_eval(token)
+        pool, residual, projection, *layers = token.split("\n")
+        sizes = [int(size) for size in pool.split(",")] if pool else []
         return Chain(
-            tuple(Layer.of(fields) for fields in layers),
-            residual,
-            None if projection is None else Layer.of(projection),
-            None if pool is None else Pool(*pool),
+            tuple(Layer.parse(layer) for layer in layers),
+            residual == "True",
+            Layer.parse(projection) if projection else None,
+            Pool(*zip(sizes[::2], sizes[1::2], strict=True)) if sizes else None,
         )
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,16 @@ def compiled(target: str, *names: str) -> list[dict[str, Any]]:
     return list(json.loads(process.stdout))
 
 
+def stack_of_descriptors(target: str, tma_loads: int) -> int:
+    """Bytes of stack that are no spill: on sm_120 Triton 3.6 gives every kernel with descriptors 8, whatever its registers."""
+    old = tuple(int(part) for part in metadata.version("triton").split(".")[:2]) < (3, 7)
+    return 8 if old and target == "sm_120" and tma_loads else 0
+
+
 def check(target: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         case = result["case"]
-        assert result["spills"] == 0, result
+        assert result["spills"] == stack_of_descriptors(target, result["tma"]), result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
         products = case not in ("depthwise", "max-pool") and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
         assert (result["tensor_core"] > 0) == products, result
