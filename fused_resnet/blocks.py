@@ -49,7 +49,7 @@ class Fused(nn.Module):
         ``donate``: nobody else has ``x``, it may be written over.
         """
         reading = read(parts)
-        if reading.chain is None or functional.transformed(x) or functional.promotes(reading, x):
+        if reading.chain is None or functional.transformed() or functional.promotes(reading, x):
             return unfused(x), False
         return functional.chain(x, reading.parameters, reading.chain, self.fused_backend, donate=donate), True
 

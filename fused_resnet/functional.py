@@ -252,7 +252,7 @@ def promotes(reading: Reading, x: Tensor) -> bool:
     return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))
 
 
-def transformed(x: Tensor) -> bool:
+def transformed() -> bool:
     """Whether forward-mode differentiation or a torch.func transform is on, which look into operators: chains run unfused."""
     if torch.compiler.is_compiling():
         return False

@@ -24,7 +24,7 @@ def test_table_of_a_fused_model() -> None:
     # conv, bn, relu, pool; 2 (conv, bn, relu) + conv, bn + add; 3 (conv, bn, relu) + add
     assert [row.eager_launches for row in told.rows] == [4, 9, 10]
     text = str(told)
-    assert text.splitlines()[-1].split() == ["total", "8", "23"]
+    assert text.splitlines()[-2].split() == ["total", "8", "23"]
     assert "affine_add" in text and "max_pool" in text
 
 
@@ -116,3 +116,16 @@ def test_nothing_to_say() -> None:
 def test_explain_needs_no_weights() -> None:
     with torch.device("meta"):
         assert explain(fused_resnet.resnet50().eval(), show=False).launches == 54
+
+
+def test_the_backward_is_told_too() -> None:
+    """Its launches run in the reference executor, whatever the backend; nothing falls back silently."""
+    net = fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval())
+    explanation = explain(net, show=False)
+    with count_launches() as log:
+        out = net(torch.randn(1, 3, 9, 9, requires_grad=True))
+        forward = len(log)
+        out.sum().backward()
+    assert explanation.rows[0].backward == (("reference", len(log) - forward),) == (("reference", 3),)
+    assert "3 launches on reference" in str(explanation)
+    assert "backward" not in str(explain(net.train(), show=False))

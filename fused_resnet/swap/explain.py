@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from .. import backends, blocks
 from ..describe import Parts, is_convolution, is_norm, read
-from ..plan import forward_plan, nominal_size
+from ..plan import backward_plan, forward_plan, nominal_size
 from .recognise import fused_forward
 from .replace import stands_for
 
@@ -25,6 +26,7 @@ class Row:
         launches: launches of one forward.
         eager_launches: launches of the same modules one by one: a convolution, a BatchNorm, a ReLU, an add, a pooling each.
         note: the launches, or why it was left alone.
+        backward: ``(backend, launches)`` pairs of the backward with all gradients; empty where PyTorch's autograd does it.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Row:
     launches: int
     eager_launches: int
     note: str
+    backward: tuple[tuple[str, int], ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -72,6 +75,12 @@ class Explanation:
         for line in (head, *lines, total):
             cells = [cell.rjust(w) if i >= 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=False))]
             text.append("  ".join([*cells, line[5]]).rstrip())
+        backward: Counter[str] = Counter()
+        for row in self.rows:
+            backward.update(dict(row.backward))
+        if backward:
+            runs = ", ".join(f"{count} launches on {name}" for name, count in sorted(backward.items()))
+            text.append(f"backward of the fused rows, if all gradients are wanted: {runs}")
         return "\n".join(text)
 
 
@@ -99,7 +108,10 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     for launch in plan.launches:
         runner, reason = backends.assign(launch, chosen)
         notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
-    return Row(name, what, chosen, len(plan.launches), eager, "; ".join(notes))
+    gradients = frozenset(("x", *(slot for slot in reading.chain.parameter_slots if not slot.endswith((".mean", ".var")))))
+    backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
+    runners = Counter(backends.assign(launch, chosen)[0] for launch in backward.launches)
+    return Row(name, what, chosen, len(plan.launches), eager, "; ".join(notes), tuple(sorted(runners.items())))
 
 
 def _left_alone(name: str, module: nn.Module, reason: str) -> Row:
