@@ -1,8 +1,8 @@
 """The default without a GPU: oneDNN's convolutions, prepacked and folded, through PyTorch's own operators.
 
 BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight cache is
-ours: :mod:`.derived`), the shortcut is added by the convolution, ReLU works in place while the tile is in the cache,
-activations are channels_last. Why so: docs/decisions/007-relu-and-sums-on-the-cpu.md.
+ours: :mod:`.derived`). The shortcut is added by the convolution where it may be written over, else by ``add_``; ReLU works in
+place; activations are channels_last. Why so: docs/decisions/007-relu-and-sums-on-the-cpu.md.
 """
 
 from __future__ import annotations
