@@ -14,15 +14,26 @@ from typing import Any
 
 import torch
 
-from .launch import Geometry, HashedOnce, Pair, PoolGeometry, output_size
+from .launch import Geometry, HashedOnce, Pair, PoolGeometry, accumulation_dtype, output_size
+
+#: Roles of what a training forward updates in place.
+UPDATED = ("running_mean", "running_var", "batches")
+#: Roles of the tensors that never get gradients.
+BUFFERS = ("mean", "var", *UPDATED)
 
 
 @dataclass(frozen=True)
 class Layer:
     """One weight layer: a convolution, the BatchNorm behind it if any, and its activation.
 
-    ``norm`` says that running statistics are applied (BatchNorm in eval mode, or frozen); ``affine`` that it has gamma and
-    beta. The activation of the last layer of a chain comes after the shortcut.
+    The activation of the last layer of a chain comes after the shortcut.
+
+    Attributes:
+        norm: there is a BatchNorm; ``affine``: it has gamma and beta.
+        batch: it normalises by the batch's statistics (training mode, or no running ones), else by given ones (eval, frozen).
+        tracked: running statistics are updated; ``counted``: so is the number of batches.
+        momentum: of the update; None is the cumulative average.
+        group: name of the process group that shares the batch (SyncBatchNorm), or empty.
     """
 
     name: str
@@ -38,22 +49,32 @@ class Layer:
     affine: bool = False
     eps: float = 0.0
     activation: str = "identity"
+    batch: bool = False
+    tracked: bool = False
+    counted: bool = False
+    momentum: float | None = 0.0
+    group: str = ""
 
     @property
     def token(self) -> str:
         """The layer in one line of text. See :attr:`Chain.token`."""
         sizes = (self.filters, self.channels, *self.kernel, *self.stride, *self.padding, *self.dilation, self.groups)
         numbers = ",".join([f"{size}" for size in sizes])
-        return f"{numbers};{self.bias};{self.norm};{self.affine};{float(self.eps).hex()};{self.activation};{self.name}"
+        flags = f"{self.bias};{self.norm};{self.affine};{self.batch};{self.tracked};{self.counted}"
+        momentum = "" if self.momentum is None else float(self.momentum).hex()
+        return f"{numbers};{flags};{float(self.eps).hex()};{momentum};{self.activation};{self.group};{self.name}"
 
     @staticmethod
     def parse(token: str) -> Layer:
         """The layer that a :attr:`token` stands for."""
-        numbers, bias, norm, affine, eps, activation, name = token.split(";", 6)
+        numbers, *flags, eps, momentum, activation, group, name = token.split(";", 11)
         filters, channels, *windows, groups = [int(number) for number in numbers.split(",")]
         kernel, stride, padding, dilation = zip(windows[::2], windows[1::2], strict=True)
-        flags = (bias == "True", norm == "True", affine == "True")
-        return Layer(name, filters, channels, kernel, stride, padding, dilation, groups, *flags, float.fromhex(eps), activation)
+        bias, norm, affine, batch, tracked, counted = [flag == "True" for flag in flags]
+        factor = float.fromhex(momentum) if momentum else None
+        windows = (kernel, stride, padding, dilation, groups)
+        statistics = (batch, tracked, counted, factor, group)
+        return Layer(name, filters, channels, *windows, bias, norm, affine, float.fromhex(eps), activation, *statistics)
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:
@@ -63,14 +84,18 @@ class Layer:
             roles.append("bias")
         if self.affine:
             roles += ["gamma", "beta"]
-        if self.norm:
+        if self.norm and not self.batch:
             roles += ["mean", "var"]
+        if self.tracked:
+            roles += ["running_mean", "running_var"]
+        if self.counted:
+            roles.append("batches")
         return tuple(roles)
 
     @property
     def epilogue(self) -> str:
         """The epilogue without a shortcut (a key of :data:`fused_resnet.launch.EPILOGUES`)."""
-        return "affine" if self.norm else "bias" if self.bias else "store"
+        return "stats" if self.batch else "affine" if self.norm else "bias" if self.bias else "store"
 
     def geometry(self, n: int, h: int, w: int) -> Geometry:
         """Sizes of its convolution on ``n`` images of ``h`` x ``w`` pixels."""
@@ -100,13 +125,15 @@ class Pool:
 class Chain(HashedOnce):
     """Weight layers in a row, with an optional shortcut around them and an optional pooling behind.
 
-    ``residual`` without a ``projection`` is the identity shortcut.
+    ``residual`` without a ``projection`` is the identity shortcut. ``memory`` is what training keeps for the backward:
+    ``default``, or ``low``, which computes the last convolution and the projection again.
     """
 
     layers: tuple[Layer, ...]
     residual: bool = False
     projection: Layer | None = None
     pool: Pool | None = None
+    memory: str = "default"
 
     def __hash__(self) -> int:
         return self.hash
@@ -121,18 +148,64 @@ class Chain(HashedOnce):
         """Slots of all parameters and buffers, in the order in which :func:`fused_resnet.functional.chain` takes them."""
         return (_slots if torch.compiler.is_compiling() else _cached_slots)(self)
 
-    def activation_shapes(self, n: Any, h: Any, w: Any) -> dict[str, tuple[Any, Any, Any, Any]]:
-        """Logical shapes of ``out`` and of the activations in front of it, by slot; also for symbolic sizes."""
-        shapes = {}
-        windows: list[tuple[Layer | Pool, int]] = [(layer, layer.filters) for layer in self.layers]
+    @property
+    def buffer_slots(self) -> tuple[str, ...]:
+        """Slots of the running statistics that a forward updates, part of :attr:`parameter_slots`."""
+        return tuple([layer.slot(role) for layer in self.weight_layers for role in layer.parameter_roles if role in UPDATED])
+
+    @property
+    def batch(self) -> bool:
+        """Whether any BatchNorm normalises by the batch's statistics."""
+        return any(layer.batch for layer in self.weight_layers)
+
+    @property
+    def normalised_late(self) -> bool:
+        """Whether the last sum is a launch of its own (``bn_add_relu``), since statistics must be known first."""
+        side = self.projection is not None and self.projection.batch
+        return side or (self.layers[-1].batch and (self.pool is None or self.residual))
+
+    @property
+    def normalised_in_pool(self) -> bool:
+        """Whether the pooling applies the last BatchNorm on load."""
+        return self.pool is not None and self.layers[-1].batch and not self.normalised_late
+
+    def output_slot(self, index: int) -> str:
+        """What plans call what the convolution of ``layers[index]`` writes: ``a`` behind the activation, ``y`` in front."""
+        last = index == len(self.layers) - 1
+        if self.layers[index].batch or (last and self.normalised_late):
+            return f"y{index + 1}"
+        return "out" if last and self.pool is None else f"a{index + 1}"
+
+    @property
+    def pooled_slot(self) -> str:
+        """What the pooling reads."""
+        return f"a{len(self.layers)}" if self.normalised_late else self.output_slot(len(self.layers) - 1)
+
+    def made(self, n: Any, h: Any, w: Any, dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+        """Logical shape and type of all that a forward may hand to the backward, by slot; also for symbolic sizes."""
+
+        def behind(window: Layer | Pool, rows: Any, columns: Any) -> tuple[Any, Any]:
+            sizes = zip((rows, columns), window.kernel, window.stride, window.padding, window.dilation, strict=True)
+            return tuple(output_size(*size) for size in sizes)  # type: ignore[return-value]
+
+        slots: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {}
+        for layer in self.weight_layers:
+            roles = ("batch_mean", "invstd") if layer.batch else ()
+            slots.update({layer.slot(role): ((layer.filters,), accumulation_dtype(dtype)) for role in roles})
+            if layer.group:
+                slots[layer.slot("count")] = ((1,), accumulation_dtype(dtype))
+        if self.projection is not None:
+            slots["yd"] = ((n, self.projection.filters, *behind(self.projection, h, w)), dtype)
+        for index, layer in enumerate(self.layers):
+            h, w = behind(layer, h, w)
+            slots[self.output_slot(index)] = ((n, layer.filters, h, w), dtype)
+        filters = self.layers[-1].filters
         if self.pool is not None:
-            windows.append((self.pool, self.layers[-1].filters))
-        for index, (window, filters) in enumerate(windows):
-            h = output_size(h, window.kernel[0], window.stride[0], window.padding[0], window.dilation[0])
-            w = output_size(w, window.kernel[1], window.stride[1], window.padding[1], window.dilation[1])
-            shapes[f"a{index + 1}"] = (n, filters, h, w)
-        shapes["out"] = shapes.pop(f"a{len(windows)}")
-        return shapes
+            slots[self.pooled_slot] = ((n, filters, h, w), dtype)
+            h, w = behind(self.pool, h, w)
+            slots["indices"] = ((n, filters, h, w), torch.uint8)
+        slots["out"] = ((n, filters, h, w), dtype)
+        return slots
 
     @property
     def token(self) -> str:
@@ -143,7 +216,7 @@ class Chain(HashedOnce):
         """
         pool = self.pool
         windows = () if pool is None else (*pool.kernel, *pool.stride, *pool.padding, *pool.dilation)
-        lines = [",".join([f"{size}" for size in windows]), f"{self.residual}"]
+        lines = [",".join([f"{size}" for size in windows]), f"{self.residual}", self.memory]
         lines.append("" if self.projection is None else self.projection.token)
         return "\n".join([*lines, *[layer.token for layer in self.layers]])
 
@@ -151,13 +224,14 @@ class Chain(HashedOnce):
     @lru_cache(maxsize=4096)
     def parse(token: str) -> Chain:
         """The chain that a :attr:`token` stands for."""
-        pool, residual, projection, *layers = token.split("\n")
+        pool, residual, memory, projection, *layers = token.split("\n")
         sizes = [int(size) for size in pool.split(",")] if pool else []
         return Chain(
             tuple(Layer.parse(layer) for layer in layers),
             residual == "True",
             Layer.parse(projection) if projection else None,
             Pool(*zip(sizes[::2], sizes[1::2], strict=True)) if sizes else None,
+            memory,
         )
 
 

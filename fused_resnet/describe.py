@@ -131,17 +131,11 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
     return None
 
 
-def _refuse_norm(name: str, norm: Any, structure_only: bool) -> str | None:
+def _refuse_norm(name: str, norm: Any) -> str | None:
     if not is_norm(norm):
         return f"the normalisation behind {name} is a {type(norm).__name__}, not a BatchNorm2d"
     if (norm.weight is None) != (norm.bias is None):
         return f"the BatchNorm behind {name} has only one of weight and bias"
-    if _is_frozen_norm(norm) or structure_only:
-        return None
-    if norm.running_mean is None:
-        return f"the BatchNorm behind {name} has no running statistics"
-    if norm.training:
-        return f"the BatchNorm behind {name} is in training mode (batch statistics)"
     return None
 
 
@@ -149,14 +143,14 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     """Why these modules cannot run as one chain now, or None.
 
     Args:
-        structure_only: leave out what may be different at the next call: training mode, hooks.
+        structure_only: leave out what may be different at the next call: hooks.
     """
     if parts.reason is not None:
         return parts.reason
     for layer in parts.weight_layers:
         reason = _refuse_convolution(layer.name, layer.conv)
         if reason is None and layer.norm is not None:
-            reason = _refuse_norm(layer.name, layer.norm, structure_only)
+            reason = _refuse_norm(layer.name, layer.norm)
         if reason is None and layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
             reason = f"the activation behind {layer.name} is a {type(layer.activation).__name__}, not a ReLU"
         if reason is not None:
@@ -180,28 +174,56 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+#: ``(present, affine, eps, batch, tracked, counted, momentum, group)`` of no BatchNorm.
+_NO_NORM: tuple[Any, ...] = (False, False, 0.0, False, False, False, 0.0, "")
+
+
 def _layer(name: str, shape: tuple[int, ...], windows: tuple[Any, ...], bias: bool, norm: tuple[Any, ...], act: str) -> Layer:
     stride, padding, dilation, groups = windows
     kernel = (shape[2], shape[3])
-    present, affine, eps = norm
+    present, affine, eps, *statistics = norm
     where = (stride, padding, dilation, groups)
-    return Layer(name, shape[0], shape[1] * groups, kernel, *where, bias, present, affine, eps, act)
+    return Layer(name, shape[0], shape[1] * groups, kernel, *where, bias, present, affine, eps, act, *statistics)
+
+
+def _sync_group(norm: Any) -> str:
+    """Name of the process group that shares the batch of a SyncBatchNorm; empty where PyTorch would not share it either."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return ""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
+
+
+def _read_norm(norm: Any, parameters: list[Tensor]) -> tuple[Any, ...]:
+    """What a layer is told of its BatchNorm. Its tensors go behind ``parameters``."""
+    if norm is None:
+        return _NO_NORM
+    affine = norm.weight is not None
+    if affine:
+        parameters += [norm.weight, norm.bias]
+    batch = not _is_frozen_norm(norm) and (norm.training or norm.running_mean is None)
+    if not batch:
+        parameters += [norm.running_mean, norm.running_var]
+        return (True, affine, norm.eps, *_NO_NORM[3:])
+    tracked = norm.training and norm.track_running_stats and norm.running_mean is not None
+    counted = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
+    if tracked:
+        parameters += [norm.running_mean, norm.running_var]
+    if counted:
+        parameters.append(norm.num_batches_tracked)
+    momentum = norm.momentum if counted or norm.momentum is not None else 0.0
+    return (True, affine, norm.eps, True, tracked, counted, momentum, _sync_group(norm))
 
 
 def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     conv: Any = layer.conv
-    norm: Any = layer.norm
     weight, bias = conv.weight, conv.bias
     parameters.append(weight)
     if bias is not None:
         parameters.append(bias)
-    state: tuple[Any, ...] = (False, False, 0.0)
-    if norm is not None:
-        affine = norm.weight is not None
-        state = (True, affine, norm.eps)
-        if affine:
-            parameters += [norm.weight, norm.bias]
-        parameters += [norm.running_mean, norm.running_var]
+    state = _read_norm(layer.norm, parameters)
     activation = "identity" if layer.activation is None else _ACTIVATIONS[type(layer.activation)]
     windows = (conv.stride, _padding(conv), conv.dilation, conv.groups)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived
-from .chain import Chain, Layer
+from .chain import BUFFERS, Chain, Layer
 from .describe import Reading
 from .launch import accumulation_dtype
 from .plan import backward_plan, forward_plan, kept_slots, saved_slots
@@ -77,7 +77,7 @@ def _remember(
 ) -> None:
     """Save what the backward reads. PyTorch checks that none of it is written in between."""
     slots = {"x": x, **dict(zip(chain.parameter_slots, parameters, strict=True)), "out": outputs[0]}
-    slots.update(zip(kept_slots(chain, needs), outputs[1:], strict=True))
+    slots.update(zip(kept_slots(chain, needs), outputs[1:], strict=False))  # the operator hands on running statistics as well
     ctx.save_for_backward(*(slots[slot] for slot in saved_slots(chain, needs)))
     ctx.chain, ctx.needs = chain, needs
     ctx.size = (x.shape[0], x.shape[2], x.shape[3])
@@ -107,23 +107,34 @@ class ChainFunction(torch.autograd.Function):
         return (None, None, None, *_spread(ctx.chain, ctx.needs, gradients))
 
 
-def _empty(shape: Sequence[Any], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
 
 
 @torch.library.custom_op("fused_resnet::chain", mutates_args=())
 def _chain_op(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
+    """``out``, what the backward reads of what was made, and the running statistics as they are afterwards.
+
+    The compiler wants functions: this one updates copies, and the caller writes them back (:func:`chain`).
+    """
     spec = Chain.parse(chain)
-    return forward(spec, backends.resolve(backend or None, x.device), x, parameters, _needs(spec, flags))
+    updated = set(spec.buffer_slots)
+    given = [
+        tensor.clone() if slot in updated else tensor for slot, tensor in zip(spec.parameter_slots, parameters, strict=True)
+    ]
+    outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, _needs(spec, flags))
+    return [*outputs, *(tensor for slot, tensor in zip(spec.parameter_slots, given, strict=True) if slot in updated)]
 
 
 @_chain_op.register_fake
 def _(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
     spec = Chain.parse(chain)
-    shapes = spec.activation_shapes(x.shape[0], x.shape[2], x.shape[3])
+    made = spec.made(x.shape[0], x.shape[2], x.shape[3], x.dtype)
     needs = _needs(spec, flags)
     slots = ("out", *(kept_slots(spec, needs) if needs else ()))
-    return [_empty(shapes[slot], x) for slot in slots]
+    buffers = dict(zip(spec.parameter_slots, parameters, strict=True))
+    return [*(_empty(*made[slot], x) for slot in slots), *(torch.empty_like(buffers[slot]) for slot in spec.buffer_slots)]
 
 
 @torch.library.custom_op("fused_resnet::chain_backward", mutates_args=())
@@ -140,11 +151,11 @@ def _(
 ) -> list[Tensor]:
     spec = Chain.parse(chain)
     n, h, w = size
-    gradients = [_empty((n, spec.layers[0].channels, h, w), dout)] if flags[0] else []
+    gradients = [_empty((n, spec.layers[0].channels, h, w), dout.dtype, dout)] if flags[0] else []
     roles = [(layer, role) for layer in spec.weight_layers for role in layer.parameter_roles]
     for (layer, role), flag in zip(roles, flags[1:], strict=True):
         if flag and role == "w":
-            gradients.append(_empty((layer.filters, layer.channels // layer.groups, *layer.kernel), dout))
+            gradients.append(_empty((layer.filters, layer.channels // layer.groups, *layer.kernel), dout.dtype, dout))
         elif flag:
             gradients.append(dout.new_empty((layer.filters,), dtype=accumulation_dtype(dout.dtype)))
     return gradients
@@ -205,11 +216,11 @@ def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None
             raise RuntimeError(
                 f"input type ({x.dtype}) and weight type ({tensor.dtype}, {layer.slot(role)}) should be the same"
             )
-    elif tensor.dtype != x.dtype and tensor.dtype != accumulation_dtype(x.dtype):
+    elif role != "batches" and tensor.dtype != x.dtype and tensor.dtype != accumulation_dtype(x.dtype):
         raise RuntimeError(
             f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32"
         )
-    if role != "w" and tensor.shape[0] != layer.filters:
+    if role not in ("w", "batches") and tensor.shape[0] != layer.filters:
         raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
 
 
@@ -230,7 +241,7 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
 def _flags(spec: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[bool, ...]:
     """Which of x and the parameters get gradients; running statistics never do, as in PyTorch."""
     roles = [role for layer in spec.weight_layers for role in layer.parameter_roles]
-    wanted = [tensor.requires_grad and role not in ("mean", "var") for role, tensor in zip(roles, parameters, strict=True)]
+    wanted = [tensor.requires_grad and role not in BUFFERS for role, tensor in zip(roles, parameters, strict=True)]
     return (x.requires_grad, *wanted)
 
 
@@ -259,8 +270,21 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _write_back(spec: Chain, parameters: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Running statistics, the last of the operator's outputs, into their buffers."""
+    buffers = spec.buffer_slots
+    if not buffers:
+        return
+    slots = dict(zip(spec.parameter_slots, parameters, strict=True))
+    with torch.no_grad():
+        for slot, value in zip(buffers, outputs[-len(buffers) :], strict=True):
+            slots[slot].copy_(value)
+
+
 def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False) -> Tensor:
-    """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` with running statistics, in as few launches as its plan has.
+    """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` in as few launches as its plan has.
+
+    Running statistics that the chain tracks are updated in place.
 
     Args:
         x: [N, C, H, W], fp32, fp16, bf16 or fp64; any memory format, channels_last saves a copy.
@@ -285,7 +309,9 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
     check(spec, x, parameters)
     if torch.compiler.is_compiling():  # the backend is decided when the operator runs
         wanted = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
-        return torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", wanted)[0]
+        outputs = torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", wanted)
+        _write_back(spec, parameters, outputs)
+        return outputs[0]
     name = backends.resolve(backend, x.device)
     if torch.is_grad_enabled():
         flags = _flags(spec, x, parameters)

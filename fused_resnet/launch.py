@@ -157,9 +157,18 @@ class PoolGeometry:
         return 0
 
 
-#: Epilogue -> the roles of the operands it reads besides the accumulator. Per filter unless the role is ``shortcut``
-#: (a tensor of the output's shape). ``affine`` is BatchNorm with given statistics:
-#: ``gamma * (acc + bias - mean) / sqrt(var + eps) + beta``; ``bias``, ``gamma`` and ``beta`` may be absent there.
+#: Prologue of a ``conv``, ``wgrad`` or ``max_pool`` -> the roles of the vectors [C] it reads besides ``x``. ``bn`` is BatchNorm
+#: with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``; gamma and beta may be absent.
+PROLOGUES: dict[str, tuple[str, ...]] = {
+    "identity": (),
+    "bn": ("x_mean", "x_invstd", "x_gamma", "x_beta"),
+    "bn_relu": ("x_mean", "x_invstd", "x_gamma", "x_beta"),
+}
+
+#: Epilogue of a ``conv`` -> the roles of the operands it reads besides the accumulator. Per filter unless the role is
+#: ``shortcut`` (a tensor of the output's shape) or ``batches`` (one number). ``affine`` is BatchNorm with given statistics:
+#: ``gamma * (acc + bias - mean) / sqrt(var + eps) + beta``; ``bias``, ``gamma`` and ``beta`` may be absent there. ``stats``
+#: stores ``y = acc + bias``, makes the statistics of the stored y, and updates the running ones in place, where present.
 EPILOGUES: dict[str, tuple[str, ...]] = {
     "store": (),
     "bias": ("bias",),
@@ -167,6 +176,25 @@ EPILOGUES: dict[str, tuple[str, ...]] = {
     "add": ("shortcut",),
     "bias_add": ("bias", "shortcut"),
     "affine_add": ("gamma", "beta", "mean", "var", "bias", "shortcut"),
+    "stats": ("bias", "running_mean", "running_var", "batches"),
+}
+
+#: How the gradient ``dy`` of a convolution's output follows from ``dz``, the gradient behind its BatchNorm -> roles read for it.
+#: ``scale`` (given statistics): ``gamma / sqrt(var + eps) * dz``. ``bn_backward`` (the batch's), with m values a channel:
+#: ``gamma * invstd * (dz - sum / m - (y - mean) * invstd * dot / m)``. gamma may be absent; ``count`` is m where ranks share it.
+GRADIENTS: dict[str, tuple[str, ...]] = {
+    "identity": (),
+    "scale": ("gamma", "var"),
+    "bn_backward": ("y", "mean", "invstd", "gamma", "sum", "dot", "count"),
+}
+
+#: Epilogue of a ``dgrad`` -> roles read. ``mask`` and ``bn_mask`` end in front of the previous layer's activation, from its
+#: output ``a_previous`` or from its convolution's output ``x`` and the batch's statistics; both make the sum over the pixels,
+#: ``bn_mask`` also ``dot``, the sum of ``dx * (x - x_mean) * x_invstd``.
+DGRAD_EPILOGUES: dict[str, tuple[str, ...]] = {
+    "store": ("dshortcut",),
+    "mask": ("a_previous",),
+    "bn_mask": ("x", "x_mean", "x_invstd", "x_gamma", "x_beta"),
 }
 
 #: Functions applied last, after the shortcut. Each is a two-line twin in the reference executor and in the kernels.
@@ -178,15 +206,20 @@ class Launch(HashedOnce):
     """One kernel launch.
 
     Attributes:
-        kind: ``conv``, ``max_pool``, and for the backward of frozen statistics ``act_backward``, ``dgrad``, ``wgrad``.
+        kind: ``conv``; ``bn_add_relu`` and ``max_pool`` behind it; ``bn_add_relu_backward``, ``max_pool_backward``, ``dgrad``,
+            ``wgrad`` for gradients; ``sync_statistics``, ``sync_sums`` between the ranks of a SyncBatchNorm.
         layer: name of the weight layer it belongs to, for people and for tuning tables.
         geometry: sizes of the convolution (or pooling) the launch is about; for dgrad and wgrad those of the forward.
         dtype: element type of activations and filters. Accumulation is always in fp32 (fp64 for fp64).
         operands: ``(role, slot)`` pairs: what the launch calls the tensor, what the plan calls it.
         outputs: ``(role, slot)`` pairs of what it writes.
-        epilogue: key of :data:`EPILOGUES` (``conv`` only).
-        activation: one of :data:`ACTIVATIONS`.
+        prologue: key of :data:`PROLOGUES`, applied to ``x``.
+        gradient: key of :data:`GRADIENTS`, applied to ``dz``.
+        epilogue: key of :data:`EPILOGUES` (``conv``) or :data:`DGRAD_EPILOGUES` (``dgrad``).
+        activation: one of :data:`ACTIVATIONS`; of a dgrad, that of the layer in front of it.
         eps: BatchNorm's, where an epilogue or the backward needs it.
+        momentum: BatchNorm's; None is the cumulative average.
+        group: name of the process group of a SyncBatchNorm.
     """
 
     kind: str
@@ -196,9 +229,12 @@ class Launch(HashedOnce):
     operands: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     prologue: str = "identity"
+    gradient: str = "identity"
     epilogue: str = "store"
     activation: str = "identity"
     eps: float = 0.0
+    momentum: float | None = 0.0
+    group: str = ""
     #: Bytes of each operand and output by role, each counted once (the algorithmic traffic).
     sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 
@@ -213,7 +249,7 @@ class Launch(HashedOnce):
     @property
     def flops(self) -> int:
         """Floating-point operations of the contraction (epilogues are not counted)."""
-        return 0 if self.kind == "act_backward" else self.geometry.flops
+        return self.geometry.flops if self.kind in ("conv", "dgrad", "wgrad") else 0
 
     @property
     def bytes(self) -> int:
@@ -222,6 +258,9 @@ class Launch(HashedOnce):
 
     def __str__(self) -> str:
         ends = [self.kind]
+        for end in (self.prologue, self.gradient):
+            if end != "identity":
+                ends.insert(0, end)
         if self.epilogue != "store":
             ends.append(self.epilogue)
         if self.activation != "identity":

@@ -1,30 +1,35 @@
 """Chain -> launches, as data: what runs, in which order, what is kept for the backward.
 
-Forward of a chain with running statistics (design: docs/fusion.md)::
+Forward of a layer with given statistics, and of one with the batch's (design: docs/fusion.md, docs/training.md)::
 
-    a_l = act(affine_l(conv_l(a_(l-1))))                     one launch a layer, epilogue affine
-    d   = affine_d(conv_d(x))                                the projection, if any: its own launch
-    out = act(affine_L(conv_L(a_(L-1))) + shortcut)          the shortcut is added in conv_L's epilogue
+    a_l = act(affine_l(conv_l(a_(l-1))))                     one launch, epilogue affine
+    y_l = conv_l(act(bn_(l-1)(y_(l-1))))                     one launch, prologue bn_relu, epilogue stats: a_l is never written
+    out = act(affine_L(conv_L(a_(L-1))) + shortcut)          the shortcut is added in conv_L's epilogue,
+    out = act(bn_L(y_L) + shortcut)                          or, where statistics must be known first, by bn_add_relu
 
-Backward, given ``dout`` (``dz_l`` is the gradient behind the activation's mask)::
+Backward, given ``dout`` (``dz_l`` is the gradient behind the activation's mask, ``dy_l`` that behind the BatchNorm)::
 
-    dz_L, sum_L  = act_backward(dout, out)
-    dw_l, ...    = wgrad(dz_l, a_(l-1))                      dgamma needs no conv output: see docs/fusion.md
-    dz_(l-1)     = dgrad(scale_l * dz_l, w_l) * act'(a_(l-1))
-    dx           = dgrad(scale_1 * dz_1, w_1) + shortcut's gradient
+    dz_L, sums   = bn_add_relu_backward(dout, out, y_L)
+    dw_l         = wgrad(dy_l, a_(l-1))                      dy_l from dz_l, a_(l-1) from y_(l-1), both on load
+    dz_(l-1)     = dgrad(dy_l, w_l) * act'                   and its sums, in the epilogue
+    dx           = dgrad(dy_1, w_1) + shortcut's gradient
 
 What is kept for the backward is not written down anywhere: it is what the backward's launches read and do not make.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 
-from .chain import Chain, Layer
+from .chain import BUFFERS, UPDATED, Chain, Layer
 from .launch import Geometry, HashedOnce, Launch, PoolGeometry, tensor_bytes
+
+#: ``(role, slot)``: what a launch calls a tensor, what the plan calls it.
+Named = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Plan(HashedOnce):
         results: slots handed back (``out``, or gradients).
         keep: further slots that stay alive (saved for the backward).
         donated: slots read that the caller gives up: they may be written over after their last use.
+        aliases: ``(result, slot)``: results that are what a launch calls otherwise (dbeta is the sum of dz).
     """
 
     launches: tuple[Launch, ...]
     results: tuple[str, ...]
     keep: tuple[str, ...] = ()
     donated: tuple[str, ...] = ()
+    aliases: tuple[Named, ...] = ()
 
     def __hash__(self) -> int:
         return self.hash
@@ -59,7 +66,7 @@ class Plan(HashedOnce):
     @cached_property
     def dead_after(self) -> tuple[frozenset[str], ...]:
         """For each launch the slots made here, or donated, that nothing reads afterwards: their memory may be written over."""
-        live = {*self.results, *self.keep}
+        live = {*self.results, *self.keep, *(slot for _, slot in self.aliases)}
         made = {slot for launch in self.launches for _, slot in launch.outputs}.union(self.donated)
         dead: list[frozenset[str]] = []
         for launch in reversed(self.launches):
@@ -74,43 +81,85 @@ class Plan(HashedOnce):
         return tuple(dict.fromkeys(slot for launch in self.launches for _, slot in launch.operands if slot not in made))
 
 
-def _operand_bytes(role: str, geometry: Geometry, dtype: torch.dtype) -> int:
-    """Bytes of a convolution's operand or result by its role. Per-filter vectors are counted in fp32."""
-    if role in ("x", "dx", "da", "a_previous"):
+_LIKE_INPUT = frozenset(("x", "dx", "a_previous", "dshortcut"))
+_LIKE_OUTPUT = frozenset(("y", "shortcut", "dz", "out", "dout", "dy"))
+
+
+def _operand_bytes(role: str, geometry: Geometry | PoolGeometry, dtype: torch.dtype) -> int:
+    """Bytes of an operand or result by its role. Per-filter and per-channel vectors are counted in fp32."""
+    if role in _LIKE_INPUT:
         return tensor_bytes(geometry.x_shape, dtype)
-    if role in ("w", "dw"):
-        return tensor_bytes(geometry.w_shape, dtype)
-    if role in ("y", "shortcut", "dz", "out", "dout"):
+    if role in _LIKE_OUTPUT:
         return tensor_bytes(geometry.y_shape, dtype)
-    if role == "dshortcut":
-        return tensor_bytes(geometry.x_shape, dtype)
-    return tensor_bytes((geometry.C if role == "sum_previous" else geometry.K,), torch.float32)
+    if role == "indices":
+        return tensor_bytes(geometry.y_shape, torch.uint8)
+    if role in ("batches", "count"):
+        return 8
+    if role in ("w", "dw") and isinstance(geometry, Geometry):
+        return tensor_bytes(geometry.w_shape, dtype)
+    of_input = role.startswith("x_") or role.endswith("_previous")
+    return tensor_bytes((geometry.x_shape[1] if of_input else geometry.y_shape[1],), torch.float32)
 
 
-def _sizes(roles: list[str], geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    return tuple((role, _operand_bytes(role, geometry, dtype)) for role in roles)
-
-
-def _conv(
-    layer: Layer, geometry: Geometry, dtype: torch.dtype, x: str, y: str, shortcut: str | None, activation: str
+def _launch(
+    kind: str,
+    name: str,
+    geometry: Geometry | PoolGeometry,
+    dtype: torch.dtype,
+    operands: Sequence[Named],
+    outputs: Sequence[Named],
+    *,
+    prologue: str = "identity",
+    gradient: str = "identity",
+    epilogue: str = "store",
+    activation: str = "identity",
+    eps: float = 0.0,
+    momentum: float | None = 0.0,
+    group: str = "",
 ) -> Launch:
-    operands = [("x", x), *((role, layer.slot(role)) for role in layer.parameter_roles)]
-    epilogue = layer.epilogue
-    if shortcut is not None:
-        operands.append(("shortcut", shortcut))
-        epilogue = "add" if epilogue == "store" else f"{epilogue}_add"
-    return Launch(
-        "conv",
-        layer.name,
-        geometry,
-        dtype,
-        tuple(operands),
-        (("y", y),),
-        epilogue=epilogue,
-        activation=activation,
-        eps=layer.eps,
-        sizes=_sizes([*(role for role, _ in operands), "y"], geometry, dtype),
-    )
+    sizes = tuple((role, _operand_bytes(role, geometry, dtype)) for role, _ in (*operands, *outputs))
+    ends = (prologue, gradient, epilogue, activation, eps, momentum, group, sizes)
+    return Launch(kind, name, geometry, dtype, tuple(operands), tuple(outputs), *ends)
+
+
+# --------------------------------------------------------------------------------------------------- what launches read
+
+
+def _parameters(layer: Layer, *roles: str) -> list[Named]:
+    """Those of a layer's parameters and buffers that have one of the ``roles``."""
+    return [(role, layer.slot(role)) for role in layer.parameter_roles if role in roles]
+
+
+def _statistics(layer: Layer, prefix: str) -> list[Named]:
+    """The four vectors of BatchNorm with the batch's statistics."""
+    named = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd")), *_parameters(layer, "gamma", "beta")]
+    return [(prefix + role, slot) for role, slot in named]
+
+
+def _normalisation(layer: Layer) -> str:
+    """The prologue that makes a layer's activation from its convolution's output."""
+    return "bn_relu" if layer.activation == "relu" else "bn"
+
+
+@dataclass(frozen=True)
+class _Input:
+    """How a launch reads the input of ``chain.layers[index]``: the slot, and what is applied to it on load."""
+
+    slot: str
+    prologue: str = "identity"
+    vectors: tuple[Named, ...] = ()
+
+    @staticmethod
+    def of(chain: Chain, index: int) -> _Input:
+        if index == 0:
+            return _Input("x")
+        before = chain.layers[index - 1]
+        slot = chain.output_slot(index - 1)
+        return _Input(slot, _normalisation(before), tuple(_statistics(before, "x_"))) if before.batch else _Input(slot)
+
+    @property
+    def operands(self) -> list[Named]:
+        return [("x", self.slot), *self.vectors]
 
 
 def _geometries(chain: Chain, n: int, h: int, w: int) -> dict[str, Geometry]:
@@ -125,8 +174,15 @@ def _geometries(chain: Chain, n: int, h: int, w: int) -> dict[str, Geometry]:
     return sizes
 
 
-def _check_shortcut(chain: Chain, sizes: dict[str, Geometry]) -> None:
-    """Raise where the shortcut does not fit: PyTorch would broadcast, or raise a RuntimeError as well."""
+def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
+    """Raise where the shortcut does not fit (PyTorch would broadcast, or raise as well), or a batch has no variance."""
+    for layer in chain.weight_layers:
+        shape = sizes[layer.name].y_shape
+        if layer.batch and not layer.group and shape[0] * shape[2] * shape[3] == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} "
+                f"in the BatchNorm behind {layer.name}"
+            )
     if not chain.residual:
         return
     side = sizes[chain.layers[0].name].x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
@@ -138,25 +194,68 @@ def _check_shortcut(chain: Chain, sizes: dict[str, Geometry]) -> None:
         )
 
 
-def _pool_launch(geometry: PoolGeometry, dtype: torch.dtype, x: str) -> Launch:
-    sizes = (("x", tensor_bytes(geometry.x_shape, dtype)), ("y", tensor_bytes(geometry.y_shape, dtype)))
-    return Launch("max_pool", "pool", geometry, dtype, (("x", x),), (("y", "out"),), sizes=sizes)
+# --------------------------------------------------------------------------------------------------------------- forward
 
 
-def _input_slot(index: int) -> str:
-    return "x" if index == 0 else f"a{index}"
+def _conv(
+    layer: Layer, geometry: Geometry, dtype: torch.dtype, x: _Input, y: str, shortcut: str | None = None, act: str = "identity"
+) -> list[Launch]:
+    """A convolution; behind it, where ranks share the batch, the exchange of their statistics."""
+    operands = [*x.operands, *((role, layer.slot(role)) for role in layer.parameter_roles if not layer.batch or role == "w")]
+    epilogue = layer.epilogue
+    if shortcut is not None:
+        operands.append(("shortcut", shortcut))
+        epilogue = "add" if epilogue == "store" else f"{epilogue}_add"
+    if not layer.batch:
+        how = {"prologue": x.prologue, "epilogue": epilogue, "activation": act, "eps": layer.eps}
+        return [_launch("conv", layer.name, geometry, dtype, operands, [("y", y)], **how)]  # type: ignore[arg-type]
+    operands += _parameters(layer, "bias")
+    running = _parameters(layer, *UPDATED)
+    made = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd"))]
+    ends = {"eps": layer.eps, "momentum": layer.momentum}
+    if not layer.group:
+        outputs = [("y", y), *made]
+        ends |= {"prologue": x.prologue, "epilogue": "stats"}
+        return [_launch("conv", layer.name, geometry, dtype, [*operands, *running], outputs, **ends)]  # type: ignore[arg-type]
+    local = [("mean", layer.slot("local_mean")), ("var", layer.slot("local_var"))]
+    conv = _launch(
+        "conv", layer.name, geometry, dtype, operands, [("y", y), *local], prologue=x.prologue, epilogue="stats", eps=layer.eps
+    )
+    outputs = [*made, ("count", layer.slot("count"))]
+    ends |= {"group": layer.group}
+    sync = _launch("sync_statistics", layer.name, geometry, dtype, [*local, *running], outputs, **ends)  # type: ignore[arg-type]
+    return [conv, sync]
 
 
-def _output_slot(chain: Chain, index: int) -> str:
-    last = index == len(chain.layers) - 1 and chain.pool is None
-    return "out" if last else f"a{index + 1}"
+def _bn_add_relu(chain: Chain, geometry: Geometry, dtype: torch.dtype, out: str) -> Launch:
+    last, side = chain.layers[-1], chain.projection
+    operands = [("y", chain.output_slot(len(chain.layers) - 1))]
+    if last.batch:
+        operands += _statistics(last, "")
+    if chain.residual:
+        operands.append(("shortcut", "x" if side is None else "yd"))
+        if side is not None and side.batch:
+            operands += _statistics(side, "shortcut_")
+    return _launch("bn_add_relu", last.name, geometry, dtype, operands, [("out", out)], activation=last.activation)
+
+
+def _max_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
+    assert chain.pool is not None
+    layer = chain.layers[-1]
+    geometry = chain.pool.geometry(last.N, last.P, last.Q, last.K)
+    operands, outputs, prologue = [("x", chain.pooled_slot)], [("y", "out")], "identity"
+    if chain.normalised_in_pool:
+        prologue = _normalisation(layer)
+        operands += _statistics(layer, "x_")
+        outputs.append(("indices", "indices"))
+    return _launch("max_pool", "pool", geometry, dtype, operands, outputs, prologue=prologue)
 
 
 @lru_cache(maxsize=4096)
 def forward_plan(
     chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep: tuple[str, ...] = (), donated: tuple[str, ...] = ()
 ) -> Plan:
-    """Launches of a chain's forward with running statistics.
+    """Launches of a chain's forward.
 
     Args:
         chain: what to compute.
@@ -167,91 +266,162 @@ def forward_plan(
 
     Raises:
         RuntimeError: a layer's output would be empty, or the shortcut does not fit.
+        ValueError: a BatchNorm in training has one value a channel.
     """
     sizes = _geometries(chain, n, h, w)
-    _check_shortcut(chain, sizes)
-    launches = []
+    _check(chain, sizes)
+    launches: list[Launch] = []
+    side = chain.projection
     for index, layer in enumerate(chain.layers):
         shortcut = None
-        if chain.residual and index == len(chain.layers) - 1:
-            shortcut = "x"
-            if chain.projection is not None:
-                shortcut = "shortcut"
-                side = chain.projection
-                launches.append(_conv(side, sizes[side.name], dtype, "x", shortcut, None, side.activation))
-        x, y = _input_slot(index), _output_slot(chain, index)
-        launches.append(_conv(layer, sizes[layer.name], dtype, x, y, shortcut, layer.activation))
-    if chain.pool is not None:
-        last = sizes[chain.layers[-1].name]
-        launches.append(
-            _pool_launch(chain.pool.geometry(n, last.P, last.Q, last.K), dtype, _output_slot(chain, len(chain.layers) - 1))
+        late = index == len(chain.layers) - 1 and chain.normalised_late
+        if index == len(chain.layers) - 1 and chain.residual:
+            shortcut = None if late else "x" if side is None else "yd"
+            if side is not None:
+                launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd", None, side.activation)
+        activation = "identity" if late or layer.batch else layer.activation
+        launches += _conv(
+            layer, sizes[layer.name], dtype, _Input.of(chain, index), chain.output_slot(index), shortcut, activation
         )
+    last = sizes[chain.layers[-1].name]
+    if chain.normalised_late:
+        launches.append(_bn_add_relu(chain, last, dtype, "out" if chain.pool is None else chain.pooled_slot))
+    if chain.pool is not None:
+        launches.append(_max_pool(chain, last, dtype))
     return Plan(tuple(launches), ("out",), keep, donated)
 
 
-def _gradient_launch(
-    kind: str,
-    layer: Layer,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    operands: list[tuple[str, str]],
-    outputs: list[tuple[str, str]],
-    activation: str = "identity",
-) -> Launch:
-    roles = [role for role, _ in (*operands, *outputs)]
-    return Launch(
-        kind,
-        layer.name,
-        geometry,
-        dtype,
-        tuple(operands),
-        tuple(outputs),
-        activation=activation,
-        eps=layer.eps,
-        sizes=_sizes(roles, geometry, dtype),
-    )
+# -------------------------------------------------------------------------------------------------------------- backward
 
 
-def _wgrad(layer: Layer, geometry: Geometry, dtype: torch.dtype, x: str, dz: str, needs: frozenset[str]) -> Launch | None:
-    """Gradients of a layer's parameters, those that are needed; ``None`` if none is."""
-    wanted = [role for role in ("w", "bias", "gamma", "beta") if layer.slot(role) in needs]
+def _gradient(layer: Layer, y: str, total: str) -> tuple[str, list[Named]]:
+    """How the gradient behind a layer's convolution follows from dz: a key of ``GRADIENTS``, and what is read for it."""
+    if not layer.norm:
+        return "identity", []
+    if not layer.batch:
+        return "scale", _parameters(layer, "gamma", "var")
+    operands = [("y", y), ("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd")), *_parameters(layer, "gamma")]
+    if not layer.group:
+        return "bn_backward", [*operands, ("sum", total), ("dot", layer.slot("dot"))]
+    shared = [("sum", layer.slot("all_sum")), ("dot", layer.slot("all_dot")), ("count", layer.slot("count"))]
+    return "bn_backward", [*operands, *shared]
+
+
+def _sync_sums(layer: Layer, geometry: Geometry, dtype: torch.dtype, total: str) -> list[Launch]:
+    """Where ranks share the batch: the exchange of the sums that the gradient behind the BatchNorm depends on."""
+    if not layer.group:
+        return []
+    operands = [("sum", total), ("dot", layer.slot("dot"))]
+    outputs = [("sum", layer.slot("all_sum")), ("dot", layer.slot("all_dot"))]
+    return [_launch("sync_sums", layer.name, geometry, dtype, operands, outputs, group=layer.group)]
+
+
+def _wgrad(
+    layer: Layer, geometry: Geometry, dtype: torch.dtype, x: _Input, y: str, dz: str, total: str, needs: frozenset[str]
+) -> list[Launch]:
+    """Gradients of a layer's parameters, those that are needed and that no other launch makes."""
+    made = ("w", "bias") if layer.batch else ("w", "bias", "gamma", "beta")
+    wanted = [role for role in made if layer.slot(role) in needs]
     if not wanted:
-        return None
-    operands = [("dz", dz), ("sum", f"{dz}.sum")]
+        return []
+    gradient, vectors = _gradient(layer, y, total)
     contracts = "w" in wanted or "gamma" in wanted
+    operands = [("dz", dz)]
     if contracts:
-        operands += [("x", x), ("w", layer.slot("w"))]
-    operands += [(role, layer.slot(role)) for role in layer.parameter_roles if role in ("bias", "gamma", "mean", "var")]
-    return _gradient_launch(
-        "wgrad", layer, geometry, dtype, operands, [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted]
-    )
+        operands += x.operands
+    if layer.batch:
+        operands += vectors if contracts else []
+    else:
+        operands += [("sum", total), *([("w", layer.slot("w"))] if contracts else [])]
+        operands += _parameters(layer, "bias", "gamma", "mean", "var")
+    outputs = [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted]
+    prologue = x.prologue if contracts else "identity"
+    ends = {"prologue": prologue, "gradient": gradient, "eps": layer.eps}
+    return [_launch("wgrad", layer.name, geometry, dtype, operands, outputs, **ends)]  # type: ignore[arg-type]
 
 
 def _dgrad(
     layer: Layer,
     geometry: Geometry,
     dtype: torch.dtype,
+    y: str,
     dz: str,
-    previous: tuple[str, str] | None,
+    total: str,
     result: str,
+    before: Layer | None = None,
+    x: _Input | None = None,
     shortcut_gradient: str | None = None,
 ) -> Launch:
-    """Gradient of a layer's input; behind the previous layer's activation where there is one (output's slot, activation)."""
-    operands = [("dz", dz), *((role, layer.slot(role)) for role in layer.parameter_roles if role in ("w", "gamma", "var"))]
+    """Gradient of a layer's input; where there is a layer ``before``, in front of its activation, with the sums."""
+    gradient, vectors = _gradient(layer, y, total)
+    operands = [("dz", dz), ("w", layer.slot("w")), *vectors]
     outputs = [("dx", result)]
-    activation = "identity"
-    if previous is not None:
-        slot, activation = previous
-        operands.append(("a_previous", slot))
+    epilogue, activation = "store", "identity"
+    if before is not None and x is not None:
+        activation = before.activation
         outputs.append(("sum_previous", f"{result}.sum"))
+        if before.batch:
+            epilogue = "bn_mask"
+            operands += x.operands
+            outputs.append(("dot_previous", before.slot("dot")))
+        else:
+            epilogue = "mask"
+            operands.append(("a_previous", x.slot))
     if shortcut_gradient is not None:
         operands.append(("dshortcut", shortcut_gradient))
-    return _gradient_launch("dgrad", layer, geometry, dtype, operands, outputs, activation)
+    ends = {"gradient": gradient, "epilogue": epilogue, "activation": activation, "eps": layer.eps}
+    return _launch("dgrad", layer.name, geometry, dtype, operands, outputs, **ends)  # type: ignore[arg-type]
+
+
+def _behind_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
+    """Gradient of the pooling; where it normalised what it read, in front of the activation, with the sums."""
+    assert chain.pool is not None
+    layer = chain.layers[-1]
+    geometry = chain.pool.geometry(last.N, last.P, last.Q, last.K)
+    operands = [("dy", "dout"), ("x", chain.pooled_slot)]
+    if not chain.normalised_in_pool:
+        return _launch("max_pool_backward", "pool", geometry, dtype, operands, [("dx", "d.pool")])
+    operands += [("indices", "indices"), *_statistics(layer, "x_")]
+    outputs = [("dx", "dz"), ("sum", "dz.sum"), ("dot", layer.slot("dot"))]
+    return _launch("max_pool_backward", "pool", geometry, dtype, operands, outputs, activation=layer.activation)
+
+
+def _bn_add_relu_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype, dout: str, out: str) -> Launch:
+    """The gradient in front of the last activation, and its sums. Without an activation it is ``dout`` itself."""
+    last, side = chain.layers[-1], chain.projection
+    operands, outputs = [("dout", dout)], []
+    if last.activation != "identity":
+        operands.append(("out", out))
+        outputs.append(("dz", "dz"))
+    outputs.append(("sum", "dz.sum"))
+    if last.batch:
+        operands += [("y", chain.output_slot(len(chain.layers) - 1)), *_statistics(last, "")[:2]]
+        outputs.append(("dot", last.slot("dot")))
+    if side is not None and side.batch:
+        operands += [("shortcut", "yd"), *_statistics(side, "shortcut_")[:2]]
+        outputs.append(("shortcut_dot", side.slot("dot")))
+    return _launch("bn_add_relu_backward", last.name, geometry, dtype, operands, outputs, activation=last.activation)
+
+
+def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list[Launch]:
+    """With ``memory="low"``: the convolutions whose outputs were not kept."""
+    if chain.memory != "low":
+        return []
+    layers = [(chain.layers[-1], _Input.of(chain, len(chain.layers) - 1), chain.output_slot(len(chain.layers) - 1))]
+    if chain.projection is not None:
+        layers.append((chain.projection, _Input("x"), "yd"))
+    launches = []
+    for layer, x, y in layers:
+        if layer.batch:
+            operands = [*x.operands, *_parameters(layer, "w", "bias")]
+            ends = {"prologue": x.prologue, "epilogue": "bias" if layer.bias else "store"}
+            launches.append(_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends))  # type: ignore[arg-type]
+    return launches
 
 
 @lru_cache(maxsize=4096)
 def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, needs: frozenset[str]) -> Plan:
-    """Launches of a chain's backward with running statistics.
+    """Launches of a chain's backward.
 
     Args:
         needs: slots (``x`` and parameters) whose gradient is wanted; nothing else is computed.
@@ -259,58 +429,56 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
     Reads ``dout`` and what the forward kept; the gradient of slot ``s`` is in slot ``d.s``.
     """
     sizes = _geometries(chain, n, h, w)
-    launches: list[Launch] = []
-    last = chain.layers[-1]
+    launches = _again(chain, sizes, dtype)
+    last, side = chain.layers[-1], chain.projection
     geometry = sizes[last.name]
-    behind = "dout"
+    dz, total, behind, out = "dz", "dz.sum", "dout", "out"
     if chain.pool is not None:
-        pool = chain.pool.geometry(n, geometry.P, geometry.Q, geometry.K)
-        big, small = tensor_bytes(pool.x_shape, dtype), tensor_bytes(pool.y_shape, dtype)
-        behind = "d.pool"
-        launches.append(
-            Launch(
-                "max_pool_backward",
-                "pool",
-                pool,
-                dtype,
-                (("dy", "dout"), ("x", _output_slot(chain, len(chain.layers) - 1))),
-                (("dx", behind),),
-                sizes=(("dy", small), ("x", big), ("dx", big)),
-            )
-        )
-    operands = [("dout", behind)]
-    if last.activation != "identity":
-        operands.append(("out", _output_slot(chain, len(chain.layers) - 1)))
-    dz = "dz"
-    launches.append(
-        _gradient_launch("act_backward", last, geometry, dtype, operands, [("dz", dz), ("sum", "dz.sum")], last.activation)
-    )
+        launches.append(_behind_pool(chain, geometry, dtype))
+        behind, out = "d.pool", chain.pooled_slot
+    if not chain.normalised_in_pool:
+        launches.append(_bn_add_relu_backward(chain, geometry, dtype, behind, out))
+        dz = "dz" if last.activation != "identity" else behind
 
-    side_gradient: str | None = "dz" if chain.residual else None
-    if chain.projection is not None:
-        side = chain.projection
-        launch = _wgrad(side, sizes[side.name], dtype, "x", "dz", needs)
-        launches += [launch] if launch else []
+    aliases: list[Named] = []
+
+    def sums_of(layer: Layer, total: str) -> None:
+        """BatchNorm's own gradients are the sums: dgamma = sum(dz * xhat), dbeta = sum(dz)."""
+        aliases.extend((f"d.{layer.slot('gamma')}", layer.slot("dot")) for _ in range(layer.slot("gamma") in needs))
+        aliases.extend((f"d.{layer.slot('beta')}", total) for _ in range(layer.slot("beta") in needs))
+
+    side_gradient: str | None = dz if chain.residual else None
+    if side is not None:
+        g = sizes[side.name]
+        if side.batch:
+            sums_of(side, total)
+            launches += _sync_sums(side, g, dtype, total)
+        launches += _wgrad(side, g, dtype, _Input("x"), "yd", dz, total, needs)
         if "x" in needs:
             side_gradient = "d.shortcut"
-            launches.append(_dgrad(side, sizes[side.name], dtype, "dz", None, side_gradient))
+            launches.append(_dgrad(side, g, dtype, "yd", dz, total, side_gradient))
 
     for index in range(len(chain.layers) - 1, -1, -1):
-        layer = chain.layers[index]
-        x = _input_slot(index)
-        launch = _wgrad(layer, sizes[layer.name], dtype, x, dz, needs)
-        launches += [launch] if launch else []
+        layer, g = chain.layers[index], sizes[chain.layers[index].name]
+        x, y = _Input.of(chain, index), chain.output_slot(index)
+        if layer.batch:
+            sums_of(layer, total)
+            launches += _sync_sums(layer, g, dtype, total)
+        launches += _wgrad(layer, g, dtype, x, y, dz, total, needs)
         earlier = {earlier.slot(role) for earlier in chain.layers[:index] for role in earlier.parameter_roles}
         if index > 0 and ("x" in needs or earlier & needs):
-            before = chain.layers[index - 1]
             result = f"dz{index}"
-            launches.append(_dgrad(layer, sizes[layer.name], dtype, dz, (x, before.activation), result))
-            dz = result
+            launches.append(_dgrad(layer, g, dtype, y, dz, total, result, chain.layers[index - 1], x))
+            dz, total = result, f"{result}.sum"
         elif index == 0 and "x" in needs:
-            launches.append(_dgrad(layer, sizes[layer.name], dtype, dz, None, "d.x", side_gradient))
+            launches.append(_dgrad(layer, g, dtype, y, dz, total, "d.x", shortcut_gradient=side_gradient))
         else:
             break
-    return Plan(tuple(launches), tuple(f"d.{slot}" for slot in ("x", *chain.parameter_slots) if slot in needs))
+    results = tuple(f"d.{slot}" for slot in ("x", *chain.parameter_slots) if slot in needs)
+    return Plan(tuple(launches), results, aliases=tuple(aliases))
+
+
+# ------------------------------------------------------------------------------------------------------- what is kept
 
 
 @lru_cache(maxsize=1024)
@@ -338,5 +506,12 @@ def saved_slots(chain: Chain, needs: frozenset[str]) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def kept_slots(chain: Chain, needs: frozenset[str]) -> tuple[str, ...]:
     """The part of :func:`saved_slots` that the forward makes on its way to ``out``."""
-    made = chain.activation_shapes(*nominal_size(chain))
-    return tuple(slot for slot in saved_slots(chain, needs) if slot in made and slot != "out")
+    inputs = {"x", "out", *chain.parameter_slots}
+    return tuple(slot for slot in saved_slots(chain, needs) if slot not in inputs)
+
+
+def trainable_slots(chain: Chain) -> frozenset[str]:
+    """``x`` and all parameters: what gradients can be wanted of."""
+    return frozenset(
+        ("x", *(layer.slot(role) for layer in chain.weight_layers for role in layer.parameter_roles if role not in BUFFERS))
+    )

@@ -85,13 +85,13 @@ def test_only_needed_gradients_are_computed() -> None:
     """Frozen parameters cost no launch: dgrad stops at the first layer that trains, wgrad runs where something is wanted."""
     spec, h, w = CHAINS["bottleneck_dilated"]  # three layers a, b, c and a projection d
     everything = {"x"} | {s for s in spec.parameter_slots if not s.endswith((".mean", ".var"))}
-    assert backward_kinds(spec, h, w, everything) == {"act_backward": 1, "dgrad": 4, "wgrad": 4}
-    assert backward_kinds(spec, h, w, everything - {"x"}) == {"act_backward": 1, "dgrad": 2, "wgrad": 4}
-    assert backward_kinds(spec, h, w, {"x"}) == {"act_backward": 1, "dgrad": 4}
-    assert backward_kinds(spec, h, w, {"c.w"}) == {"act_backward": 1, "wgrad": 1}
-    assert backward_kinds(spec, h, w, {"b.gamma", "c.beta"}) == {"act_backward": 1, "dgrad": 1, "wgrad": 2}
-    assert backward_kinds(spec, h, w, {"d.w"}) == {"act_backward": 1, "wgrad": 1}
-    assert backward_kinds(spec, h, w, {"a.beta"}) == {"act_backward": 1, "dgrad": 2, "wgrad": 1}
+    assert backward_kinds(spec, h, w, everything) == {"bn_add_relu_backward": 1, "dgrad": 4, "wgrad": 4}
+    assert backward_kinds(spec, h, w, everything - {"x"}) == {"bn_add_relu_backward": 1, "dgrad": 2, "wgrad": 4}
+    assert backward_kinds(spec, h, w, {"x"}) == {"bn_add_relu_backward": 1, "dgrad": 4}
+    assert backward_kinds(spec, h, w, {"c.w"}) == {"bn_add_relu_backward": 1, "wgrad": 1}
+    assert backward_kinds(spec, h, w, {"b.gamma", "c.beta"}) == {"bn_add_relu_backward": 1, "dgrad": 1, "wgrad": 2}
+    assert backward_kinds(spec, h, w, {"d.w"}) == {"bn_add_relu_backward": 1, "wgrad": 1}
+    assert backward_kinds(spec, h, w, {"a.beta"}) == {"bn_add_relu_backward": 1, "dgrad": 2, "wgrad": 1}
 
 
 def saved_names(spec: Chain, h: int, w: int, trained: set[str]) -> set[str]:

@@ -168,7 +168,7 @@ def test_a_shortcut_that_does_not_fit_is_refused_with_the_shapes() -> None:
 
 
 def test_frozen_bottleneck_backward_is_seven_launches_and_a_mask() -> None:
-    """Three dgrads, three wgrads, and act_backward; two more with a projection (design: docs/fusion.md)."""
+    """Three dgrads, three wgrads, and bn_add_relu_backward; two more with a projection (design: docs/fusion.md)."""
     spec, h, w = CHAINS["bottleneck_groups"]
     assert len(backward_plan(spec, 1, h, w, FP32, trainable(spec)).launches) == 7
     spec, h, w = CHAINS["bottleneck_dilated"]

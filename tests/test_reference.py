@@ -107,13 +107,13 @@ def test_max_pooling_and_its_backward(g: PoolGeometry) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_act_backward(activation: str) -> None:
+def test_bn_add_relu_backward(activation: str) -> None:
     g = GEOMETRIES["3x3"]
     z = torch.randn(g.y_shape, dtype=F64, requires_grad=True)
     out = F.relu(z) if activation == "relu" else z * 1
     dout = torch.randn(g.y_shape, dtype=F64)
     roles = ["dout", "out"] if activation == "relu" else ["dout"]
-    launch = make("act_backward", g, roles, ["dz", "sum"], activation=activation)
+    launch = make("bn_add_relu_backward", g, roles, ["dz", "sum"], activation=activation)
     dz, total = reference.run(launch, {"dout": dout, "out": out.detach()} if activation == "relu" else {"dout": dout})
     expected = torch.autograd.grad(out, z, dout)[0]
     assert torch.equal(dz, expected)

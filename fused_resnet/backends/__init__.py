@@ -189,4 +189,6 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
             slots[launch.outputs[0][1]] = outputs
         else:
             slots.update(zip((slot for _, slot in launch.outputs), outputs, strict=True))
+    for result, slot in plan.aliases:
+        slots[result] = slots[slot]
     return {slot: slots[slot] for slot in (*plan.results, *plan.keep)}

@@ -39,11 +39,11 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 
 def supports(launch: Launch) -> str | None:
     """``None`` or the reason why not."""
-    if launch.kind == "max_pool":
+    if launch.kind == "max_pool" and launch.prologue == "identity":
         return None
     if launch.kind != "conv":
         return f"the CPU executor has no {launch.kind} yet"
-    if launch.epilogue not in EPILOGUES or launch.activation not in ("identity", "relu") or launch.prologue != "identity":
+    if launch.epilogue not in EPILOGUES or launch.epilogue == "stats" or launch.prologue != "identity":
         return f"the CPU executor has no {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
     if launch.dtype not in _onednn_dtypes():
         return f"oneDNN on this processor has no {launch.dtype} convolution"

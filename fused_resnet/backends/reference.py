@@ -7,6 +7,7 @@ bf16 (one rounding, at the store), else in the tensors' own precision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +82,34 @@ def relu(z: Tensor) -> Tensor:
     return torch.relu(z)
 
 
+def normalised(x: Tensor, operands: Operands, prefix: str = "") -> Tensor:
+    """BatchNorm with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``.
+
+    Not ``scale * x + shift``, whose two halves cancel where the mean is large against the standard deviation.
+    """
+    scale = operands[f"{prefix}invstd"].to(x.dtype)
+    if f"{prefix}gamma" in operands:
+        scale = scale * operands[f"{prefix}gamma"].to(x.dtype)
+    z = (x - per_filter(operands[f"{prefix}mean"], x.dtype)) * scale.view(1, -1, 1, 1)
+    return z + per_filter(operands[f"{prefix}beta"], x.dtype) if f"{prefix}beta" in operands else z
+
+
+def bn(x: Tensor, operands: Operands) -> Tensor:
+    return normalised(x, operands, "x_")
+
+
 def bn_relu(x: Tensor, operands: Operands) -> Tensor:
-    return torch.relu(x * operands["scale"].to(x.dtype).view(1, -1, 1, 1) + operands["shift"].to(x.dtype).view(1, -1, 1, 1))
+    return torch.relu(bn(x, operands))
 
 
-PROLOGUES: dict[str, Callable[[Tensor, Operands], Tensor]] = {"identity": lambda x, operands: x, "bn_relu": bn_relu}
+def stats(acc: Tensor, operands: Operands, eps: float) -> Tensor:
+    """What is stored; the statistics are made of it by :func:`batch_statistics`."""
+    return bias(acc, operands, eps) if "bias" in operands else acc
+
+
+PROLOGUES: dict[str, Callable[[Tensor, Operands], Tensor]] = {"identity": lambda x, operands: x, "bn": bn, "bn_relu": bn_relu}
 EPILOGUES: dict[str, Callable[[Tensor, Operands, float], Tensor]] = {
-    function.__name__: function for function in (store, bias, affine, add, bias_add, affine_add)
+    function.__name__: function for function in (store, bias, affine, add, bias_add, affine_add, stats)
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {function.__name__: function for function in (identity, relu)}
 
@@ -101,7 +123,7 @@ def activation_backward(gradient: Tensor, output: Tensor, activation: str) -> Te
     return torch.where(output <= 0, torch.zeros((), dtype=gradient.dtype, device=gradient.device), gradient)
 
 
-def conv(launch: Launch, operands: Operands) -> Tensor:
+def conv(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     """``activation(epilogue(prologue(x) * w))``. The padding is of what the prologue gives."""
     g = launch.geometry
     assert isinstance(g, Geometry)
@@ -109,33 +131,123 @@ def conv(launch: Launch, operands: Operands) -> Tensor:
     x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
     acc = F.conv2d(x, operands["w"].to(dtype), None, g.stride, g.padding, g.dilation, g.groups)
     z = EPILOGUES[launch.epilogue](acc, operands, launch.eps)
+    y = ACTIVATIONS[launch.activation](z).to(launch.dtype)
+    return y if launch.epilogue != "stats" else (y, *batch_statistics(launch, operands, y))
+
+
+def batch_statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and invstd of each channel of the stored y (the biased variance where ranks share the batch)."""
+    var, mean = torch.var_mean(y.to(accumulation_dtype(launch.dtype)), (0, 2, 3), correction=0)
+    if launch.outputs[-1][0] == "var":
+        return mean, var
+    update_running(operands, mean, var, y.numel() // y.shape[1], launch.momentum)
+    return mean, (var + launch.eps).rsqrt()
+
+
+def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | None) -> None:
+    """Running statistics, in place: ``(1 - f) * old + f * new`` with the unbiased variance.
+
+    ``f`` is the momentum, or one over the number of batches (the cumulative average) where there is none.
+    """
+    if "batches" in operands:
+        operands["batches"].add_(1)
+    if "running_mean" not in operands:
+        return
+    factor: float | Tensor = momentum if momentum is not None else 0.0
+    if momentum is None and "batches" in operands:
+        factor = 1.0 / operands["batches"].to(mean.dtype)
+    unbiased = var * (count / (count - 1))
+    for role, new in (("running_mean", mean), ("running_var", unbiased)):
+        old = operands[role]
+        old.copy_((1 - factor) * old.to(mean.dtype) + factor * new)
+
+
+def bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
+    """``activation(bn(y) + shortcut)``; the shortcut may be behind a BatchNorm too, or absent."""
+    dtype = accumulation_dtype(launch.dtype)
+    z = operands["y"].to(dtype)
+    if "mean" in operands:
+        z = normalised(z, operands)
+    if "shortcut" in operands:
+        shortcut = operands["shortcut"].to(dtype)
+        z = z + (normalised(shortcut, operands, "shortcut_") if "shortcut_mean" in operands else shortcut)
     return ACTIVATIONS[launch.activation](z).to(launch.dtype)
 
 
-def max_pool(launch: Launch, operands: Operands) -> Tensor:
-    """Max-pooling, floor mode."""
+def max_pool(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
+    """Max-pooling, floor mode, of what the prologue gives; and which place of each window it is, ``r * S + s``, in a byte."""
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
-    return F.max_pool2d(operands["x"], g.kernel, g.stride, g.padding, g.dilation)
+    x = operands["x"]
+    if launch.prologue != "identity":
+        x = PROLOGUES[launch.prologue](x.to(accumulation_dtype(launch.dtype)), operands).to(launch.dtype)
+    if len(launch.outputs) == 1:
+        return F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation)
+    y, flat = F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation, return_indices=True)
+    p, q = torch.arange(g.P, device=x.device).view(-1, 1), torch.arange(g.Q, device=x.device)
+    r = (flat // g.W - (p * g.stride[0] - g.padding[0])) // g.dilation[0]
+    s = (flat % g.W - (q * g.stride[1] - g.padding[1])) // g.dilation[1]
+    return y, (r * g.kernel[1] + s).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
-def max_pool_backward(launch: Launch, operands: Operands) -> Tensor:
-    """Gradient of max-pooling: to the first maximum of each window, as in PyTorch."""
+def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
+    """Gradient of max-pooling, to the element it chose; where it normalised on load, in front of the activation, with sums."""
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
-    x, dy = operands["x"], operands["dy"]
-    _, indices = F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation, return_indices=True)
-    return torch.ops.aten.max_pool2d_with_indices_backward(
-        dy.contiguous(memory_format=torch.channels_last), x, g.kernel, g.stride, g.padding, g.dilation, False, indices
-    )
+    x, dy = operands["x"], operands["dy"].contiguous(memory_format=torch.channels_last)
+    window = (g.kernel, g.stride, g.padding, g.dilation, False)
+    if "indices" not in operands:
+        _, flat = F.max_pool2d(x, *window[:4], return_indices=True)
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, flat)
+    place = operands["indices"].long()
+    p, q = torch.arange(g.P, device=x.device).view(-1, 1), torch.arange(g.Q, device=x.device)
+    row = p * g.stride[0] - g.padding[0] + place // g.kernel[1] * g.dilation[0]
+    column = q * g.stride[1] - g.padding[1] + place % g.kernel[1] * g.dilation[1]
+    flat = (row * g.W + column).contiguous(memory_format=torch.channels_last)
+    dtype = accumulation_dtype(launch.dtype)
+    dx = torch.ops.aten.max_pool2d_with_indices_backward(dy.to(dtype), x.to(dtype), *window, flat)
+    if launch.activation != "identity":
+        dx = activation_backward(dx, bn(x.to(dtype), operands), launch.activation)
+    dx = dx.to(launch.dtype)
+    return dx, *_sums(dx, [(x, "x_")], operands, dtype)
 
 
-def act_backward(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor]:
-    """``dz = dout * act'`` and its sum over the pixels of each filter."""
+def _sums(dz: Tensor, others: list[tuple[Tensor, str]], operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+    """Per channel the sum of dz, and of dz times each of ``others``, normalised: dbeta, and dgamma of each."""
+    dz = dz.to(dtype)
+    sums = [dz.sum((0, 2, 3))]
+    for y, prefix in others:
+        centred = y.to(dtype) - per_filter(operands[f"{prefix}mean"], dtype)
+        sums.append((dz * centred).sum((0, 2, 3)) * operands[f"{prefix}invstd"].to(dtype))
+    return sums
+
+
+def bn_add_relu_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
+    """``dz = dout * activation'``, its sum over the pixels, and the sums of its products with the normalised inputs."""
     dz = operands["dout"]
     if "out" in operands:
         dz = activation_backward(dz, operands["out"], launch.activation)
-    return dz, dz.to(accumulation_dtype(launch.dtype)).sum((0, 2, 3))
+    others = [(operands[role], prefix) for role, prefix in (("y", ""), ("shortcut", "shortcut_")) if role in operands]
+    sums = _sums(dz, others, operands, accumulation_dtype(launch.dtype))
+    return (dz, *sums) if launch.outputs[0][0] == "dz" else tuple(sums)
+
+
+def convolution_output_gradient(launch: Launch, operands: Operands, dtype: torch.dtype) -> Tensor:
+    """``dy`` from ``dz``: identity, or BatchNorm's backward (Ioffe and Szegedy 2015, section 3; docs/training.md)::
+
+        dy = gamma * invstd * (dz - sum / m - (y - mean) * invstd * dot / m)
+
+    For given statistics the factor is per filter, and is applied to the filters (dgrad) or to the result (wgrad) instead.
+    """
+    dz = operands["dz"].to(dtype)
+    if launch.gradient != "bn_backward":
+        return dz
+    m = operands["count"].to(dtype) if "count" in operands else dz.numel() // dz.shape[1]
+    invstd = operands["invstd"].to(dtype)
+    scale = invstd * operands["gamma"].to(dtype) if "gamma" in operands else invstd
+    centred = operands["y"].to(dtype) - per_filter(operands["mean"], dtype)
+    inner = dz - (operands["sum"].to(dtype) / m).view(1, -1, 1, 1) - centred * (operands["dot"] * invstd / m).view(1, -1, 1, 1)
+    return (inner * scale.view(1, -1, 1, 1)).to(launch.dtype).to(dtype)
 
 
 def _convolution_gradients(
@@ -151,56 +263,115 @@ def _convolution_gradients(
     return dx, dw
 
 
-def dgrad(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
-    """Gradient of a layer's input: ``dgrad(scale * dz, w)``, plus the shortcut's, behind the previous activation's mask."""
+def dgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
+    """Gradient of a layer's input, plus the shortcut's; or in front of the previous layer's activation, with its sums."""
     dtype = accumulation_dtype(launch.dtype)
-    dz, w = operands["dz"].to(dtype), operands["w"].to(dtype)
-    if "var" in operands:
+    dy, w = convolution_output_gradient(launch, operands, dtype), operands["w"].to(dtype)
+    if launch.gradient == "scale":
         scale = (operands["var"].to(dtype) + launch.eps).rsqrt()
         if "gamma" in operands:
             scale = scale * operands["gamma"].to(dtype)
         w = w * scale.view(-1, 1, 1, 1)
-    dx, _ = _convolution_gradients(launch, dz, None, w, (True, False))
+    dx, _ = _convolution_gradients(launch, dy, None, w, (True, False))
     assert dx is not None
-    if "dshortcut" in operands:
-        dx = dx + operands["dshortcut"].to(dtype)
-    if "a_previous" not in operands:
-        return (dx.to(launch.dtype),)
-    dx = activation_backward(dx, operands["a_previous"], launch.activation)
-    return dx.to(launch.dtype), dx.sum((0, 2, 3))
+    if launch.epilogue == "store":
+        return (dx + operands["dshortcut"].to(dtype) if "dshortcut" in operands else dx).to(launch.dtype)
+    if launch.epilogue == "mask":
+        dx = activation_backward(dx, operands["a_previous"], launch.activation).to(launch.dtype)
+        return dx, *_sums(dx, [], operands, dtype)
+    if launch.activation != "identity":
+        dx = activation_backward(dx, bn(operands["x"].to(dtype), operands), launch.activation)
+    dx = dx.to(launch.dtype)
+    return dx, *_sums(dx, [(operands["x"], "x_")], operands, dtype)
 
 
-def wgrad(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
+def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     """Gradients of a layer's parameters, those the launch lists.
 
-    With ``G = wgrad(dz, x)`` and ``invstd = 1 / sqrt(var + eps)``: ``dw = gamma * invstd * G``, ``dbeta = sum(dz)``,
+    With the batch's statistics ``dw = wgrad(dy, x)``, and ``dbias`` is 0: BatchNorm subtracts what a bias adds. With given ones,
+    ``G = wgrad(dz, x)`` and ``invstd = 1 / sqrt(var + eps)``: ``dw = gamma * invstd * G``, ``dbeta = sum(dz)``,
     ``dbias = gamma * invstd * sum(dz)``, and ``dgamma_k = invstd * (<w_k, G_k> + (bias - mean) * sum(dz))``, since the sum over
     the pixels of ``dz * conv(x, w)`` is ``<w_k, G_k>``: no convolution output is needed.
     """
     dtype = accumulation_dtype(launch.dtype)
-    total = operands["sum"].to(dtype)
-    gradients: dict[str, Tensor] = {"dbeta": total}
+    gradients: dict[str, Tensor] = {}
     invstd = scale = None
-    if "var" in operands:
-        invstd = (operands["var"].to(dtype) + launch.eps).rsqrt()
-        scale = invstd * operands["gamma"].to(dtype) if "gamma" in operands else invstd
-    gradients["dbias"] = total if scale is None else total * scale
+    if launch.gradient == "bn_backward":
+        gradients["dbias"] = torch.zeros(launch.geometry.y_shape[1], dtype=dtype, device=operands["dz"].device)
+    else:
+        total = operands["sum"].to(dtype)
+        gradients["dbeta"] = total
+        if launch.gradient == "scale":
+            invstd = (operands["var"].to(dtype) + launch.eps).rsqrt()
+            scale = invstd * operands["gamma"].to(dtype) if "gamma" in operands else invstd
+        gradients["dbias"] = total if scale is None else total * scale
     if "x" in operands:
-        w = operands["w"].to(dtype)
-        _, raw = _convolution_gradients(launch, operands["dz"].to(dtype), operands["x"].to(dtype), w, (False, True))
+        g = launch.geometry
+        assert isinstance(g, Geometry)
+        dy = convolution_output_gradient(launch, operands, dtype)
+        x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
+        _, raw = _convolution_gradients(launch, dy, x, dy.new_empty(1).expand(g.w_shape), (False, True))
         assert raw is not None
         gradients["dw"] = raw if scale is None else raw * scale.view(-1, 1, 1, 1)
-        if invstd is not None:
+        if invstd is not None and "w" in operands:
             offset = -operands["mean"].to(dtype)
             if "bias" in operands:
                 offset = offset + operands["bias"].to(dtype)
-            gradients["dgamma"] = invstd * ((w * raw).sum((1, 2, 3)) + offset * total)
+            gradients["dgamma"] = invstd * ((operands["w"].to(dtype) * raw).sum((1, 2, 3)) + offset * total)
         gradients["dw"] = gradients["dw"].to(launch.dtype)
-    return tuple(gradients[role] for role, _ in launch.outputs)
+    made = tuple(gradients[role] for role, _ in launch.outputs)
+    return made if len(made) > 1 else made[0]
+
+
+def _group(launch: Launch) -> Any:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(launch.group)  # type: ignore[arg-type]
+
+
+def sync_statistics(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the batch of all ranks from those of each (count, mean, var): merged by Chan's formula, in rank order."""
+    import torch.distributed as dist
+
+    group = _group(launch)
+    mean, var = operands["mean"], operands["var"]
+    n, _, p, q = launch.geometry.y_shape
+    count = mean.new_full((1,), n * p * q)
+    local = torch.cat([count, mean, var])
+    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, local, group=group)
+    gathered = torch.stack(ranks)
+    counts = gathered[:, :1]
+    means, variances = gathered[:, 1:].chunk(2, 1)
+    total = counts.sum(0)
+    mean = (means * counts).sum(0) / total
+    var = ((variances + (means - mean).square()) * counts).sum(0) / total
+    update_running(operands, mean, var, total, launch.momentum)
+    return mean, (var + launch.eps).rsqrt(), total
+
+
+def sync_sums(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Sums over the batch of all ranks."""
+    import torch.distributed as dist
+
+    both = torch.stack([operands["sum"], operands["dot"]])
+    dist.all_reduce(both, group=_group(launch))
+    return both[0], both[1]
 
 
 _KINDS: dict[str, Callable[[Launch, Operands], Tensor | tuple[Tensor, ...]]] = {
-    function.__name__: function for function in (conv, max_pool, max_pool_backward, act_backward, dgrad, wgrad)
+    function.__name__: function
+    for function in (
+        conv,
+        bn_add_relu,
+        max_pool,
+        max_pool_backward,
+        bn_add_relu_backward,
+        dgrad,
+        wgrad,
+        sync_statistics,
+        sync_sums,
+    )
 }
 
 
