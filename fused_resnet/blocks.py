@@ -2,7 +2,7 @@
 
 Each is a class of :mod:`fused_resnet.plain` (or of the model at hand, see :mod:`fused_resnet.swap`) with a fused forward in
 front. What runs is decided at each call: the chain, where :func:`fused_resnet.describe.read` finds one; else the forward of
-the class behind, in plain PyTorch (batch statistics, for now; a hook on a child). :func:`fused_resnet.explain` tells which,
+the class behind, in plain PyTorch (a hook on a child). :func:`fused_resnet.explain` tells which,
 and why.
 """
 
@@ -25,10 +25,12 @@ class Fused(nn.Module):
     Attributes:
         unfused_class: the class behind, whose forward runs the children one by one.
         fused_backend: backend of this module, None to let context, environment and device decide.
+        fused_memory: what its training keeps for the backward, ``default`` or ``low``; see :func:`fused_resnet.fuse`.
     """
 
     unfused_class: ClassVar[type[nn.Module]]
     fused_backend: str | None = None
+    fused_memory: str = "default"
 
     @staticmethod
     def chains_of(module: Any) -> list[tuple[str, Parts]]:
@@ -48,8 +50,8 @@ class Fused(nn.Module):
 
         ``donate``: nobody else has ``x``, it may be written over.
         """
-        reading = read(parts)
-        if reading.chain is None or functional.transformed() or functional.promotes(reading, x):
+        reading = read(parts, self.fused_memory)
+        if reading.chain is None or functional.transformed() or functional.unfit(reading, x):
             return unfused(x), False
         return functional.chain(x, reading.parameters, reading.chain, self.fused_backend, donate=donate), True
 

@@ -16,6 +16,8 @@ import torch
 
 from .launch import Geometry, HashedOnce, Pair, PoolGeometry, accumulation_dtype, output_size
 
+#: What training may keep for the backward: what it reads, or less, computing the last convolution and the projection again.
+MEMORY = ("default", "low")
 #: Roles of what a training forward updates in place.
 UPDATED = ("running_mean", "running_var", "batches")
 #: Roles of the tensors that never get gradients.
@@ -67,14 +69,30 @@ class Layer:
     @staticmethod
     def parse(token: str) -> Layer:
         """The layer that a :attr:`token` stands for."""
-        numbers, *flags, eps, momentum, activation, group, name = token.split(";", 11)
+        numbers, *words, eps, momentum, activation, group, name = token.split(";", 11)
         filters, channels, *windows, groups = [int(number) for number in numbers.split(",")]
         kernel, stride, padding, dilation = zip(windows[::2], windows[1::2], strict=True)
-        bias, norm, affine, batch, tracked, counted = [flag == "True" for flag in flags]
-        factor = float.fromhex(momentum) if momentum else None
-        windows = (kernel, stride, padding, dilation, groups)
-        statistics = (batch, tracked, counted, factor, group)
-        return Layer(name, filters, channels, *windows, bias, norm, affine, float.fromhex(eps), activation, *statistics)
+        bias, norm, affine, batch, tracked, counted = [word == "True" for word in words]
+        return Layer(
+            name,
+            filters,
+            channels,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            norm,
+            affine,
+            float.fromhex(eps),
+            activation,
+            batch,
+            tracked,
+            counted,
+            float.fromhex(momentum) if momentum else None,
+            group,
+        )
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:
@@ -125,8 +143,7 @@ class Pool:
 class Chain(HashedOnce):
     """Weight layers in a row, with an optional shortcut around them and an optional pooling behind.
 
-    ``residual`` without a ``projection`` is the identity shortcut. ``memory`` is what training keeps for the backward:
-    ``default``, or ``low``, which computes the last convolution and the projection again.
+    ``residual`` without a ``projection`` is the identity shortcut; ``memory`` is one of :data:`MEMORY`.
     """
 
     layers: tuple[Layer, ...]

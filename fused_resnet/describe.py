@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, Layer, Pool
+from .chain import MEMORY, Chain, Layer, Pool
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -170,6 +170,17 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     return None
 
 
+def check_memory(memory: str) -> str:
+    """Return ``memory`` if it is a choice.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+    return memory
+
+
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
@@ -192,7 +203,7 @@ def _sync_group(norm: Any) -> str:
         return ""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    group = norm.process_group or torch.distributed.group.WORLD
+    group: Any = norm.process_group or torch.distributed.group.WORLD
     return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
 
 
@@ -230,16 +241,23 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     return make(layer.name, tuple(weight.shape), windows, bias is not None, state, activation)
 
 
-def _chain(layers: tuple[Layer, ...], residual: bool, projection: Layer | None, pool: tuple[Any, ...] | None) -> Chain:
-    return Chain(layers, residual, projection, None if pool is None else Pool(*pool))
+def _chain(
+    layers: tuple[Layer, ...], residual: bool, projection: Layer | None, pool: tuple[Any, ...] | None, memory: str
+) -> Chain:
+    return Chain(layers, residual, projection, None if pool is None else Pool(*pool), check_memory(memory))
 
 
 _cached_layer = lru_cache(maxsize=4096)(_layer)
 _cached_chain = lru_cache(maxsize=4096)(_chain)
 
 
-def read(parts: Parts) -> Reading:
-    """The chain that these modules compute now, with its tensors; or the reason why they must run one by one."""
+def read(parts: Parts, memory: str = "default") -> Reading:
+    """The chain that these modules compute now, with its tensors; or the reason why they must run one by one.
+
+    Args:
+        parts: the modules.
+        memory: what training keeps for the backward, see :func:`fused_resnet.fuse`.
+    """
     reason = refusal(parts)
     if reason is not None:
         return Reading(None, [], reason)
@@ -250,4 +268,4 @@ def read(parts: Parts) -> Reading:
     window = None if pool is None else tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
     frozen = any(layer.norm is not None and _is_frozen_norm(layer.norm) for layer in parts.weight_layers)
-    return Reading(make(layers, parts.residual, projection, window), parameters, frozen=frozen)
+    return Reading(make(layers, parts.residual, projection, window, memory), parameters, frozen=frozen)

@@ -263,6 +263,12 @@ def promotes(reading: Reading, x: Tensor) -> bool:
     return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))
 
 
+def unfit(reading: Reading, x: Tensor) -> bool:
+    """Whether this input must run unfused: autocast would promote it, or it has no images to make statistics of."""
+    empty = isinstance(x, Tensor) and reading.chain is not None and reading.chain.batch and x.dim() == 4 and x.shape[0] == 0
+    return empty or promotes(reading, x)
+
+
 def transformed() -> bool:
     """Whether forward-mode differentiation or a torch.func transform is on, which look into operators: chains run unfused."""
     if torch.compiler.is_compiling():

@@ -179,9 +179,9 @@ EPILOGUES: dict[str, tuple[str, ...]] = {
     "stats": ("bias", "running_mean", "running_var", "batches"),
 }
 
-#: How the gradient ``dy`` of a convolution's output follows from ``dz``, the gradient behind its BatchNorm -> roles read for it.
+#: How the gradient ``dy`` of a convolution's output follows from ``dz``, the gradient behind its BatchNorm -> the roles read.
 #: ``scale`` (given statistics): ``gamma / sqrt(var + eps) * dz``. ``bn_backward`` (the batch's), with m values a channel:
-#: ``gamma * invstd * (dz - sum / m - (y - mean) * invstd * dot / m)``. gamma may be absent; ``count`` is m where ranks share it.
+#: ``gamma * invstd * (dz - sum / m - (y - mean) * invstd * dot / m)``. gamma may be absent; ``count`` is m, if ranks share it.
 GRADIENTS: dict[str, tuple[str, ...]] = {
     "identity": (),
     "scale": ("gamma", "var"),

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -207,23 +208,23 @@ def _conv(
         operands.append(("shortcut", shortcut))
         epilogue = "add" if epilogue == "store" else f"{epilogue}_add"
     if not layer.batch:
-        how = {"prologue": x.prologue, "epilogue": epilogue, "activation": act, "eps": layer.eps}
-        return [_launch("conv", layer.name, geometry, dtype, operands, [("y", y)], **how)]  # type: ignore[arg-type]
+        how: dict[str, Any] = {"prologue": x.prologue, "epilogue": epilogue, "activation": act, "eps": layer.eps}
+        return [_launch("conv", layer.name, geometry, dtype, operands, [("y", y)], **how)]
     operands += _parameters(layer, "bias")
     running = _parameters(layer, *UPDATED)
     made = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd"))]
-    ends = {"eps": layer.eps, "momentum": layer.momentum}
+    ends: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum}
     if not layer.group:
         outputs = [("y", y), *made]
         ends |= {"prologue": x.prologue, "epilogue": "stats"}
-        return [_launch("conv", layer.name, geometry, dtype, [*operands, *running], outputs, **ends)]  # type: ignore[arg-type]
+        return [_launch("conv", layer.name, geometry, dtype, [*operands, *running], outputs, **ends)]
     local = [("mean", layer.slot("local_mean")), ("var", layer.slot("local_var"))]
     conv = _launch(
         "conv", layer.name, geometry, dtype, operands, [("y", y), *local], prologue=x.prologue, epilogue="stats", eps=layer.eps
     )
     outputs = [*made, ("count", layer.slot("count"))]
     ends |= {"group": layer.group}
-    sync = _launch("sync_statistics", layer.name, geometry, dtype, [*local, *running], outputs, **ends)  # type: ignore[arg-type]
+    sync = _launch("sync_statistics", layer.name, geometry, dtype, [*local, *running], outputs, **ends)
     return [conv, sync]
 
 
@@ -336,8 +337,8 @@ def _wgrad(
         operands += _parameters(layer, "bias", "gamma", "mean", "var")
     outputs = [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted]
     prologue = x.prologue if contracts else "identity"
-    ends = {"prologue": prologue, "gradient": gradient, "eps": layer.eps}
-    return [_launch("wgrad", layer.name, geometry, dtype, operands, outputs, **ends)]  # type: ignore[arg-type]
+    ends: dict[str, Any] = {"prologue": prologue, "gradient": gradient, "eps": layer.eps}
+    return [_launch("wgrad", layer.name, geometry, dtype, operands, outputs, **ends)]
 
 
 def _dgrad(
@@ -369,8 +370,8 @@ def _dgrad(
             operands.append(("a_previous", x.slot))
     if shortcut_gradient is not None:
         operands.append(("dshortcut", shortcut_gradient))
-    ends = {"gradient": gradient, "epilogue": epilogue, "activation": activation, "eps": layer.eps}
-    return _launch("dgrad", layer.name, geometry, dtype, operands, outputs, **ends)  # type: ignore[arg-type]
+    ends: dict[str, Any] = {"gradient": gradient, "epilogue": epilogue, "activation": activation, "eps": layer.eps}
+    return _launch("dgrad", layer.name, geometry, dtype, operands, outputs, **ends)
 
 
 def _behind_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
@@ -387,7 +388,10 @@ def _behind_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
 
 
 def _bn_add_relu_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype, dout: str, out: str) -> Launch:
-    """The gradient in front of the last activation, and its sums. Without an activation it is ``dout`` itself."""
+    """The gradient in front of the last activation, and its sums. Without an activation it is ``dout`` itself.
+
+    gamma is for executors that make the gradient behind the BatchNorm on the way.
+    """
     last, side = chain.layers[-1], chain.projection
     operands, outputs = [("dout", dout)], []
     if last.activation != "identity":
@@ -395,10 +399,10 @@ def _bn_add_relu_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype, 
         outputs.append(("dz", "dz"))
     outputs.append(("sum", "dz.sum"))
     if last.batch:
-        operands += [("y", chain.output_slot(len(chain.layers) - 1)), *_statistics(last, "")[:2]]
+        operands += [("y", chain.output_slot(len(chain.layers) - 1)), *_statistics(last, "")[:3]]
         outputs.append(("dot", last.slot("dot")))
     if side is not None and side.batch:
-        operands += [("shortcut", "yd"), *_statistics(side, "shortcut_")[:2]]
+        operands += [("shortcut", "yd"), *_statistics(side, "shortcut_")[:3]]
         outputs.append(("shortcut_dot", side.slot("dot")))
     return _launch("bn_add_relu_backward", last.name, geometry, dtype, operands, outputs, activation=last.activation)
 
@@ -414,8 +418,8 @@ def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list
     for layer, x, y in layers:
         if layer.batch:
             operands = [*x.operands, *_parameters(layer, "w", "bias")]
-            ends = {"prologue": x.prologue, "epilogue": "bias" if layer.bias else "store"}
-            launches.append(_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends))  # type: ignore[arg-type]
+            ends: dict[str, Any] = {"prologue": x.prologue, "epilogue": "bias" if layer.bias else "store"}
+            launches.append(_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends))
     return launches
 
 

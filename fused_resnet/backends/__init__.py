@@ -6,8 +6,9 @@ An executor is a module with two functions::
     run(launch, operands, donated) -> Tensor | tuple[Tensor, ...]     one tensor per output of the launch, in its order
 
 and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to
-tensors; ``donated`` names the roles whose memory nobody reads afterwards. A launch the chosen executor does not support goes
-to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
+tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets a fourth argument,
+a dict that lives as long as the plan runs: what its launches leave for each other. A launch the chosen executor does not support
+goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
 """
 
 from __future__ import annotations
@@ -179,8 +180,10 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
         The plan's results and the slots it keeps, by slot.
     """
     slots = dict(tensors)
+    shared: dict[str, Tensor] = {}
     for launch, runner, module, donated, dead in _program(plan, name):
-        outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated)
+        extra = (shared,) if getattr(module, "shares", False) else ()
+        outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated, *extra)
         for log in tuple(_logs):
             log.launches.append((runner, launch))
         for slot in dead:

@@ -1,8 +1,13 @@
-"""The default without a GPU: oneDNN's convolutions, prepacked and folded, through PyTorch's own operators.
+"""The default without a GPU: oneDNN's convolutions and PyTorch's vectorised BatchNorm, through PyTorch's own operators.
 
-BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight cache is
-ours: :mod:`.derived`). The shortcut is added by the convolution where it may be written over, else by ``add_``; ReLU works in
-place; activations are channels_last. Why so: docs/decisions/007-relu-and-sums-on-the-cpu.md.
+Inference: BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight
+cache is ours: :mod:`.derived`). The shortcut is added by the convolution where it may be written over, else by ``add_``; ReLU
+works in place; activations are channels_last. Why so: docs/decisions/007-relu-and-sums-on-the-cpu.md.
+
+Training: a convolution here reads memory, so what a GPU computes on load is written first and forgotten after its last use. It
+is shared by the launches of a plan that need it: the activation behind a BatchNorm by wgrad and by the mask of dgrad, the
+gradient in front of one by wgrad and dgrad (PyTorch makes it together with its sums). What is kept between forward and backward
+is what the plan keeps on every backend.
 """
 
 from __future__ import annotations
@@ -13,9 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import EPILOGUES, Geometry, Launch, PoolGeometry
+from ..launch import Geometry, Launch, PoolGeometry
 from . import reference
 from .derived import derived
+
+Operands = dict[str, Tensor]
+#: Temporary tensors of one plan, by the slot they belong to.
+Shared = dict[str, Tensor]
 
 
 def check_available(device: torch.device) -> None:
@@ -39,12 +48,12 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 
 def supports(launch: Launch) -> str | None:
     """``None`` or the reason why not."""
-    if launch.kind == "max_pool" and launch.prologue == "identity":
-        return None
-    if launch.kind != "conv":
-        return f"the CPU executor has no {launch.kind} yet"
-    if launch.epilogue not in EPILOGUES or launch.epilogue == "stats" or launch.prologue != "identity":
-        return f"the CPU executor has no {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
+    if launch.kind not in _KINDS:
+        return f"the CPU executor has no {launch.kind}"
+    if "count" in launch.roles or launch.outputs[-1][0] == "var":
+        return "ranks share the batch: the CPU executor's BatchNorm is of one process"
+    if launch.kind in ("max_pool", "max_pool_backward") and launch.prologue == "identity" and "indices" not in launch.roles:
+        return None if launch.kind == "max_pool" else "the CPU executor pools backward with indices"
     if launch.dtype not in _onednn_dtypes():
         return f"oneDNN on this processor has no {launch.dtype} convolution"
     return None
@@ -100,11 +109,227 @@ def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: fro
     return y.relu_() if launch.activation == "relu" else y
 
 
-def run(launch: Launch, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
-    """Run one ``conv`` or ``max_pool``."""
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+def _vector(operands: Operands, role: str) -> Tensor | None:
+    vector = operands.get(role)
+    return None if vector is None else vector.to(torch.float32)
+
+
+def _normalised(x: Tensor, operands: Operands, prefix: str) -> Tensor:
+    """BatchNorm with the batch's statistics, in a new tensor. PyTorch's operator wants a variance: ``invstd``'s, eps 0."""
+    mean, var = operands[f"{prefix}mean"], operands[f"{prefix}invstd"].square().reciprocal()
+    gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
+    if x.dtype != torch.float32 and gamma is None:  # PyTorch takes vectors in fp32 for fp16 and bf16 only together
+        gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
+    return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=0.0)
+
+
+def _activated(launch: Launch, operands: Operands, relu: bool, shared: Shared) -> Tensor:
+    """The activation that a prologue makes of ``x``; kept for the next launch that reads it."""
+    slot = dict(launch.operands)["x"]
+    if slot not in shared:
+        a = _normalised(operands["x"], operands, "x_")
+        shared[slot] = a.relu_() if relu else a
+    return shared[slot]
+
+
+def _input(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
+    if launch.prologue == "identity":
+        return operands["x"]
+    return _activated(launch, operands, launch.prologue == "bn_relu", shared)
+
+
+def _statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and invstd of y; the running statistics are updated on the way."""
+    running = (operands.get("running_mean"), operands.get("running_var"))
+    if launch.momentum is not None and all(vector is not None and vector.dtype == torch.float32 for vector in running):
+        mean, var = torch.ops.aten.batch_norm_update_stats(y, *running, launch.momentum)
+        if "batches" in operands:
+            operands["batches"].add_(1)
+    else:
+        scratch = torch.zeros(2, y.shape[1])  # fp32, which makes the result fp32 for fp16 and bf16 too
+        mean, var = torch.ops.aten.batch_norm_update_stats(y, scratch[0], scratch[1], 0.0)
+        reference.update_running(operands, mean, var, y.numel() // y.shape[1], launch.momentum)
+    return mean, (var + launch.eps).rsqrt()
+
+
+def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    x = _input(launch, operands, {})  # not shared: the forward has one reader
+    y = torch.conv2d(x, operands["w"], operands.get("bias"), g.stride, g.padding, g.dilation, g.groups)
+    y = y.contiguous(memory_format=torch.channels_last)
+    if launch.epilogue == "stats":
+        return y, *_statistics(launch, operands, y)
+    if launch.epilogue not in ("store", "bias"):
+        z = reference.EPILOGUES[launch.epilogue](y, operands, launch.eps)
+        y = z.to(launch.dtype)
+    return y.relu_() if launch.activation == "relu" else y
+
+
+def _bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
+    y = operands["y"]
+    z = _normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
+    if "shortcut" in operands:
+        shortcut = operands["shortcut"]
+        z.add_(_normalised(shortcut, operands, "shortcut_") if "shortcut_mean" in operands else shortcut)
+    return z.relu_() if launch.activation == "relu" else z
+
+
+def _masked(gradient: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient in front of a ReLU, into ``out`` if given."""
+    if out is None:
+        return torch.ops.aten.threshold_backward(gradient, output, 0)
+    return torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=out)
+
+
+def _behind_norm(dz: Tensor, y: Tensor, operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dy, dot, sum)`` of BatchNorm's backward, which PyTorch makes in one operator."""
+    mean, invstd = operands[f"{prefix}mean"], operands[f"{prefix}invstd"]
+    gamma = _vector(operands, f"{prefix}gamma")
+    if gamma is None and dz.dtype != torch.float32:
+        gamma = torch.ones_like(mean)
+    arguments = (dz, y, gamma, None, None, mean, invstd, True, 0.0, [True, True, True])
+    return torch.ops.aten.native_batch_norm_backward(*arguments)
+
+
+def _sums(
+    launch: Launch, operands: Operands, shared: Shared, dz: Tensor, roles: tuple[tuple[str, str, str], ...]
+) -> dict[str, Tensor]:
+    """The sums a launch lists, by role: of dz, and for each ``(y, prefix, dot)`` of its product with the normalised y."""
+    sums: dict[str, Tensor] = {}
+    slots = dict(launch.outputs)
+    for y, prefix, dot in roles:
+        if dot in slots:
+            shared[slots[dot]], sums[dot], total = _behind_norm(dz, operands[y], operands, prefix)
+            sums["sum"] = sums["sum_previous"] = total
+    if not sums:
+        sums["sum"] = sums["sum_previous"] = dz.sum((0, 2, 3), dtype=torch.float32)
+    return sums
+
+
+def _bn_add_relu_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    dz = operands["dout"]
+    if "out" in operands:
+        dz = _masked(dz, operands["out"])
+    made = _sums(launch, operands, shared, dz, (("y", "", "dot"), ("shortcut", "shortcut_", "shortcut_dot")))
+    return _listed(launch, {"dz": dz, **made})
+
+
+def _listed(launch: Launch, made: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """What a launch lists of what was made, in its order."""
+    outputs = tuple(made[role] for role, _ in launch.outputs)
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _output_gradient(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
+    """Gradient behind the convolution (where statistics are given, but for a factor per filter)."""
+    if launch.gradient != "bn_backward":
+        return operands["dz"]
+    slot = dict(launch.operands)["dot"]
+    if slot not in shared:
+        shared[slot] = _behind_norm(operands["dz"], operands["y"], operands, "")[0]
+    return shared[slot]
+
+
+def _convolution_gradient(launch: Launch, dy: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
     g = launch.geometry
-    if g.N == 0:
-        return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
-    if isinstance(g, PoolGeometry):
+    assert isinstance(g, Geometry)
+    mask = [which == 0, which == 1, False]
+    gradients = torch.ops.aten.convolution_backward(
+        dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
+    )
+    return gradients[which]
+
+
+def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    g = launch.geometry
+    dy, w = _output_gradient(launch, operands, shared), operands["w"]
+    if launch.gradient == "scale":
+        scale = reference.given_scale(operands, launch.eps, torch.float32)
+        w = (w.to(torch.float32) * scale.view(-1, 1, 1, 1)).to(launch.dtype)
+    like = torch.empty(
+        g.x_shape, dtype=launch.dtype, memory_format=torch.channels_last
+    )  # for its shape and layout, never touched
+    dx = _convolution_gradient(launch, dy, like, w, 0).contiguous(memory_format=torch.channels_last)
+    if launch.gradient == "bn_backward":
+        del shared[dict(launch.operands)["dot"]]  # a layer's wgrad runs before its dgrad
+    if launch.epilogue == "store":
+        return dx.add_(operands["dshortcut"]) if "dshortcut" in operands else dx
+    if launch.epilogue == "mask":
+        if launch.activation == "relu":
+            dx = _masked(dx, operands["a_previous"], dx)
+        return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, ())})
+    if launch.activation == "relu":
+        dx = _masked(dx, _activated(launch, operands, True, shared), dx)
+    shared.pop(dict(launch.operands)["x"], None)
+    return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot_previous"),))})
+
+
+def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    if launch.gradient != "bn_backward":
+        return reference.run(launch, operands)
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    made = {"dbias": torch.zeros(g.K)}
+    if "x" in operands:
+        dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
+        like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
+        made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
+    return _listed(launch, made)
+
+
+def _max_pool(launch: Launch, g: PoolGeometry, operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
+    if len(launch.outputs) == 1 and launch.prologue == "identity":
         return F.max_pool2d(operands["x"], g.kernel, g.stride, g.padding, g.dilation)
-    return _conv(launch, g, operands, donated)
+    return reference.pooled(launch, g, _input(launch, operands, {}))
+
+
+def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    g = launch.geometry
+    assert isinstance(g, PoolGeometry)
+    dx = reference.scattered(g, operands["dy"], operands["x"], operands["indices"])
+    if launch.activation == "relu":
+        dx = _masked(dx, _normalised(operands["x"], operands, "x_"), dx)
+    return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot"),))})
+
+
+_KINDS = frozenset(("conv", "bn_add_relu", "max_pool", "bn_add_relu_backward", "max_pool_backward", "dgrad", "wgrad"))
+
+#: :func:`run` takes what launches of one plan share.
+shares = True
+
+
+def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    """Run one launch.
+
+    Args:
+        launch: of a kind :func:`supports` knows.
+        operands: tensors by role.
+        donated: roles whose memory may be written over.
+        shared: what launches of the same plan left for each other.
+    """
+    g = launch.geometry
+    if launch.kind == "conv":
+        assert isinstance(g, Geometry)
+        if launch.prologue == "identity" and launch.epilogue != "stats":
+            if g.N == 0:
+                return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
+            return _conv(launch, g, operands, donated)
+        return _training_conv(launch, g, operands, shared)
+    if launch.kind == "max_pool":
+        assert isinstance(g, PoolGeometry)
+        if g.N == 0:
+            return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
+        return _max_pool(launch, g, operands)
+    if launch.kind == "bn_add_relu":
+        return _bn_add_relu(launch, operands)
+    return _BACKWARD[launch.kind](launch, operands, shared)
+
+
+_BACKWARD = {
+    "bn_add_relu_backward": _bn_add_relu_backward,
+    "max_pool_backward": _max_pool_backward,
+    "dgrad": _dgrad,
+    "wgrad": _wgrad,
+}

@@ -32,14 +32,18 @@ def per_filter(vector: Tensor, dtype: torch.dtype) -> Tensor:
     return vector.to(dtype).view(1, -1, 1, 1)
 
 
+def given_scale(operands: Operands, eps: float, dtype: torch.dtype) -> Tensor:
+    """``gamma / sqrt(var + eps)``, the factor of BatchNorm with given statistics."""
+    scale = (operands["var"].to(dtype) + eps).rsqrt()
+    return scale * operands["gamma"].to(dtype) if "gamma" in operands else scale
+
+
 def scale_and_shift(operands: Operands, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """BatchNorm with given statistics as ``scale * y + shift``, the convolution's bias included.
 
     ``scale = gamma / sqrt(var + eps)``, ``shift = beta + (bias - mean) * scale`` (Ioffe and Szegedy 2015, algorithm 2).
     """
-    scale = (operands["var"].to(dtype) + eps).rsqrt()
-    if "gamma" in operands:
-        scale = scale * operands["gamma"].to(dtype)
+    scale = given_scale(operands, eps, dtype)
     shift = -operands["mean"].to(dtype)
     if "bias" in operands:
         shift = shift + operands["bias"].to(dtype)
@@ -181,13 +185,38 @@ def max_pool(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, Tenso
     x = operands["x"]
     if launch.prologue != "identity":
         x = PROLOGUES[launch.prologue](x.to(accumulation_dtype(launch.dtype)), operands).to(launch.dtype)
+    return pooled(launch, g, x)
+
+
+def pooled(launch: Launch, g: PoolGeometry, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """What a ``max_pool`` writes, from what it reads behind its prologue."""
     if len(launch.outputs) == 1:
         return F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation)
     y, flat = F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation, return_indices=True)
-    p, q = torch.arange(g.P, device=x.device).view(-1, 1), torch.arange(g.Q, device=x.device)
-    r = (flat // g.W - (p * g.stride[0] - g.padding[0])) // g.dilation[0]
-    s = (flat % g.W - (q * g.stride[1] - g.padding[1])) // g.dilation[1]
-    return y, (r * g.kernel[1] + s).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    place = flat.to(torch.int32)
+    row, column = _window_starts(g, x.device)
+    r = place // g.W - row
+    s = place % g.W - column
+    if g.dilation != (1, 1):
+        r, s = r // g.dilation[0], s // g.dilation[1]
+    return y, (r * g.kernel[1] + s).to(torch.uint8)
+
+
+def _window_starts(g: PoolGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Input row of the first tap for each output row, as a column; input column for each output column."""
+    rows = torch.arange(g.P, device=device, dtype=torch.int32) * g.stride[0] - g.padding[0]
+    columns = torch.arange(g.Q, device=device, dtype=torch.int32) * g.stride[1] - g.padding[1]
+    return rows.view(-1, 1), columns
+
+
+def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """Gradient of the pooling's input from the places of :func:`pooled`. Of ``x`` only shape and type matter."""
+    place = indices.to(torch.int32)
+    row, column = _window_starts(g, x.device)
+    flat = (row + place // g.kernel[1] * g.dilation[0]) * g.W + column + place % g.kernel[1] * g.dilation[1]
+    flat = flat.to(torch.int64, memory_format=torch.channels_last)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, g.kernel, g.stride, g.padding, g.dilation, False, flat)
 
 
 def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
@@ -195,17 +224,12 @@ def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tens
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
     x, dy = operands["x"], operands["dy"].contiguous(memory_format=torch.channels_last)
-    window = (g.kernel, g.stride, g.padding, g.dilation, False)
     if "indices" not in operands:
-        _, flat = F.max_pool2d(x, *window[:4], return_indices=True)
-        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, flat)
-    place = operands["indices"].long()
-    p, q = torch.arange(g.P, device=x.device).view(-1, 1), torch.arange(g.Q, device=x.device)
-    row = p * g.stride[0] - g.padding[0] + place // g.kernel[1] * g.dilation[0]
-    column = q * g.stride[1] - g.padding[1] + place % g.kernel[1] * g.dilation[1]
-    flat = (row * g.W + column).contiguous(memory_format=torch.channels_last)
+        window = (g.kernel, g.stride, g.padding, g.dilation)
+        _, flat = F.max_pool2d(x, *window, return_indices=True)
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, False, flat)
     dtype = accumulation_dtype(launch.dtype)
-    dx = torch.ops.aten.max_pool2d_with_indices_backward(dy.to(dtype), x.to(dtype), *window, flat)
+    dx = scattered(g, dy.to(dtype), x.to(dtype), operands["indices"])
     if launch.activation != "identity":
         dx = activation_backward(dx, bn(x.to(dtype), operands), launch.activation)
     dx = dx.to(launch.dtype)
@@ -256,7 +280,7 @@ def _convolution_gradients(
     g = launch.geometry
     assert isinstance(g, Geometry)
     if x is None:  # its values are not needed for dx, only its shape
-        x = w.new_empty(1).expand(g.x_shape)
+        x = torch.empty(g.x_shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last)
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dz, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [*wanted, False]
     )
@@ -268,10 +292,7 @@ def dgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     dtype = accumulation_dtype(launch.dtype)
     dy, w = convolution_output_gradient(launch, operands, dtype), operands["w"].to(dtype)
     if launch.gradient == "scale":
-        scale = (operands["var"].to(dtype) + launch.eps).rsqrt()
-        if "gamma" in operands:
-            scale = scale * operands["gamma"].to(dtype)
-        w = w * scale.view(-1, 1, 1, 1)
+        w = w * given_scale(operands, launch.eps, dtype).view(-1, 1, 1, 1)
     dx, _ = _convolution_gradients(launch, dy, None, w, (True, False))
     assert dx is not None
     if launch.epilogue == "store":
@@ -288,8 +309,8 @@ def dgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
 def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     """Gradients of a layer's parameters, those the launch lists.
 
-    With the batch's statistics ``dw = wgrad(dy, x)``, and ``dbias`` is 0: BatchNorm subtracts what a bias adds. With given ones,
-    ``G = wgrad(dz, x)`` and ``invstd = 1 / sqrt(var + eps)``: ``dw = gamma * invstd * G``, ``dbeta = sum(dz)``,
+    With the batch's statistics ``dw = wgrad(dy, x)``, and ``dbias`` is 0: BatchNorm subtracts what a bias adds. With given
+    ones, ``G = wgrad(dz, x)`` and ``invstd = 1 / sqrt(var + eps)``: ``dw = gamma * invstd * G``, ``dbeta = sum(dz)``,
     ``dbias = gamma * invstd * sum(dz)``, and ``dgamma_k = invstd * (<w_k, G_k> + (bias - mean) * sum(dz))``, since the sum over
     the pixels of ``dz * conv(x, w)`` is ``<w_k, G_k>``: no convolution output is needed.
     """
@@ -324,9 +345,10 @@ def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
 
 
 def _group(launch: Launch) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    return _resolve_process_group(launch.group)  # type: ignore[arg-type]
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(launch.group)
 
 
 def sync_statistics(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

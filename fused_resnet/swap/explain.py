@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import backends, blocks
 from ..describe import Parts, is_convolution, is_norm, read
-from ..plan import backward_plan, forward_plan, nominal_size
+from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .recognise import fused_forward
 from .replace import stands_for
 
@@ -98,7 +98,7 @@ def _device_and_dtype(parts: Parts) -> tuple[torch.device, torch.dtype]:
 
 def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     eager = _eager_launches(parts)
-    reading = read(parts)
+    reading = read(parts, module.fused_memory)
     if reading.chain is None:
         return Row(name, what, "pytorch", eager, eager, reading.reason or "")
     device, dtype = _device_and_dtype(parts)
@@ -108,7 +108,7 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     for launch in plan.launches:
         runner, reason = backends.assign(launch, chosen)
         notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
-    gradients = frozenset(("x", *(slot for slot in reading.chain.parameter_slots if not slot.endswith((".mean", ".var")))))
+    gradients = trainable_slots(reading.chain)
     backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
     runners = Counter(backends.assign(launch, chosen)[0] for launch in backward.launches)
     return Row(name, what, chosen, len(plan.launches), eager, "; ".join(notes), tuple(sorted(runners.items())))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import backends, blocks, plain
+from ..describe import check_memory
 from .recognise import fused_forward
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +65,7 @@ def stands_for(module: blocks.Fused, child: nn.Module) -> bool:
     return all(id(part) in inside for part in child.modules() if not list(part.children()))
 
 
-def _swap(module: nn.Module, backend: str | None, seen: set[int]) -> None:
+def _swap(module: nn.Module, backend: str | None, memory: str, seen: set[int]) -> None:
     """Swap ``module`` and what is in it."""
     if id(module) in seen:
         return
@@ -74,12 +75,13 @@ def _swap(module: nn.Module, backend: str | None, seen: set[int]) -> None:
         module.__class__ = fused_class(type(module), fused)
         swapped: Any = module
         swapped.fused_backend = backend
+        swapped.fused_memory = memory
     for child in module.children():
         if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
-            _swap(child, backend, seen)
+            _swap(child, backend, memory, seen)
 
 
-def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> Model:
+def fuse(model: Model, *, backend: str | None = None, memory: str = "default", inplace: bool = True) -> Model:
     """Swap fused blocks into a model, without changing a parameter, a buffer or a name.
 
     torchvision's ResNet family, any model that contains its blocks, and every ``Sequential`` of Conv2d, BatchNorm2d and ReLU.
@@ -93,6 +95,9 @@ def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> M
         model: any module.
         backend: ``"triton"``, ``"cpu"`` or ``"reference"`` for this model; None lets :func:`fused_resnet.backend`, the
             environment variable ``FUSED_RESNET_BACKEND`` or the tensors' device decide at each call.
+        memory: what training keeps for the backward: ``"default"``, the outputs of all convolutions; ``"low"``, all but the
+            last one of each block and its projection, which are computed again. A fused module's attribute ``fused_memory``
+            can be set to another choice afterwards.
         inplace: False works on a deep copy.
 
     Returns:
@@ -100,7 +105,7 @@ def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> M
 
     Raises:
         TypeError: not a module, or a scripted one.
-        ValueError: unknown backend.
+        ValueError: unknown backend, unknown memory.
         RuntimeError: already fused; or the backend cannot be loaded here.
 
     Warns:
@@ -112,11 +117,12 @@ def fuse(model: Model, *, backend: str | None = None, inplace: bool = True) -> M
         raise TypeError("model is a scripted module, whose code is fixed: fuse the nn.Module it was made from")
     if backend is not None:
         backends.executor(backend)
+    check_memory(memory)
     if any(isinstance(module, blocks.Fused) for module in model.modules()):
         raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
     if not inplace:
         model = copy.deepcopy(model)
-    _swap(model, backend, set())
+    _swap(model, backend, memory, set())
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
         warnings.warn("fuse found no residual block, no conv + BatchNorm + ReLU it knows: the model is unchanged", stacklevel=2)
     return model
@@ -135,7 +141,8 @@ def unfuse(model: Model) -> Model:
     if not fused:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
-        module.__dict__.pop("fused_backend", None)
+        for option in ("fused_backend", "fused_memory"):
+            module.__dict__.pop(option, None)
         kind: type[Any] = module.unfused_class
         module.__class__ = kind
     return model
