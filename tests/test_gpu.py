@@ -76,3 +76,49 @@ def test_tf32_is_used_exactly_when_pytorch_allows_it_for_convolutions() -> None:
         rounded = relative_error(fused(x), truth)
     assert exact <= 1e-5
     assert rounded > 10 * exact
+
+
+def test_a_training_step_is_captured_and_replayed() -> None:
+    torch.manual_seed(0)
+    eager = torchvision.models.resnet18().cuda().to(memory_format=torch.channels_last).train()
+    randomise(eager)
+    fused = fuse(copy.deepcopy(eager))
+    x = torch.randn(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    before = copy.deepcopy(fused.state_dict())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            fused(x).square().mean().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    fused.load_state_dict(before)
+    fused.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused(x).square().mean().backward()
+    fused.load_state_dict(before)
+    graph.replay()
+    double = copy.deepcopy(eager).double()
+    double(x.double()).square().mean().backward()
+    eager(x).square().mean().backward()
+    for mine, theirs, truth in zip(fused.parameters(), eager.parameters(), double.parameters(), strict=True):
+        assert relative_error(mine.grad, truth.grad) <= max(2 * relative_error(theirs.grad, truth.grad), 1e-6)
+    for mine, truth in zip(fused.buffers(), double.buffers(), strict=True):
+        assert relative_error(mine, truth) <= 1e-3
+
+
+def test_a_training_step_does_not_synchronise_and_is_reproducible() -> None:
+    model = fuse(torchvision.models.resnet18().cuda().to(memory_format=torch.channels_last).train())
+    x = torch.randn(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+    model(x).square().mean().backward()
+    gradients = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)

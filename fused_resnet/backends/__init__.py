@@ -6,9 +6,9 @@ An executor is a module with two functions::
     run(launch, operands, donated) -> Tensor | tuple[Tensor, ...]     one tensor per output of the launch, in its order
 
 and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to
-tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets a fourth argument,
-a dict that lives as long as the plan runs: what its launches leave for each other. A launch the chosen executor does not support
-goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
+tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets one more
+argument, a dict that lives as long as the plan runs: what its launches leave for each other. A launch the chosen executor
+does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
 """
 
 from __future__ import annotations
