@@ -1,18 +1,24 @@
-"""Kernels, FLOPs and bytes of one forward pass, counted when it runs: of an eager model and of a fused one, by the same rule.
+"""Kernels, FLOPs and bytes of a forward pass or of a training step, counted when it runs: eager and fused, by the same rule.
 
 The rule: a kernel reads each of its operands once and writes its result once. In eager PyTorch every operator that makes a
 tensor is a kernel: a convolution reads x and w and writes y, BatchNorm and ReLU each read y and write it again, ``+`` reads two
-tensors and writes one, pooling reads and writes. In a fused model every launch of a plan is one, with the bytes of
-:attr:`fused_resnet.launch.Launch.bytes`, and what runs outside the plans is counted as in eager. Views cost nothing; a second
-result (the indices that max-pooling writes beside the maxima) is not counted, in favour of eager.
+tensors and writes one, pooling reads and writes. A convolution's backward is the kernels it starts: dy and w make dx, dy and x
+make dw, and dy makes db. In a fused model every launch of a plan is one, with the bytes of
+:attr:`fused_resnet.launch.Launch.bytes`, and what runs outside the plans is counted as in eager. Views cost nothing. A second
+result (the indices that max-pooling writes beside the maxima) is counted in a training step, whose backward reads it; without
+gradients it is not, in favour of eager.
 
-Nothing has to be computed for it: ``info`` counts on the ``meta`` device, where tensors have sizes and no contents.
+The rule favours eager's BatchNorm with the batch's statistics, which needs two passes over its operands: one for the sums, and
+one for the result. :func:`in_passes` counts these.
+
+Nothing has to be computed for it: ``info`` counts on the ``meta`` device, where tensors have sizes and no contents, and where
+fused models run through the reference executor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +27,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .backends import LaunchLog, count_launches
+from .backends import LaunchLog, backend, count_launches
 from .blocks import Fused
 from .describe import read
+from .functional import ChainFunction
+from .measure import saved_bytes
 from .plan import forward_plan, nominal_size
 
 
@@ -32,11 +40,12 @@ class Kernel:
     """One kernel that ran.
 
     Attributes:
-        place: dotted name of the module, or the chain, that it ran for.
+        place: dotted name of the module, or the chain, that it ran for; empty in the backward.
         name: the operator or the launch.
         flops: multiplications and additions of its contraction, 0 where it has none.
-        bytes: operands and result, each once.
+        bytes: operands and results, each once.
         fused: a launch of a plan.
+        reread: bytes of operands that it has to read twice: BatchNorm's in training.
     """
 
     place: str
@@ -44,6 +53,7 @@ class Kernel:
     flops: int
     bytes: int
     fused: bool = False
+    reread: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,29 @@ class Work:
     @staticmethod
     def of(kernels: Iterable[Kernel]) -> Work:
         """The sum over ``kernels``."""
-        kernels = list(kernels)
-        return Work(len(kernels), sum(kernel.flops for kernel in kernels), sum(kernel.bytes for kernel in kernels))
+        return sum((Work(1, kernel.flops, kernel.bytes) for kernel in kernels), Work())
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.kernels + other.kernels, self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step without the optimizer's part.
+
+    Attributes:
+        forward, backward: kernels in their order.
+        saved: bytes that the forward saves for the backward, see :func:`fused_resnet.measure.saved_bytes`.
+    """
+
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...]
+    saved: int
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Of both directions."""
+        return (*self.forward, *self.backward)
 
 
 @dataclass(frozen=True)
@@ -85,8 +116,12 @@ class _Frame:
     launches: list[_Stamped] = field(default_factory=list)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -94,6 +129,23 @@ def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:
 
     formula = flop_registry.get(function.overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def _convolution_gradients(place: str, args: Sequence[Any]) -> list[Kernel]:
+    """What a convolution's backward starts; dgrad and wgrad take as many operations as the forward."""
+    dy, x, w, transposed, (dx, dw, db) = *args[:3], args[7], args[10]
+    flops = 2 * (x if transposed else dy).numel() * w[0].numel()
+    moved = _bytes(dy, x, w)
+    wanted = ((dx, "dgrad", flops, moved), (dw, "wgrad", flops, moved), (db, "bgrad", 0, _bytes(dy) + _bytes(dy[0, :, 0, 0])))
+    return [Kernel(place, f"convolution_backward: {name}", *work) for want, name, *work in wanted if want]
+
+
+def _reread(name: str, args: Sequence[Any]) -> int:
+    """Bytes that a BatchNorm in training reads for the sums and again for the result: x, in the backward dy as well."""
+    training = next((value for value in args if isinstance(value, bool)), False)
+    if not training or "native_batch_norm" not in name:
+        return 0
+    return _bytes(*(operand for operand in _tensors(args) if operand.dim() > 1))
 
 
 class _Operators(TorchDispatchMode):
@@ -106,15 +158,19 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not results or function.is_view or function in _FREE:
-            return result
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        moved = sum(map(_bytes, operands)) + _bytes(results[0])
-        frame = self.counter.stack[-1]
-        kernel = Kernel(frame.place, function.overloadpacket.__name__, _flops(function, args, kwargs, result), moved)
-        frame.operators.append((self.counter.turn(), kernel))
+        results = _tensors(result)
+        if results and not function.is_view and function not in _FREE:
+            self.counter.note(self.kernels(function, args, kwargs, result, results))
         return result
+
+    def kernels(self, function: Any, args: Any, kwargs: Any, result: Any, results: list[Tensor]) -> list[Kernel]:
+        """The kernels of one operator."""
+        name, place = function.overloadpacket.__name__, self.counter.stack[-1].place
+        if name == "convolution_backward":
+            return _convolution_gradients(place, args)
+        written = results if self.counter.training else results[:1]
+        moved = _bytes(*_tensors((args, kwargs)), *written)
+        return [Kernel(place, name, _flops(function, args, kwargs, result), moved, reread=_reread(name, args))]
 
 
 #: Operators that move nothing although they are not marked as views.
@@ -135,7 +191,8 @@ _FREE = frozenset(
 class _Counter:
     """Follows the modules as they run."""
 
-    def __init__(self, model: nn.Module, log: LaunchLog) -> None:
+    def __init__(self, model: nn.Module, log: LaunchLog, training: bool) -> None:
+        self.training = training
         self.names = {id(module): name for name, module in model.named_modules()}
         self.log = log
         self.seen = 0
@@ -147,6 +204,10 @@ class _Counter:
         """The number of the kernel that starts now."""
         self.turns += 1
         return self.turns
+
+    def note(self, kernels: Iterable[Kernel]) -> None:
+        """Kernels of operators, for the module on top."""
+        self.stack[-1].operators += [(self.turn(), kernel) for kernel in kernels]
 
     def claim(self) -> None:
         """Launches that ran since the last look belong to the module on top."""
@@ -168,6 +229,19 @@ class _Counter:
             self.kernels += _by_chain(frame.module, frame)
         else:
             self.kernels += frame.operators
+
+    def enter_backward(self, gradients: Any) -> None:
+        """The backward of a chain starts."""
+        self.stack.append(_Frame("", None))
+
+    def leave_backward(self, results: Any, gradients: Any) -> None:
+        """The backward of a chain ends."""
+        self.claim()
+        self.kernels += self.stack.pop().launches
+
+    def in_order(self) -> list[_Stamped]:
+        """All kernels by their turns, those outside all modules and chains included."""
+        return sorted([*self.kernels, *self.stack[0].operators], key=lambda stamped: stamped[0])
 
 
 def _by_chain(module: Fused, frame: _Frame) -> list[_Stamped]:
@@ -196,9 +270,9 @@ def _followed(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _counting(model: nn.Module) -> Iterator[_Counter]:
-    with count_launches() as log:
-        counter = _Counter(model, log)
+def _counting(model: nn.Module, x: Tensor, training: bool = False) -> Iterator[_Counter]:
+    with count_launches() as log, backend("reference") if x.is_meta else nullcontext():
+        counter = _Counter(model, log, training)
         hooks = []
         for module in _followed(model):
             hooks.append(module.register_forward_pre_hook(counter.enter))
@@ -218,9 +292,63 @@ def kernels(model: nn.Module, x: Tensor) -> list[Kernel]:
         model: eager or fused.
         x: [N, C, H, W]; on the meta device (as the model) nothing is computed.
     """
-    with torch.no_grad(), _counting(model) as counter:
+    with torch.no_grad(), _counting(model, x) as counter:
         model(x)
-    return [kernel for _, kernel in sorted(counter.kernels, key=lambda stamped: stamped[0])]
+    return [kernel for _, kernel in counter.in_order()]
+
+
+def _nodes(outputs: Iterable[Tensor]) -> set[Any]:
+    """All nodes of the graph behind ``outputs``."""
+    waiting: list[Any] = [output.grad_fn for output in outputs]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
+
+
+def step(model: nn.Module, x: Tensor) -> Step:
+    """Run ``model(x)`` as it is (``model.train()`` for the batch's statistics), and its backward, once each.
+
+    As in a training step running statistics move. No ``.grad`` is touched. The gradient of the outputs is given: a loss is not
+    in it.
+
+    Args:
+        model: eager or fused.
+        x: [N, C, H, W], counted among what is saved; on the meta device (as the model) nothing is computed. Where it requires
+            a gradient, that is computed as well as those of the parameters.
+    """
+    wanted = [tensor for tensor in (x, *model.parameters()) if tensor.requires_grad]
+    outputs: list[Tensor] = []
+    with torch.enable_grad(), _counting(model, x, training=True) as counter:
+
+        def forward() -> None:
+            outputs.extend(output for output in _tensors(model(x)) if output.requires_grad)
+
+        saved = saved_bytes(forward, (*model.parameters(), *model.buffers()))
+        turns = counter.turns
+        for node in _nodes(outputs):
+            if node.name() == f"{ChainFunction.__name__}Backward":
+                node.register_prehook(counter.enter_backward)
+                node.register_hook(counter.leave_backward)
+        if outputs:
+            gradients = [torch.empty_like(output) for output in outputs]
+            torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+    stamped = counter.in_order()
+    forward_kernels = tuple(kernel for turn, kernel in stamped if turn <= turns)
+    return Step(forward_kernels, tuple(kernel for turn, kernel in stamped if turn > turns), saved)
+
+
+def in_passes(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """The same kernels with PyTorch's BatchNorm in training as the two passes it makes: the sums, then the result."""
+    passes: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.reread:
+            passes.append(Kernel(kernel.place, f"{kernel.name}: sums", 0, kernel.reread))
+        passes.append(replace(kernel, reread=0))
+    return passes
 
 
 def _places(model: nn.Module) -> dict[str, str]:
@@ -258,7 +386,4 @@ def compare(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Row]:
 def total(rows: Iterable[Row]) -> tuple[Work, Work]:
     """Eager and fused, added up over ``rows``."""
     rows = list(rows)
-    sums = []
-    for works in ([row.eager for row in rows], [row.fused for row in rows]):
-        sums.append(Work(sum(w.kernels for w in works), sum(w.flops for w in works), sum(w.bytes for w in works)))
-    return sums[0], sums[1]
+    return sum((row.eager for row in rows), Work()), sum((row.fused for row in rows), Work())

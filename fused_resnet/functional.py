@@ -60,6 +60,8 @@ def backward(
     plan = backward_plan(chain, *size, dout.dtype, needs)
     slots = dict(zip(saved_slots(chain, needs), saved, strict=True))
     slots["dout"] = _channels_last(dout)
+    if "x" in slots:
+        slots["x"] = _channels_last(slots["x"])  # kept as it came
     results = backends.execute(plan, slots, backend)
     gradients: list[Tensor] = []
     taken = {tensor.data_ptr() for tensor in slots.values()}
@@ -264,8 +266,13 @@ def promotes(reading: Reading, x: Tensor) -> bool:
 
 
 def unfit(reading: Reading, x: Tensor) -> bool:
-    """Whether this input must run unfused: autocast would promote it, or it has no images to make statistics of."""
+    """Whether this input must run unfused: autocast would promote it, or it has no images to make statistics of.
+
+    A rank without images takes part in a SyncBatchNorm all the same: the others wait for its share.
+    """
     empty = isinstance(x, Tensor) and reading.chain is not None and reading.chain.batch and x.dim() == 4 and x.shape[0] == 0
+    if empty and reading.chain is not None:
+        empty = not any(layer.group for layer in reading.chain.weight_layers)
     return empty or promotes(reading, x)
 
 

@@ -1,4 +1,4 @@
-"""Timing, written once: ``fused-resnet demo`` and bench/ both use it.
+"""Timing and memory, written once: ``fused-resnet demo`` and bench/ both use it.
 
 Ratios come from interleaved runs: every round calls each contender once, so that whatever else the machine does falls on all of
 them alike, and the median of the rounds is taken.
@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import cycle
@@ -127,6 +127,28 @@ def interleaved(
         if index + 1 >= rounds[0] and spent >= seconds:
             break
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def saved_bytes(call: Callable[[], object], skip: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd saves for the backward of what ``call()`` computes, each storage once.
+
+    Args:
+        call: a forward, which starts no backward; its result is kept until all is counted, so that no memory is counted twice.
+        skip: tensors whose memory does not count, such as parameters and buffers. Images count.
+    """
+    skipped = {tensor.untyped_storage()._cdata for tensor in skip}  # addresses would all be 0 on the meta device
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    total = sum(storage.nbytes() for key, storage in saved.items() if key not in skipped)
+    del result
+    return total
 
 
 def largest_difference(result: Tensor, truth: Tensor) -> tuple[float, float]:

@@ -5,7 +5,9 @@
 :mod:`.boxes`       how a tile of pixels and a tile of filters is loaded: descriptors and masked pointers
 :mod:`.prologues`   functions applied to the pixels on load
 :mod:`.epilogues`   functions applied to the accumulator before the store
-:mod:`.pool`        max-pooling
+:mod:`.finish`      how the programs of a launch finish a reduction together
+:mod:`.elementwise` the end of a residual block and its backward
+:mod:`.pool`        max-pooling and its backward
 ==================  ====================================================================================
 
 Importing this package imports Triton. :mod:`fused_resnet.backends.triton` is what starts the kernels.

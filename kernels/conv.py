@@ -12,6 +12,8 @@ A program owns one tile of the output, in registers (tensor memory on Blackwell)
                     +-------------------+       acc += filters . pixels^T
                               |
                       EPILOGUE, ACTIVATION: fp32, [M, K];  one rounding;  one store
+                              |
+                      AFTER: what is reduced over the stored tiles, if anything
 
 Programs that run at the same time share tiles in the L2: ``TILE.group`` neighbouring pixel tiles go through all filter tiles
 before the next pixel tiles start.
@@ -25,24 +27,30 @@ import triton
 import triton.language as tl
 
 from .boxes import Place, lanes_of, loaded, locate
-from .epilogues import At
+from .epilogues import At, Index
 from .numerics import dot, rounded
 
 
 @triton.jit
-def own_tile(sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr):
-    """Which tile of the output this program makes, and the channels it reduces over."""
-    columns = tl.cdiv(sizes.Q, TILE.columns)
-    rows = tl.cdiv(sizes.P, TILE.rows)
-    pixel_tiles = tl.cdiv(sizes.N, TILE.images) * rows * columns
+def tile_index(sizes, TILE: tl.constexpr):
+    """Which tile of the output this program makes."""
+    pixel_tiles = tl.cdiv(sizes.N, TILE.images) * tl.cdiv(sizes.P, TILE.rows) * tl.cdiv(sizes.Q, TILE.columns)
     filter_tiles = tl.cdiv(sizes.K, TILE.filters)
-
     program = tl.program_id(0)
     band = program // (TILE.group * filter_tiles)
     height = tl.minimum(pixel_tiles - band * TILE.group, TILE.group)
     within = program % (TILE.group * filter_tiles)
-    pixel_tile = band * TILE.group + within % height
-    k = within // height * TILE.filters
+    return Index(band * TILE.group + within % height, pixel_tiles, within // height, filter_tiles)
+
+
+@triton.jit
+def own_tile(sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr):
+    """Where this program's tile of the output starts, and the channels it reduces over."""
+    columns = tl.cdiv(sizes.Q, TILE.columns)
+    rows = tl.cdiv(sizes.P, TILE.rows)
+    index = tile_index(sizes, TILE)
+    pixel_tile = index.pixel_tile
+    k = index.filter_tile * TILE.filters
 
     n = pixel_tile // (rows * columns) * TILE.images
     p = pixel_tile // columns % rows * TILE.rows
@@ -139,6 +147,8 @@ def conv_forward(
     EPILOGUE: tl.constexpr,
     epilogue_args,
     ACTIVATION: tl.constexpr,
+    AFTER: tl.constexpr,
+    after_args,
     PIXELS: tl.constexpr,
     FILTERS: tl.constexpr,
     TAPS: tl.constexpr,
@@ -157,6 +167,7 @@ def conv_forward(
         y: pointer to [N, P, Q, K].
         sizes: :class:`Sizes`.
         exact: pointers (x, w) where a tile may have to be (re)computed by :func:`direct`, else None.
+        AFTER: function of epilogues.py that goes on behind the store, or None.
         PIXELS, FILTERS: loaders of boxes.py; ``None`` for both means :func:`direct` alone.
         TAPS: :class:`Taps`.
         TILE: extents ``images, rows, columns, filters, channels`` (powers of two) and ``group``.
@@ -204,5 +215,7 @@ def conv_forward(
     offsets = (pixels * sizes.K)[:, None] + filters[None, :]
     mask = lanes.inside[:, None] & (filters < sizes.K)[None, :]
     at = At(pixels, filters, lanes.inside, filters < sizes.K, offsets, mask)
-    z = ACTIVATION(EPILOGUE(acc, at, *epilogue_args))
-    tl.store(y + offsets, rounded(z, y.dtype.element_ty), mask=mask)
+    z = rounded(ACTIVATION(EPILOGUE(acc, at, *epilogue_args)), y.dtype.element_ty)
+    tl.store(y + offsets, z, mask=mask)
+    if AFTER is not None:
+        AFTER(z.to(tl.float32), at, tile_index(sizes, TILE), *after_args)

@@ -9,12 +9,18 @@ An epilogue is a function ``EPILOGUE(acc, at, *epilogue_args) -> acc``:
 Everything is fp32; the only rounding to the output's type is at the store, after the activation. Below, ``per_filter`` and
 ``per_pixel`` are the two ways to read an operand. To add one: a function here, a row in :data:`EPILOGUES`, its twin in the
 reference executor, a row in ``fused_resnet.launch.EPILOGUES``.
+
+What needs the stored values, as statistics of them do, comes behind the store, when the accumulator's registers are free again:
+``AFTER(y, at, index, *after_args)``, see :data:`AFTERS`. ``y [M, K]``: what was stored, in fp32; ``index``: :class:`Index`.
 """
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from .finish import Column, arrive, finish_moments, moments
+from .numerics import rounded
 
 
 class At(NamedTuple):
@@ -35,6 +41,15 @@ class At(NamedTuple):
     filters_inside: Any
     offsets: Any
     mask: Any
+
+
+class Index(NamedTuple):
+    """Which of the tiles of pixels and of filters a program makes, and how many there are."""
+
+    pixel_tile: Any
+    pixel_tiles: Any
+    filter_tile: Any
+    filter_tiles: Any
 
 
 @triton.jit
@@ -80,6 +95,13 @@ def bias(acc, at, bias):
 
 
 @triton.jit
+def maybe_bias(acc, at, bias):
+    if bias is not None:
+        acc = acc + per_filter(bias, at)
+    return acc
+
+
+@triton.jit
 def affine(acc, at, eps, gamma, beta, mean, var, bias):
     scale, shift = scale_and_shift(at, eps, gamma, beta, mean, var, bias)
     return acc * scale + shift
@@ -109,7 +131,100 @@ EPILOGUES = {
     "add": (add, ("shortcut",)),
     "bias_add": (bias_add, ("bias", "shortcut")),
     "affine_add": (affine_add, ("eps", "gamma", "beta", "mean", "var", "bias", "shortcut")),
+    "stats": (maybe_bias, ("bias",)),
 }
+
+
+@triton.jit
+def statistics(
+    y,
+    at,
+    index,
+    K,
+    group,
+    partials,
+    counters,
+    mean,
+    invstd,
+    var,
+    eps,
+    running_mean,
+    running_var,
+    batches,
+    momentum,
+):
+    """Mean and spread of every filter over all pixels; the last program of a column of tiles merges them and keeps the books.
+
+    Args:
+        K: filters.
+        group: pixel tiles that the first level of :mod:`.finish` merges.
+        partials: fp32: means [pixel_tiles, K], M2 [pixel_tiles, K], and pixels counted [filter_tiles, pixel_tiles].
+        counters: ``cdiv(pixel_tiles, group) + 1`` a column of tiles, and one for the columns.
+        mean, invstd: outputs, fp32 [K]; ``var``, biased, is written instead of ``invstd`` where that is None.
+        running_mean, running_var: updated in place, or None. The variance is the unbiased one there.
+        batches: int64 [1], counted up, or None.
+        momentum: None for the cumulative average, 1 / batches.
+    """
+    groups = tl.cdiv(index.pixel_tiles, group)
+    own = counters + index.filter_tile * (groups + 1)
+    column = Column(partials, own, index.pixel_tile, index.pixel_tiles, group, at.filters, at.filters_inside, K)
+    counts = partials + 2 * index.pixel_tiles * K + index.filter_tile * index.pixel_tiles
+    count, mean_k, m2_k = moments(y, at.pixels_inside)
+    last, count, mean_k, m2_k = finish_moments(column, counts, count, mean_k, m2_k)
+    if last:
+        var_k = m2_k / count
+        tl.store(mean + at.filters, mean_k, mask=at.filters_inside)
+        if invstd is not None:
+            tl.store(invstd + at.filters, tl.math.div_rn(1.0, tl.math.sqrt_rn(var_k + eps)), mask=at.filters_inside)
+        else:
+            tl.store(var + at.filters, var_k, mask=at.filters_inside)
+        if batches is not None:
+            seen = tl.load(batches) + 1
+        if running_mean is not None:
+            if momentum is not None:
+                part = momentum
+            else:
+                part = 1.0 / seen.to(tl.float32)
+            blend(running_mean, at, mean_k, part)
+            blend(running_var, at, m2_k / (count - 1), part)
+        if batches is not None:
+            # Every column has read the old count by the time the last column writes the new one.
+            if arrive(counters + index.filter_tiles * (groups + 1), index.filter_tiles):
+                tl.store(batches, seen)
+
+
+@triton.jit
+def blend(vector, at, new, part):
+    """``vector = (1 - part) * vector + part * new``, in place."""
+    old = tl.load(vector + at.filters, mask=at.filters_inside, other=0.0).to(tl.float32)
+    value = (1 - part) * old + part * new
+    tl.store(vector + at.filters, rounded(value, vector.dtype.element_ty), mask=at.filters_inside)
+
+
+#: Name of an epilogue in a launch -> (function called behind the store, names of its arguments).
+AFTERS = {
+    "stats": (
+        statistics,
+        (
+            "K",
+            "group",
+            "partials",
+            "counters",
+            "mean",
+            "invstd",
+            "var",
+            "eps",
+            "running_mean",
+            "running_var",
+            "batches",
+            "momentum",
+        ),
+    ),
+}
+
+
+#: Operands that a kernel updates in place.
+IN_PLACE = ("running_mean", "running_var", "batches")
 
 
 @triton.jit

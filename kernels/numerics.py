@@ -20,6 +20,7 @@ def rounded(value, DTYPE: tl.constexpr):
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
+        bits &= -0x10000  # what is left of a zero would be cut to something else than zero
         # The sum would carry a NaN into another number.
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(DTYPE)

@@ -23,16 +23,44 @@ def identity(pixels, channels, inside):
 
 
 @triton.jit
-def bn_relu(pixels, channels, inside, C, scale, shift):
-    """``relu(scale * x + shift)`` channel by channel; ``scale``, ``shift``: pointers to fp32 [C]."""
-    a = tl.load(scale + channels, mask=channels < C, other=0.0)[None, :]
-    b = tl.load(shift + channels, mask=channels < C, other=0.0)[None, :]
-    normalised = relu(pixels.to(tl.float32) * a + b)
+def per_channel(vector, channels, exists):
+    """Operand [C] in any float type, as fp32 [1, C]."""
+    return tl.load(vector + channels, mask=exists, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def batch_norm(x, channels, exists, mean, invstd, gamma, beta):
+    """BatchNorm with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``, fp32 [M, C].
+
+    The mean is taken off first: ``scale * x + shift`` would cancel where it is large against the deviation. mean, invstd, gamma
+    and beta are pointers [C]; gamma and beta may be None.
+    """
+    scale = per_channel(invstd, channels, exists)
+    if gamma is not None:
+        scale = scale * per_channel(gamma, channels, exists)
+    z = (x.to(tl.float32) - per_channel(mean, channels, exists)) * scale
+    if beta is not None:
+        z = z + per_channel(beta, channels, exists)
+    return z
+
+
+@triton.jit
+def bn(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    normalised = batch_norm(pixels, channels, channels < C, x_mean, x_invstd, x_gamma, x_beta)
     return rounded(tl.where(inside, normalised, 0.0), pixels.dtype)
 
+
+@triton.jit
+def bn_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    normalised = relu(batch_norm(pixels, channels, channels < C, x_mean, x_invstd, x_gamma, x_beta))
+    return rounded(tl.where(inside, normalised, 0.0), pixels.dtype)
+
+
+_VECTORS = ("C", "x_mean", "x_invstd", "x_gamma", "x_beta")
 
 #: Name in a launch -> (function, names of its arguments: ``C`` or roles of operands).
 PROLOGUES = {
     "identity": (identity, ()),
-    "bn_relu": (bn_relu, ("C", "scale", "shift")),
+    "bn": (bn, _VECTORS),
+    "bn_relu": (bn_relu, _VECTORS),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from fused_resnet import count_launches
-from fused_resnet.chain import Chain, Layer, Pool
+from fused_resnet.chain import BUFFERS, Chain, Layer, Pool
 
 
 @torch.no_grad()
@@ -68,6 +69,10 @@ def tiny() -> TinyNet:
     return net.eval()
 
 
+#: Launches of one forward of a fused TinyNet in training mode: stem 2, BasicBlock with projection 4, Bottleneck 4.
+TINY_TRAINING_LAUNCHES = 10
+
+
 def images(n: int = 2, h: int = 33, w: int = 35) -> Tensor:
     """Small images with odd sides."""
     return torch.randn(n, 3, h, w)
@@ -108,6 +113,8 @@ CHAINS: dict[str, tuple[Chain, int, int]] = {
     "add": (Chain((_conv("a", 4, 4, **_PLAIN),), residual=True), 6, 5),
     "add_without_relu": (Chain((_conv("a", 4, 4, activation="identity", **_PLAIN),), residual=True), 6, 5),
     "bias_add": (Chain((_conv("a", 4, 4, bias=True, **_PLAIN), _conv("b", 4, 4, bias=True, **_PLAIN)), residual=True), 6, 5),
+    "basic_with_biases": (Chain((_conv("a", 6, 4, bias=True), _conv("b", 4, 6, bias=True)), residual=True), 6, 7),
+    "norm_then_bias_add": (Chain((_conv("a", 4, 4), _conv("b", 4, 4, bias=True, **_PLAIN)), residual=True), 6, 5),
     "basic": (Chain((_conv("a", 6, 6), _conv("b", 6, 6)), residual=True), 9, 7),
     "pre_add_identity": (Chain((_conv("a", 6, 6), _conv("b", 6, 6, activation="identity")), residual=True), 9, 7),
     "basic_projection": (
@@ -160,6 +167,38 @@ CHAINS: dict[str, tuple[Chain, int, int]] = {
 }
 
 
+def live(layer: Layer, **how: object) -> Layer:
+    """The same layer with the batch's statistics, running ones tracked: an ``nn.BatchNorm2d`` in training mode."""
+    options = {"batch": True, "tracked": True, "counted": True, "momentum": 0.3, **how}
+    return replace(layer, **options) if layer.norm else layer  # type: ignore[arg-type]
+
+
+def in_training(spec: Chain, every: int = 1, first: int = 0, memory: str = "default", **how: object) -> Chain:
+    """The chain with every ``every``-th BatchNorm, from the ``first`` on, in training mode; the others stay frozen."""
+    index, made = -1, []
+    for layer in spec.weight_layers:
+        index += layer.norm
+        made.append(live(layer, **how) if index % every == first else layer)
+    side = None if spec.projection is None else made.pop()
+    return replace(spec, layers=tuple(made), projection=side, memory=memory)
+
+
+def _norms(spec: Chain) -> int:
+    return sum(layer.norm for layer in spec.weight_layers)
+
+
+#: The chains that have BatchNorms, all of them in training mode; then with half of them frozen, one way and the other.
+TRAINING_CHAINS: dict[str, tuple[Chain, int, int]] = {
+    **{name: (in_training(spec), h, w) for name, (spec, h, w) in CHAINS.items() if _norms(spec)},
+    **{
+        f"{name}, {which} frozen": (in_training(spec, 2, first), h, w)
+        for name, (spec, h, w) in CHAINS.items()
+        for first, which in enumerate(("second", "first"))
+        if _norms(spec) > 1
+    },
+}
+
+
 def chain_inputs(spec: Chain, n: int, h: int, w: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
     """Random x and parameters of a chain. Running statistics need no gradient, all else does."""
     x = torch.randn(n, spec.layers[0].channels, h, w, dtype=dtype, requires_grad=True)
@@ -170,34 +209,107 @@ def chain_inputs(spec: Chain, n: int, h: int, w: int, dtype: torch.dtype = torch
         "beta": lambda layer: torch.randn(layer.filters, dtype=dtype) * 0.3,
         "mean": lambda layer: torch.randn(layer.filters, dtype=dtype) * 0.3,
         "var": lambda layer: 0.5 + 1.5 * torch.rand(layer.filters, dtype=dtype),
+        "running_mean": lambda layer: torch.randn(layer.filters, dtype=dtype) * 0.3,
+        "running_var": lambda layer: 0.5 + 1.5 * torch.rand(layer.filters, dtype=dtype),
+        "batches": lambda layer: torch.tensor(3),
     }
     parameters = []
     for layer in spec.weight_layers:
         for role in layer.parameter_roles:
-            parameters.append(made[role](layer).requires_grad_(role not in ("mean", "var")))
+            parameters.append(made[role](layer).requires_grad_(role not in BUFFERS))
     return x, parameters
 
 
-def _plain_layer(layer: Layer, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def twin(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies that share nothing with the originals, floating-point ones in ``dtype``."""
+    made = []
+    for tensor in tensors:
+        change = dtype if tensor.is_floating_point() and dtype is not None else tensor.dtype
+        made.append(tensor.detach().clone().to(change).requires_grad_(tensor.requires_grad))
+    return made
+
+
+def _plain_layer(layer: Layer, x: Tensor, tensors: dict[str, Tensor], layout: torch.memory_format) -> Tensor:
     bias = tensors.get(f"{layer.name}.bias")
     y = F.conv2d(x, tensors[f"{layer.name}.w"], bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    y = y.contiguous(memory_format=layout)
     if not layer.norm:
         return y
-    mean, var, gamma, beta = (tensors.get(f"{layer.name}.{role}") for role in ("mean", "var", "gamma", "beta"))
+    roles = ("mean", "var", "gamma", "beta")
+    if layer.batch:
+        roles = ("running_mean", "running_var", "gamma", "beta")
+        momentum = layer.momentum
+        if layer.counted:
+            tensors[f"{layer.name}.batches"].add_(1)
+            momentum = 1 / tensors[f"{layer.name}.batches"].item() if momentum is None else momentum
+        vectors = [tensors.get(f"{layer.name}.{role}") for role in roles]
+        return F.batch_norm(y, *vectors, training=True, momentum=momentum or 0.0, eps=layer.eps)
+    mean, var, gamma, beta = (tensors.get(f"{layer.name}.{role}") for role in roles)
     return F.batch_norm(y, mean, var, gamma, beta, training=False, eps=layer.eps)
 
 
-def plain_chain(spec: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """What a chain computes, written with torch.nn.functional and nothing of ours but the description."""
+def plain_chain(
+    spec: Chain, x: Tensor, parameters: Sequence[Tensor], layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """What a chain computes, written with torch.nn.functional and nothing of ours but the description.
+
+    In training mode the running statistics among the parameters are updated. ``layout`` is the convolutions' outputs', in which
+    PyTorch's BatchNorm sums in another order.
+    """
     slots = [f"{layer.name}.{role}" for layer in spec.weight_layers for role in layer.parameter_roles]
     tensors = dict(zip(slots, parameters, strict=True))
     y = x
     for index, layer in enumerate(spec.layers):
-        y = _plain_layer(layer, y, tensors)
+        y = _plain_layer(layer, y, tensors, layout)
         if spec.residual and index == len(spec.layers) - 1:
-            y = y + (x if spec.projection is None else _plain_layer(spec.projection, x, tensors))
+            y = y + (x if spec.projection is None else _plain_layer(spec.projection, x, tensors, layout))
         if layer.activation == "relu":
             y = F.relu(y)
     if spec.pool is not None:
         y = F.max_pool2d(y, spec.pool.kernel, spec.pool.stride, spec.pool.padding, spec.pool.dilation)
     return y
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that autograd keeps for the backward of ``model(*inputs)``: each storage once, parameters and buffers left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*inputs)  # alive until here, so that no memory is used twice
+    total = sum(kept.values())
+    del out
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- training steps
+
+
+def train_step(model: nn.Module, x: Tensor, dout: Tensor | None = None) -> dict[str, Tensor]:
+    """Forward and backward; a copy of all that comes out: the output, gradients of x and the parameters, the buffers.
+
+    ``dout`` None: that of a fixed random gradient, the same for every model.
+    """
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    if dout is None:
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(dout.to(out.dtype))
+    made = {"out": out, "gradient of x": x.grad}
+    made |= {f"gradient of {key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return {key: tensor.detach().clone() for key, tensor in (made | dict(model.named_buffers())).items()}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state_dict."""
+    return {key: value.clone() for key, value in model.state_dict().items()}

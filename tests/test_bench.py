@@ -50,12 +50,21 @@ def test_fused_kernels_are_the_launches_that_ran(device: str) -> None:
 
 
 def test_a_chain_that_cannot_run_is_counted_one_by_one() -> None:
-    """A BatchNorm in training mode: the same kernels before and after fuse."""
+    """A convolution that pads by reflection: the same kernels before and after fuse."""
     eager = plain.BasicBlock(8, 8).eval()
-    eager.bn2.train()
     fused = fused_resnet.fuse(copy.deepcopy(eager))
+    for model in (eager, fused):
+        model.conv2.padding_mode = "reflect"
     (row,) = counts.compare(eager, fused, torch.randn(2, 8, 6, 6))
     assert row.eager == row.fused
+
+
+def test_batch_statistics_are_counted_as_launches() -> None:
+    eager = plain.ResNet(plain.BasicBlock, [1, 1, 1, 1]).train()
+    rows = counts.compare(eager, fused_resnet.fuse(copy.deepcopy(eager)), torch.randn(2, 3, 33, 32))
+    assert [row.fused.kernels for row in rows] == [2, 3, 4, 4, 4, 1, 1]
+    assert all(row.fused.flops == row.eager.flops for row in rows)
+    assert all(row.fused.bytes < row.eager.bytes for row in rows if row.chain)
 
 
 def test_interleaved_takes_turns() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torchvision
-from nets import TINY_LAUNCHES, images, tiny
+from nets import TINY_LAUNCHES, TINY_TRAINING_LAUNCHES, images, tiny
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -31,12 +33,13 @@ def test_table_of_a_fused_model() -> None:
 def test_what_it_says_is_what_runs() -> None:
     """Launch by launch, in order, for each backend."""
     for backend in ("cpu", "reference"):
-        net = fuse(tiny(), backend=backend)
-        with torch.no_grad(), count_launches() as log:
-            net(images())
-        told = explain(net, show=False)
-        assert "; ".join(str(launch) for _, launch in log.launches) == "; ".join(row.note for row in told.rows)
-        assert {row.backend for row in told.rows} == {name for name, _ in log.launches} == {backend}
+        for training in (False, True):
+            net = fuse(tiny(), backend=backend).train(training)
+            with torch.no_grad(), count_launches() as log:
+                net(images())
+            told = explain(net, show=False)
+            assert "; ".join(str(launch) for _, launch in log.launches) == "; ".join(row.note for row in told.rows)
+            assert {row.backend for row in told.rows} == {name for name, _ in log.launches} == {backend}
 
 
 def test_it_prints_unless_told_not_to(capsys: pytest.CaptureFixture) -> None:
@@ -56,12 +59,23 @@ def test_an_unfused_model_says_call_fuse() -> None:
 def test_explain_follows_the_mode() -> None:
     net = fuse(tiny()).train()
     told = explain(net, show=False)
-    assert len(told.left_alone) == 3 and all("training mode" in row.note for row in told.left_alone)
-    assert told.launches == told.eager_launches
+    assert not told.left_alone and told.launches == TINY_TRAINING_LAUNCHES
+    assert [row.launches for row in told.rows] == [2, 4, 4]
+    assert all("stats" in row.note for row in told.rows) and "bn_add_relu" in told.rows[1].note
     net.eval()
-    assert not explain(net, show=False).left_alone
+    assert explain(net, show=False).launches == TINY_LAUNCHES
     net.bottleneck.bn2.train()
-    assert [row.name for row in explain(net, show=False).left_alone] == ["bottleneck"]
+    told = explain(net, show=False)
+    assert not told.left_alone and told.launches == TINY_LAUNCHES
+    assert "conv2: conv + stats; conv3: bn_relu + conv + affine_add + relu" in told.rows[2].note
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "resnet101"])
+def test_every_block_of_torchvisions_resnets_trains_fused(name: str) -> None:
+    with torch.device("meta"):
+        told = explain(fuse(getattr(torchvision.models, name)()).train(), show=False)
+    assert told.rows and not told.left_alone
+    assert all(row.backward for row in told.rows)
 
 
 def test_explain_follows_the_backend_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +133,17 @@ def test_explain_needs_no_weights() -> None:
 
 
 def test_the_backward_is_told_too() -> None:
-    """Its launches run in the reference executor, whatever the backend; nothing falls back silently."""
+    """Which executor runs how many of its launches, in both modes; nothing falls back silently."""
     net = fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval())
-    explanation = explain(net, show=False)
-    with count_launches() as log:
-        out = net(torch.randn(1, 3, 9, 9, requires_grad=True))
-        forward = len(log)
-        out.sum().backward()
-    assert explanation.rows[0].backward == (("reference", len(log) - forward),) == (("reference", 3),)
-    assert "3 launches on reference" in str(explanation)
-    assert "backward" not in str(explain(net.train(), show=False))
+    for backend in ("reference", "cpu"):
+        for training in (False, True):
+            net.train(training)
+            with fused_resnet.backend(backend), count_launches() as log:
+                explanation = explain(net, show=False)
+                out = net(torch.randn(2, 3, 9, 9, requires_grad=True))
+                forward = len(log)
+                out.sum().backward()
+            ran = Counter(name for name, _ in log.launches[forward:])
+            assert explanation.rows[0].backward == tuple(sorted(ran.items()))
+            assert sum(ran.values()) == 3
+            assert all(f"{count} launches on {name}" in str(explanation) for name, count in ran.items())

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from nets import CHAINS
+from nets import CHAINS, TRAINING_CHAINS, chain_inputs, twin
 
+from fused_resnet import backends
 from fused_resnet.chain import Chain, Layer, Pool
-from fused_resnet.launch import EPILOGUES, Geometry, PoolGeometry, output_size
-from fused_resnet.plan import backward_plan, forward_plan, kept_slots, nominal_size, saved_slots
+from fused_resnet.launch import DGRAD_EPILOGUES, EPILOGUES, GRADIENTS, PROLOGUES, Geometry, PoolGeometry, output_size
+from fused_resnet.plan import backward_plan, forward_plan, kept_slots, nominal_size, saved_slots, trainable_slots
 
 FP32 = torch.float32
 
-
-def trainable(spec: Chain) -> frozenset[str]:
-    return frozenset({"x", *(slot for slot in spec.parameter_slots if not slot.endswith((".mean", ".var")))})
+#: Eval mode, training mode, half of the BatchNorms frozen, and what is computed again.
+ALL = {
+    **{f"{name}, eval": row for name, row in CHAINS.items()},
+    **{f"{name}, train": row for name, row in TRAINING_CHAINS.items()},
+    **{f"{name}, low": (replace(spec, memory="low"), h, w) for name, (spec, h, w) in TRAINING_CHAINS.items()},
+}
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -29,11 +34,11 @@ def test_one_launch_for_each_weight_layer_and_pooling(name: str) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ALL)
 def test_slots_are_made_before_they_are_read_and_dropped_after(name: str, backward: bool) -> None:
     """Executing by name alone, with only the declared inputs, never misses a slot; nothing but results is left at the end."""
-    spec, h, w = CHAINS[name]
-    needs = trainable(spec)
+    spec, h, w = ALL[name]
+    needs = trainable_slots(spec)
     plan = backward_plan(spec, 2, h, w, FP32, needs) if backward else forward_plan(spec, 2, h, w, FP32, kept_slots(spec, needs))
     given = set(plan.reads())
     allowed = {"dout", *saved_slots(spec, needs)} if backward else {"x", *spec.parameter_slots}
@@ -47,26 +52,42 @@ def test_slots_are_made_before_they_are_read_and_dropped_after(name: str, backwa
         assert not made & alive, f"{launch} writes over a living slot"
         alive |= made
     made = {slot for launch in plan.launches for _, slot in launch.outputs}
-    results = {*plan.results, *plan.keep}
+    aliases = dict(plan.aliases)
+    results = {aliases.get(slot, slot) for slot in (*plan.results, *plan.keep)}
     assert results <= alive
     unread = made - {slot for launch in plan.launches for _, slot in launch.operands}
-    assert alive & made == results | unread
+    assert alive & made == (results & made) | unread
 
 
-@pytest.mark.parametrize("name", CHAINS)
-def test_launches_carry_what_their_epilogue_reads(name: str) -> None:
-    spec, h, w = CHAINS[name]
-    for launch in forward_plan(spec, 2, h, w, FP32).launches:
+#: Roles that may be absent where a prologue, a gradient or an epilogue lists them.
+OPTIONAL = {
+    "affine": {"gamma", "beta", "bias"}, "affine_add": {"gamma", "beta", "bias"},
+    "stats": {"bias", "running_mean", "running_var", "batches"},
+    "bn": {"x_gamma", "x_beta"}, "bn_relu": {"x_gamma", "x_beta"},
+    "scale": {"gamma"}, "bn_backward": {"gamma", "count"}, "store": {"dshortcut"}, "bn_mask": {"x_gamma", "x_beta"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_launches_carry_what_their_ends_read(name: str) -> None:
+    """Each operand is one that the tables of launch.py list for the prologue, gradient and epilogue, and none is missing."""
+    spec, h, w = ALL[name]
+    plans = (forward_plan(spec, 2, h, w, FP32), backward_plan(spec, 2, h, w, FP32, trainable_slots(spec)))
+    for launch in (launch for plan in plans for launch in plan.launches):
+        if launch.kind not in ("conv", "dgrad"):
+            continue
         if launch.kind == "conv":
-            extra = launch.roles - {"x", "w"}
-            assert extra <= set(EPILOGUES[launch.epilogue])
-            needed = set(EPILOGUES[launch.epilogue]) - ({"gamma", "beta", "bias"} if "affine" in launch.epilogue else set())
-            assert needed <= extra
+            main, tables = {"x", "w"}, [(PROLOGUES, launch.prologue), (EPILOGUES, launch.epilogue)]
+        else:
+            main, tables = {"dz", "w"}, [(GRADIENTS, launch.gradient), (DGRAD_EPILOGUES, launch.epilogue)]
+        listed = {role for table, key in tables for role in table[key]}
+        optional = {role for _, key in tables for role in OPTIONAL.get(key, set())}
+        assert listed - optional <= launch.roles - main <= listed, str(launch)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_shortcut_is_added_once_in_the_last_layer(name: str) -> None:
-    spec, h, w = CHAINS[name]
+    spec, h, w = ALL[name]
     with_shortcut = [launch for launch in forward_plan(spec, 1, h, w, FP32).launches if "shortcut" in launch.roles]
     assert len(with_shortcut) == int(spec.residual)
     if spec.residual:
@@ -91,14 +112,18 @@ def test_output_shape_follows_torch() -> None:
         assert output_size(size, kernel, *window) == conv.shape[2]
 
 
-@pytest.mark.parametrize("name", CHAINS)
-def test_activation_shapes_are_those_of_the_launches(name: str) -> None:
-    spec, h, w = CHAINS[name]
-    shapes = spec.activation_shapes(2, h, w)
-    for launch in forward_plan(spec, 2, h, w, FP32).launches:
-        for role, slot in launch.outputs:
-            if role == "y" and slot in shapes:
-                assert shapes[slot] == launch.geometry.y_shape, slot
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_shapes_and_types_are_known_ahead(name: str, dtype: torch.dtype) -> None:
+    """Of all that a forward hands to the backward: as torch.compile is told, and as it comes out."""
+    spec, h, w = ALL[name]
+    keep = kept_slots(spec, trainable_slots(spec))
+    told = spec.made(2, h, w, dtype)
+    x, parameters = chain_inputs(spec, 2, h, w, dtype)
+    slots = dict(zip(spec.parameter_slots, twin(parameters), strict=True), x=x)
+    made = backends.execute(forward_plan(spec, 2, h, w, dtype, keep), slots, "reference")
+    assert set(made) == {"out", *keep}
+    assert {slot: (tuple(tensor.shape), tensor.dtype) for slot, tensor in made.items()} == {slot: told[slot] for slot in made}
 
 
 def test_flops_and_bytes_of_a_known_layer() -> None:
@@ -115,17 +140,23 @@ def test_grouped_flops() -> None:
     assert Geometry(1, 8, 8, 32, 32, 3, 3, padding=(1, 1), groups=32).flops == 2 * 64 * 32 * 9
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ALL)
 def test_token_and_pickle_give_the_chain_back(name: str) -> None:
-    spec, _, _ = CHAINS[name]
+    spec, _, _ = ALL[name]
     assert Chain.parse(spec.token) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert hash(Chain.parse(spec.token)) == hash(spec)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None, 1 / 3])
+def test_token_keeps_the_momentum(momentum: float | None) -> None:
+    spec = Chain((Layer("conv;1", 4, 3, (3, 3), norm=True, batch=True, tracked=True, momentum=momentum, group="a group"),))
+    assert Chain.parse(spec.token) == spec
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_nominal_size_is_accepted(name: str) -> None:
-    spec, _, _ = CHAINS[name]
+    spec, _, _ = ALL[name]
     n, h, w = nominal_size(spec)
     assert forward_plan(spec, n, h, w, FP32).launches
 
@@ -170,6 +201,6 @@ def test_a_shortcut_that_does_not_fit_is_refused_with_the_shapes() -> None:
 def test_frozen_bottleneck_backward_is_seven_launches_and_a_mask() -> None:
     """Three dgrads, three wgrads, and bn_add_relu_backward; two more with a projection (design: docs/fusion.md)."""
     spec, h, w = CHAINS["bottleneck_groups"]
-    assert len(backward_plan(spec, 1, h, w, FP32, trainable(spec)).launches) == 7
+    assert len(backward_plan(spec, 1, h, w, FP32, trainable_slots(spec)).launches) == 7
     spec, h, w = CHAINS["bottleneck_dilated"]
-    assert len(backward_plan(spec, 1, h, w, FP32, trainable(spec)).launches) == 9
+    assert len(backward_plan(spec, 1, h, w, FP32, trainable_slots(spec)).launches) == 9

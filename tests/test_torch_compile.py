@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
-from nets import CHAINS, TINY_LAUNCHES, TinyNet, chain_inputs, copies, images, plain_chain, tiny
+from nets import (
+    CHAINS,
+    TINY_LAUNCHES,
+    TINY_TRAINING_LAUNCHES,
+    TRAINING_CHAINS,
+    TinyNet,
+    chain_inputs,
+    copies,
+    images,
+    plain_chain,
+    tiny,
+)
 from tolerances import relative_error
 from torch import nn
 
@@ -103,9 +116,34 @@ def test_train_and_eval_are_told_apart() -> None:
     x = images(4)
     for mode in (False, True, False):
         plain.train(mode), fused.train(mode)
-        with torch.no_grad():
+        with torch.no_grad(), count_launches() as log:
             assert relative_error(run(x), plain(x)) < CLOSE
-    assert relative_error(fused.basic.bn1.running_mean, plain.basic.bn1.running_mean) < CLOSE
+        assert len(log) == (TINY_TRAINING_LAUNCHES if mode else TINY_LAUNCHES)
+    for (key, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        assert relative_error(a, b) < CLOSE, key
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_training_with_a_dynamic_batch(momentum: float | None) -> None:
+    """One graph for all batch sizes; running statistics too."""
+    plain, fused = copies(tiny().double().train())
+    for model in (plain, fused):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(fuse(fused), fullgraph=True, backend=counter)
+    for n in (3, 5, 4):
+        x = images(n).double()
+        torch._dynamo.mark_dynamic(x, 0)
+        for model in (run, plain):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        for (key, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+            assert relative_error(a.grad, b.grad) < CLOSE, key
+        for (key, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
+            assert relative_error(a, b) < CLOSE, key
+    assert counter.frame_count == 1
 
 
 def test_under_autocast() -> None:
@@ -131,10 +169,18 @@ def test_export(dynamic: bool) -> None:
             assert relative_error(program.module()(given), plain(given)) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["basic_projection", "stem", "bottleneck_groups", "bias_add"])
+#: Chains in eval mode, and in training, where the operator hands on running statistics.
+OPERATORS = {
+    **{name: CHAINS[name] for name in ("basic_projection", "stem", "bottleneck_groups", "bias_add")},
+    **{f"{name}, train": TRAINING_CHAINS[name] for name in ("basic_projection", "stem", "basic, second frozen")},
+    "low, train": (replace(TRAINING_CHAINS["basic_projection"][0], memory="low"), 9, 7),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_of_the_forward_operator(name: str) -> None:
     """Schema, fake kernel, autograd registration and dynamic shapes, by PyTorch's own tester."""
-    spec, h, w = CHAINS[name]
+    spec, h, w = OPERATORS[name]
     x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
     x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     flags = [t.requires_grad for t in (x, *parameters)]
@@ -147,15 +193,15 @@ def test_opcheck_of_the_forward_operator(name: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["all", "x", "parameters"])
-@pytest.mark.parametrize("name", ["basic_projection", "stem", "bottleneck_groups", "bias_add"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_of_the_backward_operator(name: str, which: str) -> None:
-    spec, h, w = CHAINS[name]
+    spec, h, w = OPERATORS[name]
     x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
     flags = [t.requires_grad and which in ("all", "x" if t is x else "parameters") for t in (x, *parameters)]
     tensors = dict(zip(("x", *spec.parameter_slots), (t.detach() for t in (x, *parameters)), strict=True))
     needs = frozenset(slot for slot, flag in zip(tensors, flags, strict=True) if flag)
     outputs = torch.ops.fused_resnet.chain(tensors["x"], list(tensors.values())[1:], spec.token, "cpu", flags)
-    tensors.update(zip(("out", *kept_slots(spec, needs)), outputs, strict=True))
+    tensors.update(zip(("out", *kept_slots(spec, needs)), outputs, strict=False))  # running statistics come behind
     saved = [tensors[slot] for slot in saved_slots(spec, needs)]
     dout = torch.randn_like(outputs[0])
     torch.library.opcheck(torch.ops.fused_resnet.chain_backward.default, (dout, saved, [2, h, w], spec.token, "cpu", flags))

@@ -6,6 +6,8 @@ carries their absolute error, and no algorithm avoids that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,22 @@ def assert_close(actual: Tensor, expected: Tensor, length: int, layers: int = 1,
     """``actual`` is as near to ``expected`` as ``layers`` launches with sums of ``length`` products may come."""
     error, allowed = relative_error(actual, expected), layers * bound(actual.dtype, length)
     assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Root mean square error over the root mean square of what is expected, of several ``(actual, expected)`` together.
+
+    For gradients through ReLUs: a value next to zero may fall on the other side in another order of summation. That changes one
+    element much and says nothing about rounding; it would decide over the largest error, and hardly counts here.
+    """
+    error = scale = 0.0
+    for actual, expected in pairs:
+        assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+        a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
+        error, scale = error + (a - e).square().sum().item(), scale + e.square().sum().item()
+    return float("inf") if error != error else (error / max(scale, torch.finfo(torch.float64).tiny)) ** 0.5
+
+
+def assert_no_worse(error: float, eagers: float, what: str, floor: float = 1e-6) -> None:
+    """An error against float64 is at most twice that of eager PyTorch in the same type."""
+    assert error <= max(2 * eagers, floor), f"{what}: error {error:.2e}, eager's own {eagers:.2e}"

@@ -127,13 +127,23 @@ def activation_backward(gradient: Tensor, output: Tensor, activation: str) -> Te
     return torch.where(output <= 0, torch.zeros((), dtype=gradient.dtype, device=gradient.device), gradient)
 
 
+def plain_strides(tensor: Tensor) -> Tensor:
+    """The tensor itself; with one channel, whose memory is the same in all formats, with the strides of a contiguous one.
+
+    oneDNN's convolution is silently wrong for one channel with channels_last strides where the output is one pixel wide and the two
+    strides differ (2026-11-23, PyTorch 2.14: ``torch.conv2d(x, w, stride=(1, 2))`` of [4, 1, 6, 1]; tests/test_reference.py).
+    """
+    return tensor.squeeze(1).unsqueeze(1) if tensor.shape[1] == 1 else tensor
+
+
 def conv(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     """``activation(epilogue(prologue(x) * w))``. The padding is of what the prologue gives."""
     g = launch.geometry
     assert isinstance(g, Geometry)
     dtype = accumulation_dtype(launch.dtype)
     x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
-    acc = F.conv2d(x, operands["w"].to(dtype), None, g.stride, g.padding, g.dilation, g.groups)
+    w = plain_strides(operands["w"].to(dtype))
+    acc = F.conv2d(plain_strides(x), w, None, g.stride, g.padding, g.dilation, g.groups)
     z = EPILOGUES[launch.epilogue](acc, operands, launch.eps)
     y = ACTIVATIONS[launch.activation](z).to(launch.dtype)
     return y if launch.epilogue != "stats" else (y, *batch_statistics(launch, operands, y))
@@ -141,6 +151,8 @@ def conv(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
 
 def batch_statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd of each channel of the stored y (the biased variance where ranks share the batch)."""
+    if y.numel() == 0 and launch.outputs[-1][0] == "var":  # a rank without images adds nothing to the others' statistics
+        return (y.new_zeros(2, y.shape[1], dtype=accumulation_dtype(launch.dtype))).unbind()
     var, mean = torch.var_mean(y.to(accumulation_dtype(launch.dtype)), (0, 2, 3), correction=0)
     if launch.outputs[-1][0] == "var":
         return mean, var
@@ -282,7 +294,7 @@ def _convolution_gradients(
     if x is None:  # its values are not needed for dx, only its shape
         x = torch.empty(g.x_shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last)
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [*wanted, False]
+        dz, plain_strides(x), plain_strides(w), None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [*wanted, False]
     )
     return dx, dw
 

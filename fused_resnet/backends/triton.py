@@ -7,23 +7,25 @@ a kernel's arguments on every call (which tensors). :mod:`.triton_compile` gives
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import boxes, conv, epilogues, pool, prologues
-from ..launch import Geometry, Launch, PoolGeometry
+from ..kernels import boxes, conv, epilogues, prologues
+from ..launch import Geometry, Launch
 from ..tuning import Tile, choose_tile
-from . import record_kernel
+from . import triton_elementwise, workspace
 from .derived import channels_last_filters
+from .triton_elementwise import Strip
+from .triton_start import Start, View, arch_of, begin, needs_wide_offsets, outputs_of
 
-_KINDS = ("conv", "max_pool")
+#: Kinds that :mod:`.triton_gradients` runs.
+GRADIENTS = ("dgrad", "wgrad")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,15 +44,25 @@ def check_available(device: torch.device) -> None:
 
 def supports(launch: Launch) -> str | None:
     """None, or why there is no kernel for the launch."""
-    if launch.kind not in _KINDS:
-        return f"no Triton kernel for {launch.kind!r} yet"
+    if launch.kind not in ("conv", *triton_elementwise.KINDS, *GRADIENTS):
+        return f"no Triton kernel for {launch.kind!r}"
     if launch.dtype not in _DTYPES:
         return f"the Triton kernels compute in fp32, fp16 and bf16, not in {str(launch.dtype).removeprefix('torch.')}"
-    if launch.kind == "conv":
-        known = launch.prologue in prologues.PROLOGUES and launch.epilogue in epilogues.EPILOGUES
-        if not known or launch.activation not in epilogues.ACTIVATIONS:
-            return f"no Triton kernel for {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
+    if launch.kind in GRADIENTS:
+        return _gradients().supports(launch)
+    if launch.kind in triton_elementwise.KINDS:
+        return triton_elementwise.supports(launch)
+    known = launch.prologue in prologues.PROLOGUES and launch.epilogue in epilogues.EPILOGUES
+    if not known or launch.activation not in epilogues.ACTIVATIONS:
+        return f"no Triton kernel for {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
     return None
+
+
+def _gradients() -> Any:
+    """Imported when first needed: inference needs no backward."""
+    from . import triton_gradients
+
+    return triton_gradients
 
 
 def run(
@@ -58,92 +70,52 @@ def run(
     operands: Mapping[str, Tensor],
     donated: Collection[str] = (),
     *,
-    tile: Tile | None = None,
-    out: Tensor | None = None,
+    tile: Tile | Strip | None = None,
+    out: Mapping[str, Tensor] | None = None,
     wide: bool | None = None,
-) -> Tensor:
-    """Run a launch: one kernel, no other allocation than the output, no synchronisation.
+) -> Tensor | tuple[Tensor, ...]:
+    """Run a launch: one kernel, no other allocation than outputs and partial results, no synchronisation.
 
     Args:
-        launch: of kind ``conv`` or ``max_pool``.
-        operands: tensors by role. ``x`` and ``shortcut`` are channels_last, ``w`` is contiguous as [K, R, S, C / groups].
+        launch: of a kind that has kernels, see :func:`supports`.
+        operands: tensors by role. Activations are channels_last, ``w`` is contiguous as [K, R, S, C / groups].
         donated: roles whose memory nobody reads afterwards (not used: a kernel never overwrites what it reads).
         tile: instead of the analytical rule's (tests, tuning).
-        out: channels_last tensor to write, instead of a new one.
+        out: tensors to write by role, instead of new ones.
         wide: force 64-bit or 32-bit offsets (tests), instead of what the sizes need.
 
     Returns:
-        [N, K, P, Q], channels_last, of the launch's type.
+        The outputs in the launch's order, a tuple if there are several. Activations are channels_last.
     """
-    x = operands["x"]
+    if launch.kind in GRADIENTS:
+        result: Tensor | tuple[Tensor, ...] = _gradients().run(launch, operands, donated, tile=tile, out=out, wide=wide)
+        return result
+    device = next(iter(operands.values())).device
     if "w" in operands:
         operands = {**operands, "w": channels_last_filters(operands["w"])}
-    if out is None:
-        out = torch.empty(launch.geometry.y_shape, dtype=launch.dtype, device=x.device, memory_format=torch.channels_last)
-    if out.numel() == 0:
-        return out
-    aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands)
-    start = plan_start(launch, arch_of(x.device), tile, aligned, tf32_allowed(launch.dtype, x.device), wide)
-    arguments = bind(start, launch, operands, out)
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            _start(start, arguments)
+    for role in ("dout", "dy"):  # these may come from outside as they are; the others are ours
+        if role in operands:
+            operands = {**operands, role: operands[role].contiguous(memory_format=torch.channels_last)}
+    outputs = dict(out or outputs_of(launch, device))
+    if not all(tensor.numel() for tensor in outputs.values()):
+        for tensor in outputs.values():
+            tensor.zero_()
     else:
-        _start(start, arguments)
-    return out
-
-
-@dataclass(frozen=True)
-class Start:
-    """All of a kernel start that does not change from call to call.
-
-    Attributes:
-        kernel: the ``@triton.jit`` function.
-        programs: size of the grid.
-        constants: its compile-time arguments.
-        sizes: extents as the kernel sees them (a pointwise convolution has one long row).
-        x_view, w_view: shape, strides and block of the descriptors of x and w; None for plain pointers.
-        num_warps, num_stages: for the compiler.
-    """
-
-    kernel: Any
-    programs: int
-    constants: Mapping[str, Any]
-    sizes: Any
-    x_view: View | None
-    w_view: View | None
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor as a descriptor sees it: extents and strides in elements, slowest first, and the block loaded at once."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-
-    def of(self, base: Tensor) -> Any:
-        """The descriptor of ``base``."""
-        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
-
-
-def _start(start: Start, arguments: dict[str, Any]) -> None:
-    """Where every kernel is started."""
-    start.kernel[(start.programs,)](**arguments, num_warps=start.num_warps, num_stages=start.num_stages)
-    record_kernel(start.kernel.__name__)
-
-
-@lru_cache(maxsize=64)
-def arch_of(device: torch.device) -> str:
-    """``sm_90``, ``gfx942`` ... or ``interpreter``: what tiles are chosen for."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+        # What a kernel writes in place has to lie densely.
+        strided = {
+            role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()
+        }
+        operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
+        aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands)
+        start = plan_start(launch, arch_of(device), tile, aligned, tf32_allowed(launch.dtype, device), wide)
+        begin(start, bind(start, launch, operands, outputs, start.workspace(device)), device)
+        for role in epilogues.IN_PLACE:
+            if role in strided:
+                strided[role].copy_(operands[role])
+            elif role in operands and not operands[role].is_inference():
+                torch.autograd.graph.increment_version(operands[role])  # autograd cannot see what a kernel writes
+    results = tuple(outputs[role] for role, _ in launch.outputs)
+    return results if len(results) > 1 else results[0]
 
 
 def tf32_allowed(dtype: torch.dtype, device: torch.device) -> bool:
@@ -157,18 +129,20 @@ def tf32_allowed(dtype: torch.dtype, device: torch.device) -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def needs_wide_offsets(*shapes: tuple[int, ...]) -> bool:
-    """Whether any tensor has 2^31 elements or more."""
-    return any(prod(shape) >= 1 << 31 for shape in shapes)
-
-
 @lru_cache(maxsize=4096)
 def plan_start(
-    launch: Launch, arch: str, tile: Tile | None = None, aligned: bool = True, tf32: bool = False, wide: bool | None = None
+    launch: Launch,
+    arch: str,
+    tile: Tile | Strip | None = None,
+    aligned: bool = True,
+    tf32: bool = False,
+    wide: bool | None = None,
 ) -> Start:
     """How a launch is started on ``arch``. ``aligned``: x and w start at a multiple of 16 bytes."""
-    if launch.kind == "max_pool":
-        return _plan_pool(launch, arch, wide)
+    if launch.kind in triton_elementwise.KINDS:
+        assert tile is None or isinstance(tile, Strip)
+        return triton_elementwise.plan_start(launch, arch, tile, wide)
+    assert tile is None or isinstance(tile, Tile)
     return _plan_conv(launch, tile or choose_tile(launch, arch, tf32), aligned and has_tma(arch), tf32, wide)
 
 
@@ -253,6 +227,7 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],
         "EPILOGUE": epilogues.EPILOGUES[launch.epilogue][0],
         "ACTIVATION": epilogues.ACTIVATIONS[launch.activation],
+        "AFTER": epilogues.AFTERS[launch.epilogue][0] if launch.epilogue in epilogues.AFTERS else None,
         "PIXELS": boxes.PIXELS[pixels] if pixels else None,
         "FILTERS": boxes.FILTERS[filters] if filters else None,
         "TAPS": boxes.Taps(g.R, g.S, *g.stride, *g.padding, *g.dilation, *per_group),
@@ -264,41 +239,56 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         "WIDE": needs_wide_offsets(g.x_shape, g.w_shape, g.y_shape) if wide is None else wide,
     }
     sizes = boxes.Sizes(N, H, W, C, g.K, g.P, g.Q)
-    return Start(conv.conv_forward, tile.programs(g), constants, sizes, x_view, w_view, tile.num_warps, tile.num_stages)
+    counters = partials = group = 0
+    if launch.epilogue in epilogues.AFTERS:
+        filter_tiles = ceil(g.K / tile.filters)
+        pixel_tiles = tile.programs(g) // filter_tiles
+        group = workspace.group_of(pixel_tiles)
+        counters = filter_tiles * workspace.counters_of(pixel_tiles) + 1
+        partials = pixel_tiles * (2 * g.K + filter_tiles)
+    return Start(
+        conv.conv_forward,
+        tile.programs(g),
+        constants,
+        sizes,
+        x_view,
+        w_view,
+        tile.num_warps,
+        tile.num_stages,
+        counters,
+        partials,
+        group,
+    )
 
 
-def _plan_pool(launch: Launch, arch: str, wide: bool | None) -> Start:
-    g = launch.geometry
-    assert isinstance(g, PoolGeometry)
-    channels = min(64, 1 << (g.C - 1).bit_length())
-    pixels = (16384 if arch == "interpreter" else 2048) // channels
-    constants = {
-        "TAPS": boxes.Taps(*g.kernel, *g.stride, *g.padding, *g.dilation),
-        "PIXELS": pixels,
-        "CHANNELS": channels,
-        "WIDE": needs_wide_offsets(g.x_shape, g.y_shape) if wide is None else wide,
+def bind(
+    start: Start,
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    space: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> dict[str, Any]:
+    """A kernel's arguments by name. ``space``: counters and partials, see :meth:`.triton_start.Start.workspace`."""
+    if launch.kind in triton_elementwise.KINDS:
+        return triton_elementwise.bind(start, launch, operands, outputs, space)
+    x, w = operands["x"], operands["w"]
+    named: dict[str, Any] = {
+        role: tensor.contiguous() if tensor.dim() == 1 and role not in epilogues.IN_PLACE else tensor
+        for role, tensor in operands.items()
     }
-    programs = ceil(g.N * g.P * g.Q / pixels) * ceil(g.C / channels)
-    sizes = boxes.Sizes(g.N, g.H, g.W, g.C, g.C, g.P, g.Q)
-    return Start(pool.max_pool, programs, constants, sizes, None, None, 4, 1)
-
-
-def bind(start: Start, launch: Launch, operands: Mapping[str, Tensor], out: Tensor) -> dict[str, Any]:
-    """A kernel's arguments by name, in the kernel's order."""
-    x = operands["x"]
-    if launch.kind == "max_pool":
-        return {"x": x, "y": out, "sizes": start.sizes, **start.constants}
-    w = operands["w"]
-    named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
-    named |= {"eps": launch.eps, "C": start.sizes.C}
+    named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
+    named |= {"eps": launch.eps, "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
+    named |= {"counters": space[0], "partials": space[1], "group": start.group}
     constants = start.constants
+    after = epilogues.AFTERS.get(launch.epilogue)
     return {
         "x": x if start.x_view is None else start.x_view.of(x),
         "w": w if start.w_view is None else start.w_view.of(w),
-        "y": out,
+        "y": outputs["y"],
         "sizes": start.sizes,
         "exact": (x, w) if constants["SPANS"] or constants["PIXELS"] is None else None,
         "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
         "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
+        "after_args": tuple(named.get(name) for name in after[1]) if after else (),
         **constants,
     }

@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import Geometry, Launch
 from ..tuning import Tile
-from .triton import Start, bind, plan_start
+from .triton import GRADIENTS, bind, plan_start
+from .triton_elementwise import Strip
+from .triton_start import Start, outputs_of
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,12 @@ def gpu_target(arch: str) -> GPUTarget:
 
 
 def compile_launch(
-    launch: Launch, target: str, tile: Tile | None = None, *, tf32: bool = False, parameters: torch.dtype = torch.float32
+    launch: Launch,
+    target: str,
+    tile: Tile | Strip | None = None,
+    *,
+    tf32: bool = False,
+    parameters: torch.dtype = torch.float32,
 ) -> CompiledLaunch:
     """Compile the kernel of a launch for ``target``.
 
@@ -99,13 +115,13 @@ def compile_launch(
     if triton.knobs.runtime.interpret:
         raise RuntimeError("compile_launch needs Triton's compiler; TRITON_INTERPRET is set in this process")
     gpu = gpu_target(target)
-    start = plan_start(launch, target, tile, tf32=tf32)
-    arguments = bind(start, launch, weightless_operands(launch, parameters), weightless(launch.geometry.y_shape, launch.dtype))
-    compiled = triton.compile(
-        source_of(start.kernel, arguments, gpu.backend),
-        target=gpu,
-        options={"num_warps": start.num_warps, "num_stages": start.num_stages},
-    )
+    start, arguments = _start_of(launch, target, tile, tf32, parameters)
+    with _as_if_on(gpu):
+        compiled = triton.compile(
+            source_of(start.kernel, arguments, gpu.backend),
+            target=gpu,
+            options={"num_warps": start.num_warps, "num_stages": start.num_stages},
+        )
     if gpu.backend == "cuda":
         registers, spills, assembly = _read_cubin(compiled.asm["cubin"])
     else:
@@ -117,6 +133,43 @@ def compile_launch(
     )
 
 
+@dataclass(frozen=True)
+class _Elsewhere:
+    """Stands where Triton keeps the driver of this machine's GPU."""
+
+    gpu: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu
+
+
+@contextmanager
+def _as_if_on(gpu: GPUTarget) -> Iterator[None]:
+    """Kernels that ask what they are compiled for (``triton.language.target_info``) are told ``gpu``, not this machine's."""
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Elsewhere(gpu))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def _start_of(
+    launch: Launch, target: str, tile: Tile | Strip | None, tf32: bool, parameters: torch.dtype
+) -> tuple[Start, dict[str, Any]]:
+    """The start of a launch and its arguments, on tensors without memory."""
+    operands, meta = weightless_operands(launch, parameters), torch.device("meta")
+    if launch.kind in GRADIENTS:
+        from . import triton_gradients as gradients
+
+        assert tile is None or isinstance(tile, Tile)
+        start: Start = gradients.plan_start(launch, target, tile, tf32=tf32)
+        return start, gradients.bind(start, launch, operands, gradients.new_outputs(launch, meta), start.workspace(meta))
+    start = plan_start(launch, target, tile, tf32=tf32)
+    return start, bind(start, launch, operands, outputs_of(launch, meta), start.workspace(meta))
+
+
 def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A channels_last tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
@@ -125,14 +178,21 @@ def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def weightless_operands(launch: Launch, parameters: torch.dtype) -> dict[str, Tensor]:
     """The operands of a launch as tensors without memory."""
     g = launch.geometry
-    operands = {"x": weightless(g.x_shape, launch.dtype)}
+    shapes = {role: g.x_shape for role in ("x", "a_previous", "dshortcut")}
+    shapes |= {role: g.y_shape for role in ("y", "dy", "dz", "dout", "out", "shortcut", "indices")}
     if isinstance(g, Geometry):
-        operands["w"] = weightless(g.w_shape, launch.dtype)
-        operands["shortcut"] = weightless(g.y_shape, launch.dtype)
-    return {
-        role: operands[role] if role in operands else torch.empty(launch.geometry.y_shape[1], dtype=parameters, device="meta")
-        for role in launch.roles
-    }
+        shapes["w"] = g.w_shape
+
+    def weightless_operand(role: str) -> Tensor:
+        if role in shapes:
+            return weightless(shapes[role], torch.uint8 if role == "indices" else launch.dtype)
+        if role in ("batches", "count"):
+            return torch.empty(1, dtype=torch.int64 if role == "batches" else torch.float32, device="meta")
+        channels = g.C if role.startswith("x_") else g.y_shape[1]
+        made_here = role.endswith(("invstd", "sum", "dot")) or role in ("x_mean", "shortcut_mean")
+        return torch.empty(channels, dtype=torch.float32 if made_here else parameters, device="meta")
+
+    return {role: weightless_operand(role) for role in launch.roles}
 
 
 def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> ASTSource:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -145,40 +147,66 @@ def _show_times(times: dict[int, dict[str, measure.Timing]]) -> None:
     print(table(["batch", "", "ms", "images/s", "against the faster eager"], cells, left=2))
 
 
-def _step(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[float, list[Tensor], int]:
-    """Loss, gradients and the number of launches of plans of one training step."""
-    model.zero_grad(set_to_none=True)
-    with count_launches() as log:
-        loss = F.cross_entropy(model(x), labels)
-        loss.backward()
-    return loss.item(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None], len(log)
+@dataclass(frozen=True)
+class _Step:
+    """What one training step gave: loss, gradients, launches of plans that ran, by backend, and bytes kept for the backward."""
+
+    loss: float
+    gradients: list[Tensor]
+    launches: Counter[str]
+    saved: int
+
+    @staticmethod
+    def of(model: nn.Module, x: Tensor, labels: Tensor) -> _Step:
+        """Run it."""
+        model.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+
+        def forward() -> None:
+            losses.append(F.cross_entropy(model(x), labels))
+
+        with count_launches() as log:
+            saved = measure.saved_bytes(forward, (*model.parameters(), *model.buffers()))
+            losses[0].backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return _Step(losses[0].item(), gradients, Counter(name for name, _ in log.launches), saved)
+
+    @property
+    def ran(self) -> str:
+        """``77 on cpu``."""
+        return ", ".join(f"{number} on {name}" for name, number in self.launches.items()) or "none"
 
 
 def _training_differences(eager: nn.Module, where: torch.device, wanted: torch.dtype, size: int) -> list[list[str]]:
-    """Loss and gradients of one step in one element type, a row for each mode and each of fused and eager channels_last."""
+    """One step in one element type, a row for each mode and each of fused and eager channels_last: what ran, what was kept, and
+    how far loss and gradients are from eager contiguous.
+    """
     trio = Trio(eager, where, wanted)
     inputs = trio.inputs(specimens.images(4, size, seed=1).to(where, wanted))
     cells = []
     for training in (False, True):
-        results = {}
+        steps = {}
         for name, x in inputs.items():
-            results[name] = _step(trio.models[name].train(training), x, torch.arange(len(x), device=where))
-        loss, gradients, _ = results[CONTIGUOUS]
+            steps[name] = _Step.of(trio.models[name].train(training), x, torch.arange(len(x), device=where))
+        truth = steps[CONTIGUOUS]
         for name in (FUSED, CHANNELS_LAST):
-            other, theirs, launches = results[name]
-            worst = max(measure.relative_error(result, truth) for result, truth in zip(theirs, gradients))
-            cells.append([str(launches), f"{abs(other - loss) / abs(loss):.1e}", f"{worst:.1e}"])
+            step = steps[name]
+            worst = max(measure.relative_error(*pair) for pair in zip(step.gradients, truth.gradients))
+            kept = [f"{step.saved / 1e6:.1f}", f"{step.saved / truth.saved:.2f}"]
+            cells.append([step.ran, *kept, f"{abs(step.loss - truth.loss) / abs(truth.loss):.1e}", f"{worst:.1e}"])
     return cells
 
 
 def _show_training(eager: nn.Module, where: torch.device, size: int) -> None:
     labels = [[mode, name] for mode in ("frozen statistics", "batch statistics") for name in (FUSED, CHANNELS_LAST)]
     columns = [_training_differences(eager, where, wanted, size) for wanted in (torch.float32, torch.float64)]
-    cells = [[*label, *single, *double[1:]] for label, single, double in zip(labels, *columns)]
-    print(f"\none training step, batch 4, {size} x {size}: relative difference from eager contiguous (gradients: the largest)")
-    print(table(["", "", "launches of plans", "loss fp32", "gradients", "loss fp64", "gradients"], cells, left=2))
-    if "0" in (cells[0][2], cells[2][2]):
-        print("  0 launches: the fused model runs it in plain PyTorch, as explain(model) says.")
+    cells = [[*label, *single, *double[3:]] for label, single, double in zip(labels, *columns)]
+    print(f"\none training step, batch 4, {size} x {size}: launches of plans that ran, MB kept for the backward, and relative")
+    print("difference from eager contiguous (gradients: the largest)")
+    head = ["", "", "launches", "MB kept", "of eager", "loss fp32", "gradients", "loss fp64", "gradients"]
+    print(table(head, cells, left=2))
+    if "none" in (cells[0][2], cells[2][2]):
+        print("  No launches: the fused model runs it in plain PyTorch, as explain(model) says.")
     print("  In fp32 a ReLU within rounding of zero goes either way, which parts the gradients of any two correct programs:")
     print("  eager in its other memory format shows how far. In fp64 that hardly happens.")
 

@@ -1,4 +1,4 @@
-"""``fused-resnet info MODEL``: layers, parameters, FLOPs, launches and bytes of a forward pass, eager and fused."""
+"""``fused-resnet info MODEL``: layers, parameters, FLOPs, launches and bytes of a forward pass and of a training step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from .. import counts
 from ..models import MODELS
 from ..specimens import unknown
-from ..swap import unfuse
-from .arguments import CommandError, dtype, dtype_name, natural, refusing
+from ..swap import fuse, unfuse
+from .arguments import CommandError, dtype, dtype_name, natural, one_line, refusing
 from .text import scaled, table
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    text = "layers, parameters, FLOPs, launches and bytes of a forward pass, eager and fused"
+    text = "layers, parameters, FLOPs, launches and bytes of a forward pass and a training step, eager and fused"
     parser = commands.add_parser("info", help=text, description=f"Show {text}. Nothing is computed: sizes suffice.")
     parser.add_argument("model", metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--batch", type=natural, default=1, metavar="N", help="images (1)")
@@ -43,8 +43,41 @@ def _cells(place: str, eager: counts.Work, fused: counts.Work) -> list[str]:
     return [place, *numbers, _megabytes(eager.bytes), _megabytes(fused.bytes), saved]
 
 
+def _part(number: int, whole: int) -> list[str]:
+    return [_megabytes(number), f"{number / whole:.2f}"]
+
+
+def _show_step(eager: nn.Module, x: torch.Tensor) -> None:
+    """Launches and bytes of a training step, and what it keeps in between."""
+    eager.train()
+    models = {
+        "eager": eager,
+        "fused": fuse(eager, inplace=False),
+        'fused, memory="low"': fuse(eager, memory="low", inplace=False),
+    }
+    print("\na training step: forward with the batch's statistics, backward to all parameters")
+    try:
+        steps = {name: counts.step(model, x) for name, model in models.items()}
+    except ValueError as error:  # one value per channel
+        print(f"  none for this input: {one_line(error)}\n")
+        return
+    works = {name: counts.Work.of(step.kernels) for name, step in steps.items()}
+    cells = []
+    for name, step in steps.items():
+        numbers = [f"{works[name].flops / 1e9:,.2f}", str(len(step.forward)), str(len(step.backward))]
+        pairs = ((works[name].bytes, works["eager"].bytes), (step.saved, steps["eager"].saved))
+        parts = [cell for number, whole in pairs for cell in (_megabytes(number), f"{number / whole:.2f}")]
+        cells.append([name, *numbers, *parts])
+    print(table(["", "GFLOP", "launches forward", "backward", "MB", "of eager", "MB kept between", "of eager"], cells))
+    twice = counts.Work.of(counts.in_passes(steps["eager"].kernels)).bytes
+    ratio = works["fused"].bytes / twice
+    print(
+        f"  with BatchNorm as the two passes it makes each way, eager moves {_megabytes(twice)} MB (fused: {ratio:.2f} of it)\n"
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table."""
+    """Print the tables."""
     if arguments.model not in MODELS:
         raise CommandError(str(unknown("model", arguments.model, list(MODELS))))
     with torch.device("meta"):
@@ -64,5 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
     head = ["chain", "GFLOP", "launches eager", "fused", "MB eager", "fused", "saved"]
     cells = [_cells(row.place if row.chain else f"{row.place} (PyTorch)", row.eager, row.fused) for row in rows]
     print(table(head, [*cells, _cells("total", all_eager, all_fused)]))
-    print("\nBytes: each operand of each launch read once, its result written once. Counted, not measured.")
+    _show_step(eager, x)
+    print("Bytes: each operand of each launch read once, its result written once. Counted, not measured.")
     return 0

@@ -22,6 +22,11 @@ class Tile:
         num_warps: warps (wavefronts on AMD) of a program.
         num_stages: steps whose loads are in flight at once.
         group: pixel tiles that go through all filters before the next ones start (what the L2 holds).
+        splits: of a weights' gradient, programs that share the pixels of one tile.
+
+    In the gradients (:func:`choose_gradient_tile`) the extents are of the same axes in other parts. dgrad: a box of *input*
+    pixels (of one class, see kernels/dgrad.py) by ``channels``, ``filters`` a step. wgrad: ``filters`` by ``channels``, a box
+    of output pixels a step.
     """
 
     images: int
@@ -32,6 +37,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     group: int = 8
+    splits: int = 1
 
     @property
     def pixels(self) -> int:
@@ -124,9 +130,13 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
        filters: the 7x7 layers at batch 1 have 49 pixels, and fewer than 64 rows (the filters) are no wgmma or tcgen05.
     4. The box with the least rim, see :func:`best_box`.
     5. Warps for 64 accumulators a thread, for 32 where other things want registers (fp32, addresses of flat loads, the exact
-       branch of grouped tiles: all three spill otherwise). Stages as many as shared memory holds, at most 4.
+       branch of grouped tiles: all three spill otherwise; a prologue: 128 registers instead of 204 to 255). But for 64 where
+       statistics follow fp32 tiles that pointers load: with 8 warps the compiler stops at 128 registers and spills a few. For
+       16 where they follow a depthwise convolution.
+       Stages as many as shared memory holds, at most 4.
 
-    Depthwise convolutions have nothing to multiply matrices of: 64 pixels by 64 filters, so that loads are whole sectors.
+    Depthwise convolutions have nothing to multiply matrices of: 64 pixels by 64 filters, so that loads are whole sectors. That
+    tile for grouped ones with a prologue too, whose exact branch has it twice.
     The interpreter pays by the program and step, not by the element: larger tiles there.
     """
     g = launch.geometry
@@ -144,7 +154,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     while not flat and channels > 32 and g.C % channels:
         channels //= 2
     filters = power_of_two(g.K, 16, 64 if g.groups > 1 or single else 128)
-    pixels = power_of_two(g.N * g.P * g.Q, 16, 512 if interpreted else 64 if g.groups == g.C > 1 else 128)
+    low = g.groups > 1 and (g.groups == g.C or launch.prologue != "identity")
+    pixels = power_of_two(g.N * g.P * g.Q, 16, 512 if interpreted else 64 if low else 128)
 
     def tile() -> Tile:
         return Tile(*best_box(pixels, g), filters, channels)
@@ -155,7 +166,14 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         else:
             filters //= 2
 
-    warps = power_of_two(pixels * filters // (32 * (32 if single or flat or g.groups > 1 else 64)), 4, 8)
+    crowded = single or flat or g.groups > 1 or launch.prologue != "identity"
+    ampere = arch in ("sm_80", "sm_86", "sm_87", "sm_89")
+    if launch.epilogue == "stats" and single and g.groups == 1 and (tf32 if flat else ampere):
+        crowded = False
+    each = 32 if crowded else 64
+    if launch.epilogue == "stats" and g.groups == g.C > 1:
+        each = 16
+    warps = power_of_two(pixels * filters // (32 * each), 4, 8)
     stages = max(2, min(4, device.shared * 1024 // tile().stage_bytes(launch.dtype)))
     return replace(tile(), num_warps=warps, num_stages=stages)
 
@@ -165,3 +183,75 @@ def _reduced_together(g: Geometry, flat: bool) -> int:
     if flat:
         return g.R * g.S * g.C
     return g.C if g.groups == 1 else max(g.C // g.groups, min(64, g.C))
+
+
+@lru_cache(maxsize=4096)
+def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
+    """The tile of a ``dgrad`` or ``wgrad``; its arguments are those of :func:`choose_tile`.
+
+    Both products are at most 128 by 128, 64 on the sides that :func:`choose_tile` halves, and for the same reasons.
+
+    * dgrad: that rule with channels and filters exchanged, over the pixels of one class.
+    * wgrad: 64 pixels a step, 32 of fp32 and where dy is made on load with addresses in registers (no descriptors). The pixels
+      are split so that the programs fill the device once, each with at least 4 steps: what the last program adds up grows with
+      the splits.
+    * Exact fp32 on NVIDIA: half the pixels of dgrad, 16 accumulators a thread in wgrad. On AMD, where loads in flight wait in
+      registers, 2 stages where y is read too. All of these spill otherwise (compiled; 8 bytes are left on sm_120, dgrad 1x1).
+    """
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    device = ARCHS.get(arch, _UNKNOWN)
+    interpreted = arch == "interpreter"
+    itemsize = launch.dtype.itemsize
+    single = itemsize == 4 and not interpreted
+    wide = 64 if g.groups > 1 or single else 128
+    reads_y = launch.gradient == "bn_backward"
+    exact = single and not tf32 and arch.startswith("sm_")
+    descriptors = interpreted or (arch.startswith("sm_") and int(arch[3:]) >= 90)
+    if g.pointwise:
+        g = replace(g, N=1, H=1, W=g.N * g.H * g.W)
+    if launch.kind == "wgrad":
+        flat = g.groups == 1 and g.C * itemsize % 16 != 0
+        filters = power_of_two(g.K, 16, wide)
+        channels = power_of_two(_reduced_together(g, flat), 16, 64 if flat else wide)
+        while not flat and channels > 32 and g.C % channels:
+            channels //= 2
+        pixels = power_of_two(g.N * g.P * g.Q, 16, 512 if interpreted else 64)
+        if single or (reads_y and not descriptors):
+            pixels = min(pixels, 32)
+        tile = Tile(*best_box(pixels, g), filters, channels)
+        per_filter = g.R * g.S * (ceil(g.C // g.groups / channels) if not flat else 1)
+        tiles = ceil(g.K / filters) * (ceil(g.R * g.S * g.C / channels) if flat else per_filter)
+        steps = prod(ceil(n / m) for n, m in zip((g.N, g.P, g.Q), (tile.images, tile.rows, tile.columns), strict=True))
+        splits = max(1, min(device.programs // tiles, steps // 4))
+        staged = (filters * (1 + reads_y) + channels) * pixels * itemsize
+        size = filters * channels
+    else:
+        together = g.K if g.groups == 1 else max(g.K // g.groups, min(64, g.K))
+        filters = power_of_two(together, 16, (512 if interpreted else 64 if exact else 128) // itemsize)
+        while filters > 32 and g.K % filters:
+            filters //= 2
+        channels = power_of_two(g.C, 16, wide)
+        rows, columns = (ceil(size / stride) for size, stride in zip((g.H, g.W), g.stride, strict=True))
+        r, s = (ceil(size / stride) for size, stride in zip((g.R, g.S), g.stride, strict=True))
+        # The pixels of one class as the output of a convolution of stride 1.
+        one = Geometry(g.N, rows + r - 1, columns + s - 1, g.K, g.C, r, s)
+        pixels = power_of_two(g.N * rows * columns, 16, 512 if interpreted else 64 if exact or g.groups == g.C > 1 else 128)
+
+        def programs() -> int:
+            box = (*best_box(pixels, one), channels)
+            return prod(g.stride) * prod(ceil(n / m) for n, m in zip((g.N, rows, columns, g.C), box, strict=True))
+
+        while programs() < device.programs and (pixels > 32 or channels > 64):
+            if pixels > 32 and (pixels >= channels or channels <= 64):
+                pixels //= 2
+            else:
+                channels //= 2
+        tile, splits = Tile(*best_box(pixels, one), filters, channels), 1
+        staged = (pixels * (1 + reads_y) + channels) * filters * itemsize
+        size = pixels * channels
+    a_thread = 16 if exact and launch.kind == "wgrad" else 32 if single or g.groups > 1 or reads_y else 64
+    warps = power_of_two(size // (32 * a_thread), 4, 8)
+    most = 2 if reads_y and arch.startswith("gfx") else 4
+    stages = max(2, min(most, device.shared * 1024 // staged))
+    return replace(tile, num_warps=warps, num_stages=stages, splits=splits)

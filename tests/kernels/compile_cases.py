@@ -9,11 +9,18 @@ import json
 import sys
 
 import torch
-from launches import conv, max_pool
+from gradient_launches import dgrad, wgrad
+from launches import conv, end_of_block, max_pool, max_pool_backward
 
 from fused_resnet.backends.triton_compile import compile_launch
 from fused_resnet.launch import Launch
 
+_POOL = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
+_STEM = (64, 112, 112, 64)
+_ENDS = ("y", "mean", "invstd", "gamma", "beta")
+_ENDS += tuple(f"shortcut_{role}" for role in _ENDS[1:]) + ("shortcut",)
+_ENDS_BACKWARD = ("dout", "out", "y", "mean", "invstd", "shortcut", "shortcut_mean", "shortcut_invstd")
+_BEHIND_POOL = ("dy", "x", "indices", "x_mean", "x_invstd", "x_gamma", "x_beta")
 _BF16 = {"dtype": torch.bfloat16, "activation": "relu", "without": ("bias",)}
 
 CASES: dict[str, Launch] = {
@@ -31,6 +38,63 @@ CASES: dict[str, Launch] = {
     "32x4d fp32": conv(64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, epilogue="affine", activation="relu"),
     "3x3 behind a prologue": conv(64, 28, 28, 128, 128, 3, 3, padding=(1, 1), prologue="bn_relu", **_BF16),
     "max-pool": max_pool(64, 112, 112, 64, kernel=(3, 3), stride=(2, 2), padding=(1, 1), dtype=torch.bfloat16),
+    "32x4d + stats": conv(
+        64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, prologue="bn_relu", epilogue="stats", dtype=torch.bfloat16
+    ),
+    **{
+        f"{name}{suffix}": launch
+        for suffix, dtype in (("", torch.bfloat16), (" fp32", torch.float32))
+        for name, launch in {
+            "3x3 + stats": conv(
+                64, 56, 56, 64, 64, 3, 3, padding=(1, 1), prologue="bn_relu", epilogue="stats", without=("bias",), dtype=dtype
+            ),
+            "1x1 + stats": conv(64, 14, 14, 256, 1024, 1, 1, epilogue="stats", without=("bias",), dtype=dtype),
+            "stem + stats": conv(
+                64, 224, 224, 3, 64, 7, 7, stride=(2, 2), padding=(3, 3), epilogue="stats", without=("bias",), dtype=dtype
+            ),
+            "depthwise + stats": conv(
+                64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=128, prologue="bn_relu", epilogue="stats", dtype=dtype
+            ),
+            "bn_add_relu": end_of_block(64, 14, 14, 1024, operands=_ENDS, dtype=dtype),
+            "bn_add_relu_backward": end_of_block(
+                64, 14, 14, 1024, operands=_ENDS_BACKWARD, outputs=("dz", "sum", "dot", "shortcut_dot"), dtype=dtype
+            ),
+            "max_pool and indices": max_pool(*_STEM, prologue="bn_relu", outputs=("y", "indices"), dtype=dtype, **_POOL),
+            "max_pool_backward": max_pool_backward(
+                *_STEM, operands=_BEHIND_POOL, outputs=("dx", "sum", "dot"), activation="relu", dtype=dtype, **_POOL
+            ),
+            "max_pool_backward from x": max_pool_backward(*_STEM, dtype=dtype, **_POOL),
+        }.items()
+    },
+}
+
+_DGRAD = {"gradient": "bn_backward", "epilogue": "bn_mask", "activation": "relu"}
+_WGRAD = {"gradient": "bn_backward", "prologue": "bn_relu"}
+_STRIDED = {"stride": (2, 2), "padding": (1, 1)}
+_GIVEN = {"gradient": "scale", "outputs": ("dw", "dbias", "dgamma", "dbeta")}
+
+#: Training, and the backward of given statistics.
+CASES |= {
+    f"{name}{suffix}": launch
+    for suffix, dtype in (("", torch.bfloat16), (" fp32", torch.float32))
+    for name, launch in {
+        "dgrad 3x3": dgrad(64, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=dtype, **_DGRAD),
+        "dgrad 3x3 at 14x14": dgrad(64, 14, 14, 256, 256, 3, 3, padding=(1, 1), dtype=dtype, **_DGRAD),
+        "dgrad 3x3 stride 2": dgrad(64, 56, 56, 128, 128, 3, 3, dtype=dtype, **_STRIDED, **_DGRAD),
+        "dgrad 1x1": dgrad(64, 14, 14, 256, 1024, 1, 1, dtype=dtype, **_DGRAD),
+        "dgrad 1x1 stride 2": dgrad(64, 28, 28, 512, 1024, 1, 1, stride=(2, 2), gradient="bn_backward", dtype=dtype),
+        "dgrad and shortcut": dgrad(64, 14, 14, 1024, 256, 1, 1, gradient="bn_backward", without=("count",), dtype=dtype),
+        "dgrad 32x4d": dgrad(64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, dtype=dtype, **_DGRAD),
+        "dgrad mask": dgrad(
+            64, 14, 14, 256, 256, 3, 3, padding=(1, 1), gradient="scale", epilogue="mask", activation="relu", dtype=dtype
+        ),
+        "wgrad 3x3": wgrad(64, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=dtype, **_WGRAD),
+        "wgrad 3x3 stride 2": wgrad(64, 56, 56, 128, 128, 3, 3, dtype=dtype, **_STRIDED, **_WGRAD),
+        "wgrad 1x1": wgrad(64, 14, 14, 256, 1024, 1, 1, dtype=dtype, **_WGRAD),
+        "wgrad stem": wgrad(64, 224, 224, 3, 64, 7, 7, stride=(2, 2), padding=(3, 3), gradient="bn_backward", dtype=dtype),
+        "wgrad 32x4d": wgrad(64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, dtype=dtype, **_WGRAD),
+        "wgrad given": wgrad(64, 14, 14, 256, 256, 3, 3, padding=(1, 1), dtype=dtype, **_GIVEN),
+    }.items()
 }
 
 

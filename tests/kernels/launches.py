@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends import triton as executor
-from fused_resnet.launch import EPILOGUES, Geometry, Launch, PoolGeometry
+from fused_resnet.backends.triton_start import Start, outputs_of
+from fused_resnet.launch import EPILOGUES, PROLOGUES, Geometry, Launch, PoolGeometry
 from fused_resnet.tuning import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,29 +26,68 @@ def conv(
     activation: str = "identity",
     without: tuple[str, ...] = (),
     prologue: str = "identity",
+    outputs: tuple[str, ...] = (),
+    momentum: float | None = 0.1,
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C, K, R, S and the keyword arguments of Geometry; ``without`` leaves out operands."""
-    roles = ("x", "w", *(role for role in EPILOGUES[epilogue] if role not in without))
-    if prologue == "bn_relu":
-        roles += ("scale", "shift")
+    roles = tuple(role for role in ("x", "w", *PROLOGUES[prologue], *EPILOGUES[epilogue]) if role not in without)
+    outputs = outputs or (("y", "mean", "invstd") if epilogue == "stats" else ("y",))
     return Launch(
         "conv",
         "layer",
         Geometry(*sizes, **how),
         dtype,
         tuple((role, role) for role in roles),
-        (("y", "y"),),
+        tuple((role, role) for role in outputs),
         prologue=prologue,
         epilogue=epilogue,
         activation=activation,
         eps=1e-3,
+        momentum=momentum,
     )
 
 
-def max_pool(*sizes: int, dtype: torch.dtype = torch.float32, **how: Any) -> Launch:
+def end_of_block(
+    *sizes: int,
+    operands: tuple[str, ...],
+    outputs: tuple[str, ...] = ("out",),
+    dtype: torch.dtype = torch.float32,
+    activation: str = "relu",
+) -> Launch:
+    """A bn_add_relu, or a bn_add_relu_backward if its operands have a ``dout``, on an output of sizes N, P, Q, K."""
+    N, P, Q, K = sizes
+    kind = "bn_add_relu_backward" if "dout" in operands else "bn_add_relu"
+    geometry = Geometry(N, P, Q, 16, K, 1, 1)
+    named = (tuple((role, role) for role in roles) for roles in (operands, outputs))
+    return Launch(kind, "layer", geometry, dtype, *named, activation=activation)
+
+
+def max_pool(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    prologue: str = "identity",
+    outputs: tuple[str, ...] = ("y",),
+    without: tuple[str, ...] = (),
+    **how: Any,
+) -> Launch:
     """A launch from N, H, W, C and the keyword arguments of PoolGeometry."""
-    return Launch("max_pool", "pool", PoolGeometry(*sizes, **how), dtype, (("x", "x"),), (("y", "y"),))
+    roles = tuple(role for role in ("x", *PROLOGUES[prologue]) if role not in without)
+    named = (tuple((role, role) for role in roles) for roles in (roles, outputs))
+    return Launch("max_pool", "pool", PoolGeometry(*sizes, **how), dtype, *named, prologue=prologue)
+
+
+def max_pool_backward(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    operands: tuple[str, ...] = ("dy", "x"),
+    outputs: tuple[str, ...] = ("dx",),
+    activation: str = "identity",
+    **how: Any,
+) -> Launch:
+    """A launch from N, H, W, C and the keyword arguments of PoolGeometry."""
+    named = (tuple((role, role) for role in roles) for roles in (operands, outputs))
+    return Launch("max_pool_backward", "pool", PoolGeometry(*sizes, **how), dtype, *named, activation=activation)
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -54,34 +97,46 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def operands_of(launch: Launch, parameters: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random operands; BatchNorm's as after a training: means off zero, variances off one, some gammas negative."""
     g = launch.geometry
-    operands = {"x": activations(g.x_shape, launch.dtype)}
-    for role in launch.roles - {"x"}:
-        assert isinstance(g, Geometry)
+    operands = {}
+    for role in sorted(launch.roles, key=lambda role: (role != "x", role)):
         if role == "w":
+            assert isinstance(g, Geometry)
             reduction = g.R * g.S * (g.C // g.groups)
             operands[role] = activations(g.w_shape, torch.float32).div(max(reduction, 1) ** 0.5).to(launch.dtype)
             operands[role] = operands[role].contiguous(memory_format=torch.channels_last)
-        elif role == "shortcut":
+        elif role == "x":
+            operands[role] = activations(g.x_shape, launch.dtype)
+        elif role in ("shortcut", "y", "dy", "dout", "out"):
             operands[role] = activations(g.y_shape, launch.dtype)
-        elif role in ("scale", "shift"):
-            operands[role] = torch.randn(g.C, device=DEVICE)
-        elif role == "var":
-            operands[role] = (0.5 + 1.5 * torch.rand(g.K, device=DEVICE)).to(parameters)
+        elif role == "indices":
+            operands[role] = activations(g.y_shape, torch.float32).zero_().to(torch.uint8)  # the test sets them
+        elif role == "batches":
+            operands[role] = torch.tensor(5, device=DEVICE)
         else:
-            operands[role] = torch.randn(g.K, device=DEVICE).to(parameters)
+            size = g.C if role.startswith("x_") else g.y_shape[1]
+            spread = role.endswith(("var", "invstd"))
+            vector = 0.5 + 1.5 * torch.rand(size, device=DEVICE) if spread else torch.randn(size, device=DEVICE)
+            operands[role] = vector if role.endswith(("mean", "invstd")) and "running" not in role else vector.to(parameters)
     return operands
+
+
+def normalised(launch: Launch, operands: dict[str, Tensor]) -> Tensor:
+    """What a prologue makes of x, in the launch's type as a kernel that wrote it would round it, as float64."""
+    o = {role: tensor.float().cpu() for role, tensor in operands.items()}
+    ones = torch.ones_like(o["x_mean"])
+    scale, shift = o["x_invstd"] * o.get("x_gamma", ones), o.get("x_beta", 0 * ones)
+    z = (o["x"] - o["x_mean"].view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    return (F.relu(z) if launch.prologue == "bn_relu" else z).to(launch.dtype).double()
 
 
 def expected(launch: Launch, operands: dict[str, Tensor]) -> Tensor:
     """The launch in float64 by torch.nn.functional, written down a second time and not from the launch's own executors."""
     g = launch.geometry
     o = {role: tensor.double().cpu() for role, tensor in operands.items()}
+    if launch.prologue != "identity":
+        o["x"] = normalised(launch, o)
     if isinstance(g, PoolGeometry):
         return F.max_pool2d(o["x"], g.kernel, g.stride, g.padding, g.dilation)
-    if launch.prologue == "bn_relu":
-        # As a kernel that writes it would round it, to the launch's type.
-        normalised = F.relu(o["x"].float() * o["scale"].float().view(1, -1, 1, 1) + o["shift"].float().view(1, -1, 1, 1))
-        o["x"] = normalised.to(launch.dtype).double()
     y = F.conv2d(o["x"], o["w"], o.get("bias"), g.stride, g.padding, g.dilation, g.groups)
     if "var" in o:
         y = F.batch_norm(y, o["mean"], o["var"], o.get("gamma"), o.get("beta"), training=False, eps=launch.eps)
@@ -90,16 +145,48 @@ def expected(launch: Launch, operands: dict[str, Tensor]) -> Tensor:
     return F.relu(y) if launch.activation == "relu" else y
 
 
-def run_poisoned(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = None, **how: Any) -> Tensor:
-    """Run through Triton into memory full of NaN: an element that is not written, or is read, shows."""
-    out = torch.empty(launch.geometry.y_shape, dtype=launch.dtype, device=DEVICE, memory_format=torch.channels_last)
-    out.fill_(torch.nan)
+def run_all(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = None, **how: Any) -> dict[str, Tensor]:
+    """Run through Triton into memory full of NaN: an element that is not written, or is read, shows. All outputs by role.
+
+    What the launch updates in place is as new in ``operands`` behind it; nothing else there may have changed, and the counters
+    must be zero again.
+    """
+    out = outputs_of(launch, DEVICE)
+    for tensor in out.values():
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     given = {role: tensor.clone(memory_format=torch.preserve_format) for role, tensor in operands.items()}
-    result = executor.run(launch, operands, tile=tile, out=out, **how)
-    assert result is out
+    with poisoned_workspace():
+        result = executor.run(launch, operands, tile=tile, out=out, **how)
+    results = result if isinstance(result, tuple) else (result,)
+    assert all(given is made for given, made in zip(out.values(), results, strict=True))
     for role, tensor in given.items():
-        assert torch.allclose(tensor, operands[role], rtol=0, atol=0, equal_nan=True), f"the kernel wrote to its operand {role}"
+        if role not in executor.epilogues.IN_PLACE:
+            same = torch.allclose(tensor, operands[role], rtol=0, atol=0, equal_nan=True)
+            assert same, f"the kernel wrote to its operand {role}"
     return out
+
+
+@contextmanager
+def poisoned_workspace() -> Iterator[None]:
+    """Partials are full of NaN before the launch; the counters are zero behind it."""
+    original, used = Start.workspace, []
+
+    def workspace(self: Start, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        counters, partials = original(self, device)
+        if partials is not None:
+            partials.fill_(torch.nan)
+        used.append(counters)
+        return counters, partials
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Start, "workspace", workspace)
+        yield
+    assert not any(counters is not None and counters.any() for counters in used), "a counter was not reset"
+
+
+def run_poisoned(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = None, **how: Any) -> Tensor:
+    """As :func:`run_all`; the first output."""
+    return next(iter(run_all(launch, operands, tile, **how).values()))
 
 
 def loaders(launch: Launch, tile: Tile | None = None) -> tuple[str | None, str | None]:

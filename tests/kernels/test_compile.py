@@ -41,7 +41,8 @@ def check(target: str, results: list[dict[str, Any]]) -> None:
         case = result["case"]
         assert result["spills"] == stack_of_descriptors(target, result["tma"]), result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
-        products = case not in ("depthwise", "max-pool") and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
+        convolution = not case.startswith(("depthwise", "max", "bn_add_relu"))
+        products = convolution and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
         assert (result["tensor_core"] > 0) == products, result
         if target.startswith("sm") and int(target[3:]) >= 90 and case.startswith(("3x3", "1x1", "32x4d")):
             assert result["tma"] > 0, result
@@ -58,6 +59,10 @@ def test_hopper() -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_other_devices(target: str) -> None:
     check(target, compiled(target, "3x3", "1x1 and shortcut"))
+
+
+def test_training() -> None:
+    check("sm_90", compiled("sm_90", "3x3 + stats", "bn_add_relu_backward", "max_pool_backward"))
 
 
 @pytest.mark.slow

@@ -314,7 +314,7 @@ def test_supports() -> None:
     launch = conv(1, 5, 6, 16, 24, 1, 1)
     assert executor.supports(launch) is None
     assert "float64" in str(executor.supports(replace(launch, dtype=torch.float64)))
-    assert "wgrad" in str(executor.supports(replace(launch, kind="wgrad")))
+    assert "sync_sums" in str(executor.supports(replace(launch, kind="sync_sums")))
     assert "statistics" in str(executor.supports(replace(launch, epilogue="statistics")))
 
 

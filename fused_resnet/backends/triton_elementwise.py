@@ -1,0 +1,170 @@
+"""Starts of the kernels that are no products of matrices: the end of a block, max-pooling, and their backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels import boxes, elementwise, epilogues, pool, prologues
+from ..launch import Geometry, Launch, PoolGeometry
+from ..tuning.tile import ARCHS, power_of_two
+from . import workspace
+from .triton_start import Start, needs_wide_offsets
+
+KINDS = ("bn_add_relu", "bn_add_relu_backward", "max_pool", "max_pool_backward")
+
+_VECTORS = ("mean", "invstd", "gamma", "beta")
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What one program computes: ``steps`` times ``pixels`` pixels by ``channels`` channels, with ``num_warps`` warps."""
+
+    pixels: int
+    channels: int
+    steps: int = 1
+    num_warps: int = 4
+
+
+def supports(launch: Launch) -> str | None:
+    """None, or why there is no kernel for the launch, which is of one of :data:`KINDS`."""
+    if launch.activation not in epilogues.ACTIVATIONS or launch.prologue not in prologues.PROLOGUES:
+        return f"no Triton kernel for {launch.prologue} + {launch.kind} + {launch.activation} yet"
+    outputs = {role for role, _ in launch.outputs}
+    if isinstance(launch.geometry, PoolGeometry) and "indices" in outputs | launch.roles:
+        taps = launch.geometry.kernel[0] * launch.geometry.kernel[1]
+        if taps > 256:
+            return f"an index of a pooling window is one byte, its {taps} taps do not fit"
+    if launch.kind == "max_pool_backward" and "x_mean" in launch.roles and "indices" not in launch.roles:
+        return "max_pool_backward behind a BatchNorm needs the indices"
+    return None
+
+
+def choose_strip(launch: Launch, arch: str) -> Strip:
+    """The strip of a launch.
+
+    2048 elements a step, 1024 of fp32: 16 (8) a thread, loaded 16 bytes at a time. Up to 256 channels, so that a row of a strip
+    is whole sectors. Reductions take up to 16 steps, fewer while that would leave less than 16 programs a multiprocessor: each
+    step but the first saves a row of partials. The interpreter pays by the program: all in one step there.
+    """
+    g = launch.geometry
+    channels = power_of_two(g.y_shape[1], 1, 256)
+    if arch == "interpreter":
+        return Strip(max(1, 16384 // channels), channels)
+    elements = 1024 if launch.dtype.itemsize == 4 else 2048
+    steps = 1
+    if launch.kind.endswith("backward"):
+        least = 16 * (ARCHS[arch].programs if arch in ARCHS else 64)
+        steps = power_of_two(covered(launch) * g.y_shape[1] // (elements * least) // 2, 1, 16)
+    return Strip(elements // channels, channels, steps)
+
+
+def covered(launch: Launch) -> int:
+    """Pixels that the programs of a launch share: of the output, or of the input for max_pool_backward."""
+    g = launch.geometry
+    return g.N * g.H * g.W if launch.kind == "max_pool_backward" else g.N * g.P * g.Q
+
+
+def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool | None = None) -> Start:
+    """How a launch is started on ``arch``."""
+    g = launch.geometry
+    strip = strip or choose_strip(launch, arch)
+    constants: dict[str, Any] = {
+        "PIXELS": strip.pixels,
+        "CHANNELS": strip.channels,
+        "WIDE": needs_wide_offsets(g.x_shape, g.y_shape) if wide is None else wide,
+    }
+    strips = ceil(covered(launch) / (strip.pixels * strip.steps))
+    channel_tiles = ceil(g.y_shape[1] / strip.channels)
+    counters = partials = group = 0
+    sizes: Any = None
+    if launch.kind.endswith("backward"):
+        constants["STEPS"] = strip.steps
+        if any(role not in ("dz", "dx") for role, _ in launch.outputs):
+            group = workspace.group_of(strips)
+            counters = channel_tiles * workspace.counters_of(strips)
+            partials = (3 if launch.kind == "bn_add_relu_backward" else 2) * strips * g.y_shape[1]
+    if isinstance(g, PoolGeometry):
+        sizes = boxes.Sizes(g.N, g.H, g.W, g.C, g.C, g.P, g.Q)
+        constants["TAPS"] = boxes.Taps(*g.kernel, *g.stride, *g.padding, *g.dilation)
+        constants["PROLOGUE"] = prologues.PROLOGUES[launch.prologue][0]
+    if launch.kind == "max_pool_backward":
+        constants["PROLOGUE"] = prologues.PROLOGUES["identity"][0]
+        constants["RELU"] = launch.activation == "relu"
+    if launch.kind == "bn_add_relu":
+        constants["ACTIVATION"] = epilogues.ACTIVATIONS[launch.activation]
+    kernel = getattr(pool if isinstance(g, PoolGeometry) else elementwise, launch.kind)
+    return Start(kernel, strips * channel_tiles, constants, sizes, None, None, strip.num_warps, 1, counters, partials, group)
+
+
+def vectors(named: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> tuple[Any, ...] | None:
+    """The pointers of one BatchNorm, None if it is not there."""
+    if prefix + names[0] not in named:
+        return None
+    return tuple(named.get(prefix + name) for name in names)
+
+
+def bind(
+    start: Start,
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    space: tuple[Tensor | None, Tensor | None],
+) -> dict[str, Any]:
+    """A kernel's arguments by name."""
+    g = launch.geometry
+    named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
+    meeting = {"group": start.group if start.counters else None, "partials": space[1], "counters": space[0]}
+    if launch.kind == "max_pool":
+        arguments = tuple({**named, "C": start.sizes.C}.get(name) for name in prologues.PROLOGUES[launch.prologue][1])
+        return {
+            "x": named["x"],
+            "y": outputs["y"],
+            "indices": outputs.get("indices"),
+            "sizes": start.sizes,
+            "prologue_args": arguments,
+            **start.constants,
+        }
+    if launch.kind == "max_pool_backward":
+        return {
+            "dy": named["dy"],
+            "x": named["x"],
+            "indices": named.get("indices"),
+            "x_bn": vectors(named, _VECTORS, "x_"),
+            "dx": outputs["dx"],
+            "sums": (outputs.get("sum"), outputs.get("dot")) if start.counters else None,
+            "sizes": start.sizes,
+            **meeting,
+            **start.constants,
+        }
+    assert isinstance(g, Geometry)
+    pixels = {"pixels": g.N * g.P * g.Q, "K": g.K}
+    if launch.kind == "bn_add_relu":
+        return {
+            "y": named["y"],
+            "y_bn": vectors(named, _VECTORS),
+            "shortcut": named.get("shortcut"),
+            "shortcut_bn": vectors(named, _VECTORS, "shortcut_"),
+            "out": outputs["out"],
+            **pixels,
+            **start.constants,
+        }
+    reduced = partial(vectors, named, _VECTORS[:2])
+    return {
+        "dout": named["dout"],
+        "out": named["out"] if launch.activation == "relu" else None,
+        "y": named["y"] if "dot" in outputs else None,
+        "y_bn": reduced() if "dot" in outputs else None,
+        "shortcut": named["shortcut"] if "shortcut_dot" in outputs else None,
+        "shortcut_bn": reduced("shortcut_") if "shortcut_dot" in outputs else None,
+        "dz": outputs.get("dz"),
+        "sums": tuple(outputs.get(role) for role in ("sum", "dot", "shortcut_dot")) if start.counters else None,
+        **pixels,
+        **meeting,
+        **start.constants,
+    }

@@ -1,0 +1,388 @@
+"""Runs the launches of kind ``dgrad`` and ``wgrad`` as Triton kernels: :mod:`.triton` for the convolution's two gradients.
+
+As there, a launch becomes a :class:`GradientStart` once, and a start becomes a kernel's arguments on every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import ceil, gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import boxes, dgrad, gradients, prologues, wgrad
+from ..launch import Geometry, Launch
+from ..tuning.tile import Tile, choose_gradient_tile
+from . import workspace
+from .derived import channels_last_filters
+from .triton import has_tma, loads, one_row, tf32_allowed
+from .triton_start import Start, View, arch_of, begin, needs_wide_offsets
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Filters of a program that makes only the vectors.
+_VECTOR = 256
+
+
+def supports(launch: Launch) -> str | None:
+    """None, or why there is no kernel for the launch."""
+    if launch.kind not in ("dgrad", "wgrad"):
+        return f"no Triton kernel for {launch.kind!r} yet"
+    if launch.dtype not in _DTYPES:
+        return f"the Triton kernels compute in fp32, fp16 and bf16, not in {str(launch.dtype).removeprefix('torch.')}"
+    known = launch.gradient in gradients.GRADIENTS and launch.activation in ("identity", "relu")
+    if launch.kind == "dgrad":
+        known = known and launch.epilogue in gradients.EPILOGUES
+    else:
+        known = known and launch.prologue in prologues.PROLOGUES
+    if not known:
+        return f"no Triton kernel for {launch} yet"
+    return None
+
+
+def run(
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    donated: Collection[str] = (),
+    *,
+    tile: Tile | None = None,
+    out: Mapping[str, Tensor] | None = None,
+    wide: bool | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Run a launch: one kernel, no synchronisation.
+
+    Args:
+        launch: of kind ``dgrad`` or ``wgrad``.
+        operands: tensors by role; activations are channels_last.
+        donated: roles whose memory nobody reads afterwards (not used).
+        tile: instead of the analytical rule's (tests, tuning).
+        out: tensors to write, by role, instead of new ones.
+        wide: force 64-bit or 32-bit offsets (tests), instead of what the sizes need.
+
+    Returns:
+        What the launch lists: dx channels_last, dw like [K, R, S, C / groups] in memory, vectors fp32.
+    """
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    dz = operands["dz"]
+    # These may come from outside as they are; the others are ours.
+    ours = {
+        role: operands[role].contiguous(memory_format=torch.channels_last) for role in ("dz", "dshortcut") if role in operands
+    }
+    if "w" in operands:
+        ours["w"] = channels_last_filters(operands["w"])
+    operands = {**operands, **ours}
+    outputs = out or new_outputs(launch, dz.device)
+    made = tuple(outputs[role] for role, _ in launch.outputs)
+    if dz.numel() == 0 or prod(g.x_shape) == 0:
+        for output in made:
+            output.zero_()
+        return made if len(made) > 1 else made[0]
+    aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("dz", "y", "x", "w") if role in operands)
+    tf32 = tf32_allowed(launch.dtype, dz.device)
+    start = plan_start(launch, arch_of(dz.device), tile, aligned, tf32, wide)
+    begin(start, bind(start, launch, operands, outputs, start.workspace(dz.device)), dz.device)
+    return made if len(made) > 1 else made[0]
+
+
+def new_outputs(launch: Launch, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors that a launch writes, by role."""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    shapes = {"dx": g.x_shape, "dw": g.w_shape}
+    outputs = {}
+    for role, _ in launch.outputs:
+        if role in shapes:
+            outputs[role] = torch.empty(shapes[role], dtype=launch.dtype, device=device, memory_format=torch.channels_last)
+        else:
+            outputs[role] = torch.empty(g.C if launch.kind == "dgrad" else g.K, dtype=torch.float32, device=device)
+    return outputs
+
+
+@dataclass(frozen=True)
+class GradientStart(Start):
+    """A start of one of the gradients' kernels.
+
+    Attributes:
+        numbers: what else the kernel is given that is neither constant nor tensor.
+        views: descriptors by role; what has none is a plain pointer.
+    """
+
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    views: Mapping[str, View] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=4096)
+def plan_start(
+    launch: Launch, arch: str, tile: Tile | None = None, aligned: bool = True, tf32: bool = False, wide: bool | None = None
+) -> GradientStart:
+    """How a launch is started on ``arch``. ``aligned``: dz, y, x and w start at a multiple of 16 bytes."""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    if launch.kind == "wgrad" and "x" not in launch.roles:
+        return _plan_vectors(launch, g)
+    tile = tile or choose_gradient_tile(launch, arch, tf32)
+    wide = needs_wide_offsets(g.x_shape, g.w_shape, g.y_shape) if wide is None else wide
+    g, tile = one_row(g, tile)
+    coefficients, gradient, _ = gradients.GRADIENTS[_on_load(launch)]
+    constants = {
+        "COEFFICIENTS": coefficients,
+        "GRADIENT": gradient,
+        "TAPS": _taps(g),
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "WIDE": wide,
+    }
+    plan = _plan_dgrad if launch.kind == "dgrad" else _plan_wgrad
+    return plan(launch, g, tile, aligned and has_tma(arch), constants)
+
+
+def _on_load(launch: Launch) -> str:
+    """The gradient that is applied on load: with given statistics wgrad is made from dz, and the result is scaled."""
+    return "identity" if (launch.kind, launch.gradient) == ("wgrad", "scale") else launch.gradient
+
+
+def _taps(g: Geometry) -> boxes.Taps:
+    per_group = (g.C // g.groups, g.K // g.groups) if g.groups > 1 else (0, 0)
+    return boxes.Taps(g.R, g.S, *g.stride, *g.padding, *g.dilation, *per_group)
+
+
+def _sizes(g: Geometry) -> boxes.Sizes:
+    return boxes.Sizes(g.N, g.H, g.W, g.C, g.K, g.P, g.Q)
+
+
+def _view_of_y(g: Geometry, tile: Tile) -> View:
+    """dz or y, ``[N, P, Q, K]``."""
+    strides = (g.P * g.Q * g.K, g.Q * g.K, g.K, 1)
+    return View((g.N, g.P, g.Q, g.K), strides, (tile.images, tile.rows, tile.columns, tile.filters))
+
+
+def dgrad_loads(g: Geometry, tile: Tile, itemsize: int, descriptors: bool) -> tuple[str | None, str | None]:
+    """Names of the loaders of dz (kernels/gradients.py) and of filters (kernels/boxes.py); the only statement of the rule.
+
+    Grouped, up to 2 filters a group
+        No product of matrices at all: (None, None).
+    dz
+        ``box`` where K is in whole 16 bytes and there are descriptors, else ``gather``; any stride.
+    Filters
+        A tile of channels within one group, the chunk dividing the group's filters: ``matrix``, or ``rows`` without
+        descriptors, where the tile does not divide C (a box would run into the next tap), or C is not in whole 16 bytes. A tile
+        across groups: ``block_diagonal``.
+    """
+    group_channels, group_filters = g.C // g.groups, g.K // g.groups
+    if g.groups > 1 and group_filters <= 2:
+        return None, None
+    load = "box" if descriptors and g.K * itemsize % 16 == 0 else "gather"
+    divides = group_channels % tile.channels == 0
+    if g.groups > 1 and not (divides and group_filters % tile.filters == 0):
+        return load, "block_diagonal"
+    matrix = descriptors and group_channels * itemsize % 16 == 0 and (divides or g.R * g.S == 1)
+    return load, "matrix" if matrix else "rows"
+
+
+def _plan_dgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, constants: dict[str, Any]) -> GradientStart:
+    load, filters = dgrad_loads(g, tile, launch.dtype.itemsize, descriptors)
+    views = {}
+    if load == "box":
+        views = {role: _view_of_y(g, tile) for role in ("dz", "y")}
+    if filters == "matrix":
+        length = g.R * g.S * (g.C // g.groups)
+        views["w"] = View((g.K, length), (length, 1), (tile.filters, tile.channels))
+    boxes_of_class = (
+        ceil(g.N / tile.images),
+        ceil(ceil(g.H / g.stride[0]) / tile.rows),
+        ceil(ceil(g.W / g.stride[1]) / tile.columns),
+    )
+    pixel_tiles = prod(g.stride) * prod(boxes_of_class)
+    channel_tiles = ceil(g.C / tile.channels)
+    constants |= {
+        "EPILOGUE": gradients.EPILOGUES[launch.epilogue][0],
+        "RELU": launch.activation == "relu",
+        "LOAD": gradients.LOADS[load] if load else None,
+        "FILTERS": boxes.FILTERS[filters] if filters else None,
+        "TILE": tile,
+        "PERIODS": tuple(stride // gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)),
+        "PIXELS_FIRST": launch.gradient != "identity",
+        "SPANS": filters == "block_diagonal",
+    }
+    sums = len(launch.outputs) - 1
+    numbers = {"counters_of": workspace.counters_of(pixel_tiles), "group": workspace.group_of(pixel_tiles)}
+    return GradientStart(
+        dgrad.dgrad,
+        pixel_tiles * channel_tiles,
+        constants,
+        _sizes(g),
+        None,
+        None,
+        tile.num_warps,
+        tile.num_stages,
+        counters=channel_tiles * numbers["counters_of"] if sums else 0,
+        partials=sums * pixel_tiles * g.C,
+        numbers=numbers,
+        views=views,
+    )
+
+
+def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, constants: dict[str, Any]) -> GradientStart:
+    itemsize = launch.dtype.itemsize
+    pixels, filters = loads(g, tile, itemsize, descriptors)
+    spans = filters == "block_diagonal"
+    load = "box" if descriptors and g.K * itemsize % 16 == 0 else "gather"
+    views = {}
+    if pixels and load == "box":
+        views = {role: _view_of_y(g, tile) for role in ("dz", "y")}
+    x_view = _view_of_x(g, tile, pixels)
+    if x_view is not None:
+        views["x"] = x_view
+    partial = bool(g.P % tile.rows or g.Q % tile.columns) and not g.pointwise
+    constants |= {
+        "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],
+        "LOAD": gradients.LOADS[load] if pixels else None,
+        "PIXELS": boxes.PIXELS[pixels] if pixels else None,
+        "TILE": replace(tile, splits=1),  # not a constant: it changes with the batch
+        "FLAT": pixels == "flat",
+        "SPANS": spans,
+        "RIM": partial and pixels in ("box", "parity") and launch.prologue == "identity",  # a prologue looks by itself
+        "SHARED": tile.splits > 1,
+        "SCALED": launch.gradient == "scale",
+        "BATCH": launch.gradient == "bn_backward",
+    }
+    columns = _columns(g, tile, pixels, spans)
+    rows = ceil(g.K / tile.filters)
+    size = prod(g.w_shape)
+    per_filter = _dgamma(launch)
+    counters_of = workspace.counters_of(tile.splits) if tile.splits > 1 else 0
+    numbers = {
+        "columns": columns,
+        "shares": tile.splits,
+        "group": workspace.group_of(tile.splits),
+        "size": size,
+        "counters_of": counters_of,
+        "products": _whole(tile.splits * size) if tile.splits > 1 else 0,
+    }
+    return GradientStart(
+        wgrad.wgrad,
+        rows * columns * tile.splits,
+        constants,
+        _sizes(g),
+        None,
+        None,
+        tile.num_warps,
+        tile.num_stages,
+        counters=rows * columns * counters_of + (rows if per_filter else 0),
+        partials=numbers["products"] + (columns * g.K if per_filter else 0),
+        numbers=numbers,
+        views=views,
+    )
+
+
+def _whole(elements: int) -> int:
+    """Rounded up, so that what follows starts at a whole line of the caches."""
+    return ceil(elements / 32) * 32
+
+
+def _dgamma(launch: Launch) -> bool:
+    return launch.gradient == "scale" and any(role == "dgamma" for role, _ in launch.outputs)
+
+
+def _view_of_x(g: Geometry, tile: Tile, pixels: str | None) -> View | None:
+    N, H, W, C = g.N, g.H, g.W, g.C
+    if pixels == "box":
+        return View((N, H, W, C), (H * W * C, W * C, C, 1), (tile.images, tile.rows, tile.columns, tile.channels))
+    if pixels == "parity":
+        return View(
+            (N, H // 2, 2, W // 2, 2 * C),
+            (H * W * C, 2 * W * C, W * C, 2 * C, 1),
+            (tile.images, tile.rows, 1, tile.columns, tile.channels),
+        )
+    return None
+
+
+def _columns(g: Geometry, tile: Tile, pixels: str | None, spans: bool) -> int:
+    """Tiles of dw in a row: taps by chunks of the channels that a tile of filters needs."""
+    group_channels, group_filters = g.C // g.groups, g.K // g.groups
+    if pixels is None:
+        return g.R * g.S * group_channels
+    if pixels == "flat":
+        return ceil(g.R * g.S * g.C / tile.channels)
+    if g.groups == 1:
+        return g.R * g.S * ceil(g.C / tile.channels)
+    chunks = 0
+    for k in range(0, g.K, tile.filters):
+        first = k // group_filters * group_channels
+        if spans:
+            first = first // tile.channels * tile.channels
+        end = ((min(k + tile.filters, g.K) - 1) // group_filters + 1) * group_channels
+        chunks = max(chunks, ceil((end - first) / tile.channels))
+    return g.R * g.S * chunks
+
+
+def _plan_vectors(launch: Launch, g: Geometry) -> GradientStart:
+    constants = {"FILTERS": _VECTOR, "SCALED": launch.gradient == "scale", "BATCH": launch.gradient == "bn_backward"}
+    return GradientStart(wgrad.vectors_only, ceil(g.K / _VECTOR), constants, _sizes(g), None, None, 4, 1)
+
+
+def bind(
+    start: GradientStart,
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    space: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> dict[str, Any]:
+    """A kernel's arguments by name, in the kernel's order. ``space``: counters and partials."""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
+    named |= {"eps": launch.eps, "C": start.sizes.C, "m": float(g.N * g.P * g.Q)}
+    viewed = {
+        role: start.views[role].of(named[role]) if role in start.views else named[role] for role in named if role in _VIEWED
+    }
+    counters, partials = space
+    results = wgrad.Results(*(outputs.get(role) for role in wgrad.Results._fields))
+    given = wgrad.Given(*(named.get(name) for name in wgrad.Given._fields))
+    if start.kernel is wgrad.vectors_only:
+        return {"sizes": start.sizes, "results": results, "given": given, **start.constants}
+    reads_y = launch.gradient == "bn_backward"
+    common_arguments = {
+        "gradient_args": tuple(named.get(name) for name in gradients.GRADIENTS[_on_load(launch)][2]),
+        **start.constants,
+    }
+    numbers = start.numbers
+    if launch.kind == "wgrad":
+        products = None if partials is None or not _dgamma(launch) else partials[numbers["products"] :]
+        shares = wgrad.Shares(
+            numbers["shares"], numbers["group"], numbers["size"], partials, counters, numbers["counters_of"], products
+        )
+        return {
+            "dz": viewed["dz"],
+            "y": viewed["y"] if reads_y else None,
+            "x": viewed["x"],
+            "sizes": start.sizes,
+            "columns": numbers["columns"],
+            "results": results,
+            "given": given,
+            "shares": shares,
+            "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
+            **common_arguments,
+        }
+    exact = (operands["dz"], operands["y"] if reads_y else None, operands["w"])
+    constants = start.constants
+    return {
+        "dz": viewed["dz"],
+        "y": viewed["y"] if reads_y else None,
+        "w": viewed["w"],
+        "dx": outputs["dx"],
+        "sizes": start.sizes,
+        "exact": exact if constants["SPANS"] or constants["LOAD"] is None else None,
+        "outputs": tuple(outputs[role] for role, _ in launch.outputs[1:]),
+        "sums": dgrad.Sums(partials, counters, numbers["counters_of"], numbers["group"]) if len(launch.outputs) > 1 else None,
+        "epilogue_args": tuple(named.get(name) for name in gradients.EPILOGUES[launch.epilogue][1]),
+        **common_arguments,
+    }
+
+
+#: Roles of which there may be a descriptor.
+_VIEWED = ("dz", "y", "x", "w")

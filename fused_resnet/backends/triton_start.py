@@ -1,0 +1,115 @@
+"""What all Triton launches share: a start, the memory around it, and where it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..launch import Launch
+from . import record_kernel, workspace
+
+#: Roles of outputs that are a number a channel; all others but these are activations. fp32, like all sums and statistics.
+PER_CHANNEL = frozenset({"mean", "invstd", "var", "sum", "dot", "shortcut_dot"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """All of a kernel start that does not change from call to call.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        programs: size of the grid.
+        constants: its compile-time arguments.
+        sizes: extents as the kernel sees them (a pointwise convolution has one long row).
+        x_view, w_view: shape, strides and block of the descriptors of x and w; None for plain pointers.
+        num_warps, num_stages: for the compiler.
+        counters, partials: int32 zeros and fp32 numbers its programs need to finish together, see :mod:`.workspace`.
+        group: tiles that the first level of that merges.
+    """
+
+    kernel: Any
+    programs: int
+    constants: Mapping[str, Any]
+    sizes: Any
+    x_view: View | None
+    w_view: View | None
+    num_warps: int
+    num_stages: int
+    counters: int = 0
+    partials: int = 0
+    group: int = 0
+
+    def workspace(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Counters and partials for one launch on the current stream."""
+        if not self.counters:
+            return None, None
+        partials = torch.empty(self.partials, dtype=torch.float32, device=device)
+        if device.type == "meta":
+            return torch.empty(self.counters, dtype=torch.int32, device=device), partials
+        return workspace.counters(device, self.counters), partials
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a descriptor sees it: extents and strides in elements, slowest first, and the block loaded at once."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def of(self, base: Tensor) -> Any:
+        """The descriptor of ``base``."""
+        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
+
+
+def outputs_of(launch: Launch, device: torch.device) -> dict[str, Tensor]:
+    """New tensors for the outputs of a launch of the forward or of a strip, by role."""
+    g = launch.geometry
+    outputs = {}
+    for role, _ in launch.outputs:
+        if role in PER_CHANNEL:
+            outputs[role] = torch.empty(g.y_shape[1], dtype=torch.float32, device=device)
+        else:
+            shape = g.x_shape if role == "dx" else g.y_shape
+            dtype = torch.uint8 if role == "indices" else launch.dtype
+            outputs[role] = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    return outputs
+
+
+def begin(start: Start, arguments: Mapping[str, Any], device: torch.device) -> None:
+    """Start a kernel on the current stream of ``device``. Where every kernel is started."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            begin(start, arguments, device)
+        return
+    try:
+        start.kernel[(start.programs,)](**arguments, num_warps=start.num_warps, num_stages=start.num_stages)
+    except BaseException:
+        if start.counters:  # interpreted programs that never arrived
+            workspace.forget()
+        raise
+    record_kernel(start.kernel.__name__)
+
+
+@lru_cache(maxsize=64)
+def arch_of(device: torch.device) -> str:
+    """``sm_90``, ``gfx942`` ... or ``interpreter``: what tiles are chosen for."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def needs_wide_offsets(*shapes: tuple[int, ...]) -> bool:
+    """Whether any tensor has 2^31 elements or more."""
+    return any(prod(shape) >= 1 << 31 for shape in shapes)

@@ -1,0 +1,153 @@
+"""What the two gradient kernels share: how ``dz`` becomes the convolution's ``dy`` on load; and the ends of dgrad.
+
+A gradient is two functions. ``COEFFICIENTS(filters, exists, *gradient_args) -> tuple of [1, K]`` is what is computed once for
+each filter, ``GRADIENT(dz, y, inside, coefficients) -> dy`` what is computed for each element:
+
+* ``dz, y [M, K]``: the loaded tiles, zero where ``inside`` is false and past the last filter; ``y`` is None unless it is read;
+* ``inside [M, 1]``: whether the output pixel exists. ``dy`` must be zero where it does not;
+* ``filters [K]``, ``exists [K]``: which filter each column is, and whether there is one. Coefficients of none are 0, and so
+  is its ``dy``.
+
+=============  =============================================================================================================
+identity       ``dy = dz``
+scale          ``dy = gamma / sqrt(var + eps) * dz``: BatchNorm with given statistics
+bn_backward    ``dy = gamma * invstd * (dz - sum / m - (y - mean) * invstd * dot / m)``: BatchNorm with the batch's
+=============  =============================================================================================================
+
+Loaders of a tile of dz or y, ``LOAD(tensor, place, lanes, dp, dq, k, sizes, TILE) -> [M, K]``: the box of output pixels that
+starts at row ``place.p + dp`` and column ``place.q + dq``, filters from ``k`` on. ``box`` by a descriptor of ``[N, P, Q, K]``,
+``gather`` by pointers and masks. There is no stride in them: dgrad's pixels of one parity walk dy step by step.
+
+An epilogue of dgrad, ``EPILOGUE(acc, at, RELU, *epilogue_args) -> (dx, factor)``, gets the accumulator ``[M, C]`` and where it
+lies (:class:`.epilogues.At`, whose ``filters`` are channels here). ``factor`` is what the stored dx is multiplied by for the
+second sum over the pixels, or None.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogues import per_filter, per_pixel
+from .numerics import rounded
+from .prologues import batch_norm
+
+
+@triton.jit
+def shifted(lanes, dp, dq, sizes):
+    """Output pixel ``(n * P + p) * Q + q``, a shift away from the tile's own, and whether it exists; both [M]."""
+    p = lanes.p + dp
+    q = lanes.q + dq
+    inside = lanes.inside & (p >= 0) & (p < sizes.P) & (q >= 0) & (q < sizes.Q)
+    return (lanes.n * sizes.P + p) * sizes.Q + q, inside
+
+
+@triton.jit
+def box(tensor, place, lanes, dp, dq, k, sizes, TILE: tl.constexpr):
+    return tensor.load([place.n, place.p + dp, place.q + dq, k]).reshape(TILE.images * TILE.rows * TILE.columns, TILE.filters)
+
+
+@triton.jit
+def gather(tensor, place, lanes, dp, dq, k, sizes, TILE: tl.constexpr):
+    filters = k + tl.arange(0, TILE.filters)
+    pixel, inside = shifted(lanes, dp, dq, sizes)
+    mask = inside[:, None] & (filters < sizes.K)[None, :]
+    return tl.load(tensor + (pixel * sizes.K)[:, None] + filters[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def vector(pointer, filters, exists):
+    """Operand [K] in any float type, as fp32 [1, K], zero past the last filter."""
+    return tl.load(pointer + filters, mask=exists, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def no_coefficients(filters, exists):
+    return (None,)
+
+
+@triton.jit
+def identity(dz, y, inside, coefficients):
+    return dz
+
+
+@triton.jit
+def inverse_deviation(var, eps, filters, exists):
+    """``1 / sqrt(var + eps)``, fp32 [1, K], zero past the last filter."""
+    invstd = tl.math.div_rn(1.0, tl.math.sqrt_rn(vector(var, filters, exists) + eps))
+    return tl.where(exists[None, :], invstd, 0.0)
+
+
+@triton.jit
+def scale_coefficients(filters, exists, eps, gamma, var):
+    scale = inverse_deviation(var, eps, filters, exists)
+    if gamma is not None:
+        scale = scale * vector(gamma, filters, exists)
+    return (scale,)
+
+
+@triton.jit
+def scale(dz, y, inside, coefficients):
+    return rounded(tl.where(inside, dz.to(tl.float32) * coefficients[0], 0.0), dz.dtype)
+
+
+@triton.jit
+def bn_backward_coefficients(filters, exists, m, mean, invstd, gamma, sum, dot, count):
+    """``(factor, mean of dz, mean of y, slope)``; ``m``: values a channel, or where ranks share them ``count``, a pointer."""
+    if count is not None:
+        m = tl.load(count).to(tl.float32)
+    share = 1.0 / m  # once: dgrad computes these again for every chunk of filters
+    deviation = vector(invstd, filters, exists)
+    factor = deviation
+    if gamma is not None:
+        factor = factor * vector(gamma, filters, exists)
+    slope = vector(dot, filters, exists) * (deviation * share)
+    return factor, vector(sum, filters, exists) * share, vector(mean, filters, exists), slope
+
+
+@triton.jit
+def bn_backward(dz, y, inside, coefficients):
+    factor, dz_mean, mean, slope = coefficients
+    dy = factor * (dz.to(tl.float32) - dz_mean - (y.to(tl.float32) - mean) * slope)
+    return rounded(tl.where(inside, dy, 0.0), dz.dtype)
+
+
+LOADS = {"box": box, "gather": gather}
+
+#: Name in a launch -> (COEFFICIENTS, GRADIENT, names of the former's arguments: ``eps``, ``m`` or roles of operands).
+GRADIENTS = {
+    "identity": (no_coefficients, identity, ()),
+    "scale": (scale_coefficients, scale, ("eps", "gamma", "var")),
+    "bn_backward": (bn_backward_coefficients, bn_backward, ("m", "mean", "invstd", "gamma", "sum", "dot", "count")),
+}
+
+
+@triton.jit
+def store(acc, at, RELU: tl.constexpr, dshortcut):
+    if dshortcut is not None:
+        acc = acc + per_pixel(dshortcut, at)
+    return acc, None
+
+
+@triton.jit
+def mask(acc, at, RELU: tl.constexpr, a_previous):
+    """Zero where the previous activation's output is; where that is a NaN, eager lets the gradient pass."""
+    if RELU:
+        acc = tl.where(per_pixel(a_previous, at) <= 0, 0.0, acc)
+    return acc, None
+
+
+@triton.jit
+def bn_mask(acc, at, RELU: tl.constexpr, x, x_mean, x_invstd, x_gamma, x_beta):
+    """The same, the output computed again from what its BatchNorm read; the factor is ``(x - mean) * invstd``."""
+    value = per_pixel(x, at)
+    if RELU:
+        z = batch_norm(value, at.filters, at.filters_inside, x_mean, x_invstd, x_gamma, x_beta)
+        acc = tl.where(z <= 0, 0.0, acc)
+    return acc, (value - per_filter(x_mean, at)) * per_filter(x_invstd, at)
+
+
+#: Name in a launch -> (function, names of its arguments: roles of operands).
+EPILOGUES = {
+    "store": (store, ("dshortcut",)),
+    "mask": (mask, ("a_previous",)),
+    "bn_mask": (bn_mask, ("x", "x_mean", "x_invstd", "x_gamma", "x_beta")),
+}

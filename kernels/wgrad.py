@@ -1,0 +1,385 @@
+"""Gradient of a convolution's filters as one implicit-GEMM main loop, split over the pixels, in one launch.
+
+``dw[k, r, s, c] = sum over output pixels of dy[n, p, q, k] * PROLOGUE(x)[n, h, w, c]``
+
+A program owns one tile of dw (filters by channels of a tap, or by elements of the flattened filter) and a share of the pixels::
+
+                      channels, tap (r, s)
+                    +-------------------+
+                    |                   |     step = a box of M output pixels
+      K filters     |     acc fp32      |       dy [M, K]        by LOAD, through GRADIENT
+                    |                   |       pixels [M, C]    by PIXELS, moved by the tap, through PROLOGUE
+                    +-------------------+       acc += dy^T . pixels
+                              |
+        one share:   the epilogue, one store
+        several:     partials in fp32; the last share of each tile adds them in their order (finish.py), then the same
+
+dw has few tiles and the reduction is long (3136 pixels an image against 64 filters in ResNet's first stage), hence the shares.
+Programs that run together have the same pixels and different tiles, so dy and x come from memory once.
+
+With given statistics G is made from dz, and the factor ``gamma * invstd`` is applied to the result, in fp32. ``dgamma`` then
+needs ``<w_k, G_k>`` over all tiles of a filter: each tile leaves its part, the last one of a row of tiles adds them in order.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .boxes import Place, lanes_of, loaded, locate
+from .finish import Column, arrive, ordered_sum, store_row, sum_rows
+from .gradients import inverse_deviation, vector
+from .numerics import dot, rounded
+
+
+class Shares(NamedTuple):
+    """How the pixels are shared between programs, and the memory they meet in.
+
+    Attributes:
+        shares: programs of a tile of dw.
+        group: how many of them the first level of the sum takes, see finish.py.
+        size: elements of dw.
+        partials: pointer to fp32 [shares, *dw's].
+        counters: pointer to ``counters_of`` zeros, int32, a tile of dw; then one a tile of filters.
+        counters_of: ``cdiv(shares, group) + 1``.
+        products: pointer to fp32 [tiles of a filter, K]: parts of ``<w_k, G_k>``.
+    """
+
+    shares: Any
+    group: Any
+    size: Any
+    partials: Any
+    counters: Any
+    counters_of: Any
+    products: Any
+
+
+class Given(NamedTuple):
+    """Pointers to what the gradients of a filter's other parameters are made of, ``None`` where the launch has none."""
+
+    eps: Any
+    w: Any
+    sum: Any
+    bias: Any
+    gamma: Any
+    mean: Any
+    var: Any
+
+
+class Results(NamedTuple):
+    """Pointers to what is written, ``None`` for what nobody wants: dw like w, the others fp32 [K]."""
+
+    dw: Any
+    dbias: Any
+    dgamma: Any
+    dbeta: Any
+
+
+@triton.jit
+def write_vectors(inner, filters, exists, results, given, SCALED: tl.constexpr, BATCH: tl.constexpr):
+    """Gradients of the per-filter parameters. ``inner``: ``<w_k, G_k>``, fp32 [1, K], or None without dgamma."""
+    row = filters[None, :]
+    mask = exists[None, :]
+    if BATCH:
+        if results.dbias is not None:  # BatchNorm subtracts what a bias adds
+            tl.store(results.dbias + row, tl.zeros(row.shape, dtype=tl.float32), mask=mask)
+    elif given.sum is not None:
+        total = vector(given.sum, filters, exists)
+        if results.dbeta is not None:
+            tl.store(results.dbeta + row, total, mask=mask)
+        if SCALED:
+            invstd = inverse_deviation(given.var, given.eps, filters, exists)
+            if results.dbias is not None:
+                factor = invstd
+                if given.gamma is not None:
+                    factor = factor * vector(given.gamma, filters, exists)
+                tl.store(results.dbias + row, factor * total, mask=mask)
+            if inner is not None:
+                offset = -vector(given.mean, filters, exists)
+                if given.bias is not None:
+                    offset += vector(given.bias, filters, exists)
+                tl.store(results.dgamma + row, invstd * (inner + offset * total), mask=mask)
+        elif results.dbias is not None:
+            tl.store(results.dbias + row, total, mask=mask)
+
+
+@triton.jit
+def write(
+    total,
+    offsets,
+    mask,
+    filters,
+    exists,
+    column,
+    columns,
+    row,
+    tiles,
+    K,
+    shares,
+    results,
+    given,
+    SCALED: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """The end of a tile of dw: store it, and what follows from it. ``column``, ``row``: index of the tile."""
+    if results.dw is not None:
+        dw = total
+        if SCALED:
+            factor = inverse_deviation(given.var, given.eps, filters, exists)
+            if given.gamma is not None:
+                factor = factor * vector(given.gamma, filters, exists)
+            dw = total * factor.trans()
+        tl.store(results.dw + offsets, rounded(dw, results.dw.dtype.element_ty), mask=mask)
+    if results.dgamma is not None:
+        w = tl.load(given.w + offsets, mask=mask, other=0.0).to(tl.float32)
+        inner = tl.sum(tl.where(mask, w * total, 0.0), axis=1)
+        parts = Column(shares.products, shares.counters, column, columns, columns, filters, exists, K)
+        store_row(parts, 0, column, inner)
+        if arrive(shares.counters + tiles * shares.counters_of + row, columns):
+            inner = sum_rows(parts, 0, 0, columns, 1)
+            write_vectors(inner[None, :], filters, exists, results, given, SCALED, BATCH)
+    elif column == 0:
+        write_vectors(None, filters, exists, results, given, SCALED, BATCH)
+
+
+@triton.jit
+def direct(
+    dz,
+    y,
+    x,
+    first,
+    end,
+    rows,
+    columns,
+    column,
+    filters,
+    coefficients,
+    sizes,
+    GRADIENT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    prologue_args,
+    TAPS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``acc [K, 1]`` without tensor cores: one tap and channel of each filter's own group. For depthwise convolutions."""
+    M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
+    acc = tl.zeros((M, TILE.filters), dtype=tl.float32)
+    exists = (filters < sizes.K)[None, :]
+    tap = column // TAPS.group_channels
+    channels = filters // TAPS.group_filters * TAPS.group_channels + column % TAPS.group_channels
+    for tile in range(first, end):
+        place = box_of(tile, rows, columns, 0, 0, 0, TILE)
+        lanes = lanes_of(place, sizes, TILE, WIDE)
+        output = (lanes.n * sizes.P + lanes.p) * sizes.Q + lanes.q
+        offsets = (output * sizes.K)[:, None] + filters[None, :]
+        dy = tl.load(dz + offsets, mask=lanes.inside[:, None] & exists, other=0.0)
+        made = None
+        if y is not None:
+            made = tl.load(y + offsets, mask=lanes.inside[:, None] & exists, other=0.0)
+        dy = GRADIENT(dy, made, lanes.inside[:, None], coefficients)
+        pixel, inside = locate(lanes, tap // TAPS.S, tap % TAPS.S, sizes, TAPS)
+        inside = inside[:, None]
+        pixels = tl.load(x + (pixel * sizes.C)[:, None] + channels[None, :], mask=inside & exists, other=0.0)
+        pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+        acc += dy.to(tl.float32) * pixels.to(tl.float32)
+    return tl.sum(acc, axis=0)[:, None]
+
+
+@triton.jit
+def box_of(tile, rows, columns, k, c, c_end, TILE: tl.constexpr):
+    """Place of a tile of output pixels, of which an image has ``rows * columns``."""
+    n = tile // (rows * columns) * TILE.images
+    p = tile // columns % rows * TILE.rows
+    q = tile % columns * TILE.columns
+    return Place(n, p, q, k, c, c_end)
+
+
+@triton.jit
+def own_channels(k, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr):
+    """First channel of the groups that a tile of filters belongs to, and one past the last."""
+    if TAPS.group_channels == 0:
+        return 0, sizes.C
+    else:
+        last = tl.minimum(k + TILE.filters, sizes.K) - 1
+        c = k // TAPS.group_filters * TAPS.group_channels
+        if SPANS:
+            c = c // TILE.channels * TILE.channels  # as in conv.py: alignment of boxes
+        return c, (last // TAPS.group_filters + 1) * TAPS.group_channels
+
+
+@triton.jit
+def main_loop(
+    dz,
+    y,
+    x,
+    first,
+    end,
+    rows,
+    columns,
+    column,
+    k,
+    coefficients,
+    sizes,
+    GRADIENT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    prologue_args,
+    LOAD: tl.constexpr,
+    PIXELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPANS: tl.constexpr,
+    RIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The accumulator [K, C] of one tile over the pixel tiles from ``first`` to ``end``."""
+    c, c_end = own_channels(k, sizes, TAPS, TILE, SPANS)
+    acc = tl.zeros((TILE.filters, TILE.channels), dtype=tl.float32)
+    for tile in range(first, end):
+        place = box_of(tile, rows, columns, k, c, c_end, TILE)
+        lanes = lanes_of(place, sizes, TILE, WIDE)
+        dy = LOAD(dz, place, lanes, 0, 0, k, sizes, TILE)
+        made = None
+        if y is not None:
+            made = LOAD(y, place, lanes, 0, 0, k, sizes, TILE)
+        pixels = PIXELS(x, place, lanes, column, sizes, TAPS, TILE)
+        channels, inside = loaded(place, lanes, column, sizes, TAPS, TILE, FLAT)
+        dy = GRADIENT(dy, made, lanes.inside[:, None], coefficients)
+        pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+        if RIM:
+            # A box past the output's border may still see pixels of x. Times the zeros of dy they count nothing, but for a NaN.
+            pixels = tl.where(inside, pixels, 0.0)
+        acc = dot(dy.trans(), pixels, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def elements(k, filters, column, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr, SPANS: tl.constexpr):
+    """Offsets [K, C] into dw of a tile's elements, and which exist."""
+    exists = (filters < sizes.K)[:, None]
+    if FLAT:
+        length = TAPS.R * TAPS.S * sizes.C
+        element = column * TILE.channels + tl.arange(0, TILE.channels)
+        return (filters * length)[:, None] + element[None, :], exists & (element < length)[None, :]
+    else:
+        taps: tl.constexpr = TAPS.R * TAPS.S
+        c, c_end = own_channels(k, sizes, TAPS, TILE, SPANS)
+        channels = c + column // taps * TILE.channels + tl.arange(0, TILE.channels)
+        exists = exists & (channels < c_end)[None, :]
+        start = (filters * taps + column % taps)[:, None]
+        if TAPS.group_channels == 0:
+            return start * sizes.C + channels[None, :], exists
+        else:
+            within = channels[None, :] - (filters // TAPS.group_filters * TAPS.group_channels)[:, None]
+            exists = exists & (within >= 0) & (within < TAPS.group_channels)
+            return start * TAPS.group_channels + within, exists
+
+
+@triton.jit
+def wgrad(
+    dz,
+    y,
+    x,
+    sizes,
+    columns,
+    results,
+    given,
+    shares,
+    COEFFICIENTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    gradient_args,
+    PROLOGUE: tl.constexpr,
+    prologue_args,
+    LOAD: tl.constexpr,
+    PIXELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPANS: tl.constexpr,
+    RIM: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Gradients of a convolution's parameters, one launch.
+
+    Args:
+        dz: [N, P, Q, K] fp32, fp16 or bf16: descriptor or pointer, whichever ``LOAD`` wants.
+        y: likewise, for a ``GRADIENT`` that reads it, else None.
+        x: [N, H, W, C] of the same type, as ``PIXELS`` wants it.
+        sizes: :class:`.boxes.Sizes`, of the forward convolution.
+        columns: tiles of dw in a row, taps by chunks of channels (of the groups of a tile of filters).
+        results: :class:`Results`. given: :class:`Given`. shares: :class:`Shares`.
+        COEFFICIENTS, GRADIENT: functions of gradients.py. PROLOGUE: of prologues.py.
+        LOAD: loader of gradients.py. PIXELS: of boxes.py; ``None`` for both means :func:`direct`.
+        TAPS: :class:`.boxes.Taps`. TILE: extents, powers of two: ``images, rows, columns`` a step's box of output pixels.
+        FLAT: the columns of a tile are elements of the flattened filter, not channels of one tap.
+        SPANS: a tile's filters may belong to several groups.
+        RIM: a box may lie over the output's border, and x is read by a descriptor that does not know.
+        SHARED: several programs share the pixels.
+        SCALED: the result is multiplied by ``gamma / sqrt(var + eps)``. BATCH: the statistics are the batch's.
+        PRECISION: ``ieee`` or ``tf32`` for fp32 operands.
+        WIDE: 64-bit offsets.
+    """
+    tiles = tl.cdiv(sizes.K, TILE.filters) * columns
+    tile = tl.program_id(0) % tiles
+    share = tl.program_id(0) // tiles
+    column = tile % columns
+    row = tile // columns
+    k = row * TILE.filters
+    filters = k + tl.arange(0, TILE.filters)
+    exists = filters < sizes.K
+    coefficients = COEFFICIENTS(filters, exists, *gradient_args)
+
+    q_tiles = tl.cdiv(sizes.Q, TILE.columns)
+    p_tiles = tl.cdiv(sizes.P, TILE.rows)
+    pixel_tiles = tl.cdiv(sizes.N, TILE.images) * p_tiles * q_tiles
+    per_share = tl.cdiv(pixel_tiles, shares.shares)
+    first = share * per_share
+    end = tl.minimum(first + per_share, pixel_tiles)
+
+    if LOAD is None:
+        acc = direct(
+            dz, y, x, first, end, p_tiles, q_tiles, column, filters, coefficients, sizes, GRADIENT, PROLOGUE, prologue_args,
+            TAPS, TILE, WIDE,
+        )  # fmt: skip
+        offsets = (filters * (TAPS.R * TAPS.S * TAPS.group_channels) + column)[:, None]
+        mask = exists[:, None]
+    else:
+        acc = main_loop(
+            dz, y, x, first, end, p_tiles, q_tiles, column, k, coefficients, sizes, GRADIENT, PROLOGUE, prologue_args,
+            LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, PRECISION, WIDE,
+        )  # fmt: skip
+        offsets, mask = elements(k, filters, column, sizes, TAPS, TILE, FLAT, SPANS)
+
+    if SHARED:
+        groups = tl.cdiv(shares.shares, shares.group)
+        own = share // shares.group
+        start = own * shares.group
+        of_group = tl.minimum(shares.shares - start, shares.group)
+        counters = shares.counters + tile * shares.counters_of
+        tl.store(shares.partials + share.to(tl.int64) * shares.size + offsets, acc, mask=mask)
+        if arrive(counters + own, of_group):
+            of_first = shares.partials + start.to(tl.int64) * shares.size
+            acc = ordered_sum(of_first, of_group, shares.size, offsets, mask)
+            tl.debug_barrier()  # no thread still reads the partials that are written over
+            tl.store(of_first + offsets, acc, mask=mask)
+            if arrive(counters + groups, groups):
+                acc = ordered_sum(shares.partials, groups, shares.group * shares.size, offsets, mask)
+                write(
+                    acc, offsets, mask, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED,
+                    BATCH,
+                )  # fmt: skip
+    else:
+        write(acc, offsets, mask, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH)
+
+
+@triton.jit
+def vectors_only(sizes, results, given, FILTERS: tl.constexpr, SCALED: tl.constexpr, BATCH: tl.constexpr):
+    """Gradients of a layer's per-filter parameters where nobody wants those of its filters (they are frozen)."""
+    filters = tl.program_id(0) * FILTERS + tl.arange(0, FILTERS)
+    write_vectors(None, filters, filters < sizes.K, results, given, SCALED, BATCH)

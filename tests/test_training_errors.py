@@ -1,0 +1,111 @@
+"""What goes wrong in training mode: PyTorch's exception type, what the message names, and a state that is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import copies, randomise, state_of
+from tolerances import relative_error
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fused_resnet import fuse
+
+BACKENDS = ("reference", "cpu")
+
+
+def refused(model: nn.Module, x: Tensor) -> Exception:
+    """What the model raises."""
+    with pytest.raises(Exception) as caught:
+        model(x).sum().backward()
+    return caught.value
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_value_per_channel_is_pytorchs_error_and_changes_nothing(stride: int) -> None:
+    """Also where only a later layer has one value: nothing has run by then. (Eager has counted the batch when it raises.)"""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2, stride), nn.BatchNorm2d(4), nn.ReLU()
+    )
+    eager, fused = copies(randomise(net).train())
+    fuse(fused)
+    x = torch.randn(1, 3, 2, 2)
+    before = state_of(fused)
+    theirs, ours = refused(eager, x), refused(fused, x)
+    assert type(ours) is type(theirs) is ValueError
+    assert "more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])" in str(ours)
+    assert "more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])" in str(theirs)
+    assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
+    fused.eval()
+    assert fused(x).shape == (1, 4, 1, 1)
+    assert fused.train()(torch.randn(2, 3, 2, 2)).shape == (2, 4, 1, 1), "two images have two values"
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_running_statistics_of_the_wrong_length(name: str, length: int) -> None:
+    eager, fused = copies(randomise(BasicBlock(4, 4)).train())
+    fuse(fused)
+    for model in (eager, fused):
+        setattr(model.bn2, name, torch.ones(length))
+    before = state_of(fused)
+    x = torch.randn(2, 4, 5, 5)
+    theirs, ours = refused(eager, x), refused(fused, x)
+    assert type(ours) is type(theirs) is RuntimeError
+    assert name in str(ours) and str(length) in str(ours) and "4" in str(ours)
+    assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
+
+
+def test_a_shortcut_that_does_not_fit_changes_nothing() -> None:
+    net = fuse(randomise(BasicBlock(4, 6)).train())
+    before = state_of(net)
+    assert isinstance(refused(net, torch.randn(2, 4, 5, 5)), RuntimeError)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changed", ["conv1.weight", "conv2.weight", "bn1.weight", "bn2.weight", "x"])
+def test_a_change_between_forward_and_backward_is_pytorchs_error(changed: str, backend: str) -> None:
+    eager, fused = copies(randomise(BasicBlock(4, 4)).train())
+    fuse(fused, backend=backend)
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    messages = []
+    for model in (eager, fused):
+        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = model(given)
+        with torch.no_grad():
+            (given if changed == "x" else model.get_parameter(changed)).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+            out.sum().backward()
+        messages.append(str(caught.value))
+    assert len(messages) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_forwards_before_their_backwards(backend: str) -> None:
+    """The second updates the running statistics; the first's backward does not read them."""
+    eager, fused = copies(randomise(Bottleneck(8, 2)).double().train())
+    fuse(fused, backend=backend)
+    first, second = torch.randn(2, 2, 8, 5, 6, dtype=torch.float64)
+    for model in (eager, fused):
+        outs = [model(first), model(second)]
+        (outs[0].square().sum() + outs[1].sum()).backward()
+    for (key, a), b in zip(fused.named_parameters(), eager.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-9, key
+    for (key, a), b in zip(fused.named_buffers(), eager.buffers(), strict=True):
+        assert relative_error(a, b) < 1e-11, key
+
+
+def test_second_order_gradients_are_refused() -> None:
+    net = fuse(randomise(BasicBlock(4, 4)).train())
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    (dx,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice.*once_differentiable"):
+        dx.square().sum().backward()
+
+
+def test_backward_twice_is_refused() -> None:
+    out = fuse(randomise(BasicBlock(4, 4)).train())(torch.randn(2, 4, 5, 5)).sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
