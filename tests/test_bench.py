@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,26 +116,81 @@ def test_calibrate_fills_untouched_norms_only() -> None:
     assert specimens.calibrate(model, specimens.images(4, 12)) == 0
 
 
-def test_bench_fills_its_rows(tmp_path: Path) -> None:
-    """One tiny case through pytest-benchmark, as ``make bench`` runs it."""
+def rows_of_bench(tmp_path: Path, select: str, *more: str) -> tuple[list[dict[str, Any]], str]:
+    """Tiny cases through pytest-benchmark, as ``make bench`` runs them: rows, and what was printed."""
     pytest.importorskip("pytest_benchmark")
     output = tmp_path / "bench.json"
-    options = ["--batch", "2", "--size", "32", "--seconds", "0.01", "--device", "cpu", f"--benchmark-json={output}"]
-    select = ["-k", "Stem or BasicBlock and projection", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", *select, *options]
+    options = ["--batch", "2", "--size", "32", "--seconds", "0.01", "--device", "cpu", f"--benchmark-json={output}", *more]
+    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-k", select, *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FUSED_RESNET_"))}
     environment["OMP_NUM_THREADS"] = "1"
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run([*command, *plugins], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "fused against the faster eager, interleaved" in result.stdout
     rows = json.loads(output.read_text())["benchmarks"]
-    assert [row["name"] for row in rows] == ["eager contiguous", "eager channels_last", "fused"] * 2
-    assert [row["extra_info"]["launches"] for row in rows] == [9, 9, 3, 4, 4, 2]
     for row in rows:
         facts = row["extra_info"]
         assert facts["evidence"].startswith("measured on this CPU")
-        assert facts["images_per_s"] > 0 and facts["batch"] == 2 and facts["dtype"] == "fp32"
+        assert facts["images_per_s"] > 0 and facts["dtype"] == "fp32"
         assert ("speedup" in facts) == (row["name"] == "fused")
+    return rows, result.stdout
+
+
+def test_bench_fills_its_rows(tmp_path: Path) -> None:
+    rows, printed = rows_of_bench(tmp_path, "test_block and (Stem or BasicBlock and projection) and not training")
+    assert "fused against the faster eager, interleaved" in printed
+    assert [row["name"] for row in rows] == ["eager contiguous", "eager channels_last", "fused"] * 2
+    assert [row["extra_info"]["launches"] for row in rows] == [9, 9, 3, 4, 4, 2]
+    assert [row["extra_info"].get("ran") for row in rows] == [None, None, {"cpu": 3}, None, None, {"cpu": 2}]
+    assert not any("saved_bytes" in row["extra_info"] for row in rows)
+
+
+def test_bench_trains(tmp_path: Path) -> None:
+    """Two blocks by default, whose inputs need gradients: launches, and bytes kept, counted as they ran."""
+    names = ["eager contiguous", "eager channels_last", "fused", 'fused, memory="low"']
+    rows, printed = rows_of_bench(tmp_path, "block_training")
+    assert "MB kept for the backward" in printed
+    assert [row["name"] for row in rows] == names * 2
+    assert [row["group"].split(",")[0] for row in rows] == ["BasicBlock"] * 4 + ["Bottleneck"] * 4
+    launches = [row["extra_info"]["launches"] for row in rows]
+    assert [launches[2:4], launches[6:8]] == [[3 + 5, 3 + 6], [4 + 7, 4 + 8]]
+    assert [row["extra_info"]["ran"]["cpu"] for row in rows if "ran" in row["extra_info"]] == [8, 9, 11, 12]
+    for group in (rows[:4], rows[4:]):
+        contiguous, last, fused, low = (row["extra_info"]["saved_bytes"] for row in group)
+        assert contiguous == last > fused > low > 0
+        assert set(group[2]["extra_info"]["interleaved_ms"]) == set(names)
+
+
+def test_bench_trains_each_direction(tmp_path: Path) -> None:
+    rows, _ = rows_of_bench(tmp_path, "block_training and ConvBNReLU", "--training", "all", "--dtype", "fp32")
+    fused = [row for row in rows if row["name"] == "fused"]
+    assert [row["extra_info"]["work"] for row in fused] == ["training forward", "forward and backward", "training step"]
+    assert [row["extra_info"]["launches"] for row in fused] == [2, 2 + 3, 2 + 3]
+    assert len({row["extra_info"]["saved_bytes"] for row in fused}) == 1
+
+
+def test_bench_counts_memory(tmp_path: Path) -> None:
+    """The ratios of docs/training.md, by default with every run of bench/."""
+    rows, printed = rows_of_bench(tmp_path, "test_memory", "--model", "resnet18")
+    kept = [row["extra_info"]["saved_bytes"] for row in rows]
+    ratios = [kept[index] / kept[index // 3 * 3] for index in range(6)]
+    assert ratios == pytest.approx([1, 0.66, 0.35, 1, 0.48, 0.48], abs=0.006)
+    assert "96x96, fp32, forward and backward, frozen statistics: eager channels_last" in printed
+
+
+def test_autocast_is_for_training_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters stay in fp32 there, and do not move; in inference everything is in the type asked for."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from contenders import FUSED, INFERENCE, STEP, Case, Contender
+
+    for work, stored in ((INFERENCE, torch.bfloat16), (STEP, torch.float32)):
+        case = Case("block", plain.BasicBlock(4, 4), 4, 2, 6, "bf16", work)
+        contender = Contender(FUSED, case, CPU)
+        assert {parameter.dtype for parameter in contender.module.parameters()} == {stored}
+        contender()
+        assert contender.forward().dtype == torch.bfloat16
+        assert all((parameter.grad is not None) == case.training for parameter in contender.module.parameters())
+        torch.testing.assert_close(contender.module.conv1.weight.float(), case.module.conv1.weight, atol=1e-2, rtol=0)
 
 
 def test_bench_refuses_wrong_options() -> None:

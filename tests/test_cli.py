@@ -59,6 +59,25 @@ def test_info_counts_resnet50(capsys: pytest.CaptureFixture[str]) -> None:
     assert next(line for line in lines if "layer1.0" in line).split()[2:4] == ["12", "4"]
 
 
+def test_info_counts_a_training_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """70 and 122 launches of plans, and two and four kernels of PyTorch's; ratios as docs/training.md has them."""
+    assert main(["info", "resnet50", "--batch", "8"]) == 0
+    out = capsys.readouterr().out
+    lines = [line.strip() for line in out.partition("a training step")[2].splitlines()]
+    eager, fused, low = (
+        next(line for line in lines if line.startswith(name)).split() for name in ("eager", "fused ", "fused,")
+    )
+    assert eager[2:4] == ["227", "228"] and eager[5::2] == ["1.00", "1.00"]
+    assert fused[1] == eager[1] and fused[2:4] == ["72", "126"] and fused[5::2] == ["0.69", "0.79"]
+    assert low[3:5] == ["72", "147"] and low[-1] == "0.43"
+    assert "eager moves 7,945.0 MB (fused: 0.59 of it)" in out
+
+
+def test_info_where_no_batch_has_statistics(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "resnet18", "--size", "32"]) == 0
+    assert "none for this input: Expected more than 1 value per channel" in capsys.readouterr().out
+
+
 def test_fuse_check_agrees(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuse-check", f"{models}:net", "--size", "8", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -152,8 +171,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ran["layer2"] == ["16", "5", "5"]
     fused = [row for row in rows if row[:1] == ["fused"]]
     assert float(fused[0][-1]) < 1e-5  # outputs
-    training = [row for row in rows if row[1:3] == ["statistics", "fused"]]
-    assert [float(row[-1]) < 1e-9 for row in training] == [True, True]  # gradients in fp64
+    training = {row[0]: row[3:] for row in rows if row[1:3] == ["statistics", "fused"]}
+    frozen, batch = training["frozen"], training["batch"]
+    assert float(frozen[-1]) < 1e-9 and float(batch[-1]) < 1e-9  # gradients in fp64
+    assert batch[:3] == ["77", "on", "cpu"]  # 29 forward, 48 backward
+    assert (float(frozen[-5]), float(batch[-5])) == pytest.approx((0.48, 0.67), abs=0.02)  # kept for the backward
     assert "measured on this CPU" in captured.out
     assert "timing batch 2" in captured.err
     try:

@@ -164,8 +164,8 @@ def _start_of(
         from . import triton_gradients as gradients
 
         assert tile is None or isinstance(tile, Tile)
-        start: Start = gradients.plan_start(launch, target, tile, tf32=tf32)
-        return start, gradients.bind(start, launch, operands, gradients.new_outputs(launch, meta), start.workspace(meta))
+        begun = gradients.plan_start(launch, target, tile, tf32=tf32)
+        return begun, gradients.bind(begun, launch, operands, gradients.new_outputs(launch, meta), begun.workspace(meta))
     start = plan_start(launch, target, tile, tf32=tf32)
     return start, bind(start, launch, operands, outputs_of(launch, meta), start.workspace(meta))
 
