@@ -26,7 +26,7 @@ def test_model_training(
     bench(trainer, model_case(training_model, last_batch, size, dtype_name, work))
 
 
-def test_memory(bench: Bench, model_name: str, dtype_name: str, frozen: bool, keeper: str) -> None:
+def test_memory(bench: Bench, model_name: str, dtype_name: str, statistics: str, keeper: str) -> None:
     """What is kept for the backward of one image of 96x96; its time is of no interest, and gets little."""
-    case = replace(model_case(model_name, 1, 96, dtype_name, BACKWARD), frozen=frozen)
+    case = replace(model_case(model_name, 1, 96, dtype_name, BACKWARD), frozen=statistics == "frozen")
     replace(bench, seconds=bench.seconds / 10)(keeper, case)

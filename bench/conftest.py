@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "last_batch": batches[-1:],
         "contender": CONTENDERS,
         "trainer": TRAINERS,
-        "frozen": [False, True],
+        "statistics": ["batch", "frozen"],
         "keeper": (CHANNELS_LAST, FUSED, LOW),
     }
     for name, values in choices.items():

@@ -2,6 +2,9 @@
 
 ==================  ====================================================================================
 :mod:`.conv`        the implicit-GEMM main loop of the convolution
+:mod:`.dgrad`       that of its input's gradient, every stride in one launch
+:mod:`.wgrad`       that of its filters' gradient, split over the pixels
+:mod:`.gradients`   functions applied to the gradient on load, and the ends of dgrad
 :mod:`.boxes`       how a tile of pixels and a tile of filters is loaded: descriptors and masked pointers
 :mod:`.prologues`   functions applied to the pixels on load
 :mod:`.epilogues`   functions applied to the accumulator before the store

@@ -170,12 +170,11 @@ def test_bench_trains_each_direction(tmp_path: Path) -> None:
 
 
 def test_bench_counts_memory(tmp_path: Path) -> None:
-    """The ratios of docs/training.md, by default with every run of bench/."""
-    rows, printed = rows_of_bench(tmp_path, "test_memory", "--model", "resnet18")
+    """A ratio of docs/training.md, by default with every run of bench/; frozen statistics leave memory="low" nothing to do."""
+    rows, printed = rows_of_bench(tmp_path, "test_memory and frozen", "--model", "resnet18")
     kept = [row["extra_info"]["saved_bytes"] for row in rows]
-    ratios = [kept[index] / kept[index // 3 * 3] for index in range(6)]
-    assert ratios == pytest.approx([1, 0.66, 0.35, 1, 0.48, 0.48], abs=0.006)
-    assert "96x96, fp32, forward and backward, frozen statistics: eager channels_last" in printed
+    assert [size / kept[0] for size in kept] == pytest.approx([1, 0.48, 0.48], abs=0.006)
+    assert "resnet18, batch 1, 96x96, fp32, forward and backward, frozen statistics: eager channels_last" in printed
 
 
 def test_autocast_is_for_training_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
