@@ -185,14 +185,14 @@ class Bench:
         """Time one row and note what must stand next to it."""
         self.skip_compile(name, case)
         contender = Contender(name, case, self.device)
-        timing = measure.interleaved({name: contender}, self.device, seconds=0.2, rounds=(1, 10), warm_up=3)[name]
+        timing = measure.interleaved({name: contender}, self.device, seconds=0.2, rounds=(1, 10))[name]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.benchmark.name = name
         self.benchmark.group = case.group
         calls = max(1, round(2e-3 / timing.median)) if self.device.type == "cuda" else 1
         rounds = int(min(200, max(3, self.seconds / (timing.median * calls))))
-        self.benchmark.pedantic(contender, rounds=rounds, iterations=calls, warmup_rounds=1)
+        self.benchmark.pedantic(contender, rounds=rounds, iterations=calls)
         self.note(name, case, contender)
 
     def note(self, name: str, case: Case, contender: Contender) -> None:
@@ -222,7 +222,7 @@ class Bench:
         """The honest ratio: eager and fused in turns, medians."""
         names = (CONTIGUOUS, CHANNELS_LAST, FUSED, *[LOW] * case.training)
         calls: dict[str, Callable[[], object]] = {name: Contender(name, case, self.device) for name in names}
-        times = measure.interleaved(calls, self.device, seconds=len(calls) * self.seconds, rounds=(3, 200))
+        times = measure.interleaved(calls, self.device, seconds=len(calls) * self.seconds, rounds=(3, 200), warm_up=1)
         faster = min(times[CONTIGUOUS].median, times[CHANNELS_LAST].median)
         return {
             "speedup": faster / times[FUSED].median,

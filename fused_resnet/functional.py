@@ -100,13 +100,20 @@ class ChainFunction(torch.autograd.Function):
         outputs = forward(chain, backend, x, parameters, needs)
         _remember(ctx, chain, needs, x, parameters, outputs)
         ctx.backend = backend
+        ctx.strides = [tensor.stride() if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else None for tensor in parameters]
         return outputs[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(ctx.chain, ctx.backend, ctx.needs, ctx.size, dout, ctx.saved_tensors)
-        return (None, None, None, *_spread(ctx.chain, ctx.needs, gradients))
+        dx, *rest = _spread(ctx.chain, ctx.needs, gradients)
+        # 1x1 filters have one layout in memory and two ways to say so. DistributedDataParallel warns where the gradient's differs.
+        said = [
+            gradient if strides is None or gradient is None else gradient.as_strided(gradient.shape, strides)
+            for gradient, strides in zip(rest, ctx.strides, strict=True)
+        ]
+        return None, None, None, dx, *said
 
 
 def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:

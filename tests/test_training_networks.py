@@ -2,8 +2,8 @@
 
 A value next to zero may fall on the other side of a ReLU when sums are taken in another order. One such value among a million
 changes the gradients of a network more than all rounding does, between eager PyTorch's own two memory formats as well. So
-networks are judged by the median over several batches, eager's own error is the larger of its two formats', and gradients in which
-values have crossed over in eager PyTorch are judged together.
+networks are judged by the median over several batches, eager's own error is the larger of its two formats', and gradients in
+which values have crossed over in eager PyTorch are judged together.
 """
 
 from __future__ import annotations

@@ -130,8 +130,9 @@ def activation_backward(gradient: Tensor, output: Tensor, activation: str) -> Te
 def plain_strides(tensor: Tensor) -> Tensor:
     """The tensor itself; with one channel, whose memory is the same in all formats, with the strides of a contiguous one.
 
-    oneDNN's convolution is silently wrong for one channel with channels_last strides where the output is one pixel wide and the two
-    strides differ (2026-11-23, PyTorch 2.14: ``torch.conv2d(x, w, stride=(1, 2))`` of [4, 1, 6, 1]; tests/test_reference.py).
+    oneDNN's convolution is silently wrong for one channel with channels_last strides where the output is one pixel wide and the
+    two strides differ (2026-11-23, PyTorch 2.14: ``torch.conv2d(x, w, stride=(1, 2), padding=(0, 1))``, x [4, 1, 6, 2]).
+    Pinned in tests/test_reference.py.
     """
     return tensor.squeeze(1).unsqueeze(1) if tensor.shape[1] == 1 else tensor
 
@@ -152,7 +153,8 @@ def conv(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
 def batch_statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd of each channel of the stored y (the biased variance where ranks share the batch)."""
     if y.numel() == 0 and launch.outputs[-1][0] == "var":  # a rank without images adds nothing to the others' statistics
-        return (y.new_zeros(2, y.shape[1], dtype=accumulation_dtype(launch.dtype))).unbind()
+        nothing = y.new_zeros(y.shape[1], dtype=accumulation_dtype(launch.dtype))
+        return nothing, nothing.clone()
     var, mean = torch.var_mean(y.to(accumulation_dtype(launch.dtype)), (0, 2, 3), correction=0)
     if launch.outputs[-1][0] == "var":
         return mean, var
@@ -175,7 +177,10 @@ def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | T
     unbiased = var * (count / (count - 1))
     for role, new in (("running_mean", mean), ("running_var", unbiased)):
         old = operands[role]
-        old.copy_((1 - factor) * old.to(mean.dtype) + factor * new)
+        if old.dtype == new.dtype and isinstance(factor, float):
+            old.mul_(1 - factor).add_(new, alpha=factor)
+        else:
+            old.copy_((1 - factor) * old.to(new.dtype) + factor * new)
 
 
 def bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
