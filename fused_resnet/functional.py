@@ -108,7 +108,7 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(ctx.chain, ctx.backend, ctx.needs, ctx.size, dout, ctx.saved_tensors)
         dx, *rest = _spread(ctx.chain, ctx.needs, gradients)
-        # 1x1 filters have one layout in memory and two ways to say so. DistributedDataParallel warns where the gradient's differs.
+        # 1x1 filters have one layout in memory and two ways to say so: DistributedDataParallel warns where they differ.
         said = [
             gradient if strides is None or gradient is None else gradient.as_strided(gradient.shape, strides)
             for gradient, strides in zip(rest, ctx.strides, strict=True)

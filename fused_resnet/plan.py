@@ -383,6 +383,8 @@ def _behind_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
     if not chain.normalised_in_pool:
         return _launch("max_pool_backward", "pool", geometry, dtype, operands, [("dx", "d.pool")])
     operands += [("indices", "indices"), *_statistics(layer, "x_")]
+    if layer.activation != "identity":
+        operands.append(("out", "out"))  # of what the pooling chose: its mask without normalising all of x again
     outputs = [("dx", "dz"), ("sum", "dz.sum"), ("dot", layer.slot("dot"))]
     return _launch("max_pool_backward", "pool", geometry, dtype, operands, outputs, activation=layer.activation)
 

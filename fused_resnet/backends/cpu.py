@@ -146,7 +146,7 @@ def _input(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _pixels_together(pixels: int, channels: int) -> int:
-    """How many neighbouring pixels :func:`_moments` takes for one with as many more channels: what divides, up to 2048 values."""
+    """How many neighbouring pixels :func:`_moments` takes for one: what divides, up to 2048 values."""
     return max(count for count in range(1, max(2048 // channels, 1) + 1) if pixels % count == 0)
 
 
@@ -308,9 +308,8 @@ def _max_pool(launch: Launch, g: PoolGeometry, operands: Operands) -> Tensor | t
 def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
-    dx = reference.scattered(g, operands["dy"], operands["x"], operands["indices"])
-    if launch.activation == "relu":
-        dx = _masked(dx, _normalised(operands["x"], operands, "x_"), dx)
+    dy = operands["dy"] if launch.activation == "identity" else _masked(operands["dy"], operands["out"])
+    dx = reference.scattered(g, dy, operands["x"], operands["indices"])
     return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot"),))})
 
 

@@ -210,17 +210,20 @@ def pooled(launch: Launch, g: PoolGeometry, x: Tensor) -> Tensor | tuple[Tensor,
     if len(launch.outputs) == 1:
         return F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation)
     y, flat = F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation, return_indices=True)
-    place = flat.to(torch.int32)
+    flat = flat.to(torch.int32)
     row, column = _window_starts(g, x.device)
-    r = place // g.W - row
-    s = place % g.W - column
-    if g.dilation != (1, 1):
-        r, s = r // g.dilation[0], s // g.dilation[1]
-    return y, (r * g.kernel[1] + s).to(torch.uint8)
+    # In which row of its window: comparisons instead of a division, which is slow. A row in the padding is below every index.
+    r = sum((flat >= (row + i * g.dilation[0]) * g.W).to(torch.uint8) for i in range(1, g.kernel[0]))
+    s = flat.sub_(row * g.W + column)
+    if g.kernel[0] > 1:
+        s.sub_(r, alpha=g.dilation[0] * g.W)
+    if g.dilation[1] > 1:
+        s = s // g.dilation[1]
+    return y, s.to(torch.uint8).add_(r, alpha=g.kernel[1])
 
 
 def _window_starts(g: PoolGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Input row of the first tap for each output row, as a column; input column for each output column."""
+    """Input row of the first tap for each output row, as a column; input column for each output column. int32."""
     rows = torch.arange(g.P, device=device, dtype=torch.int32) * g.stride[0] - g.padding[0]
     columns = torch.arange(g.Q, device=device, dtype=torch.int32) * g.stride[1] - g.padding[1]
     return rows.view(-1, 1), columns
@@ -228,9 +231,11 @@ def _window_starts(g: PoolGeometry, device: torch.device) -> tuple[Tensor, Tenso
 
 def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Gradient of the pooling's input from the places of :func:`pooled`. Of ``x`` only shape and type matter."""
-    place = indices.to(torch.int32)
     row, column = _window_starts(g, x.device)
-    flat = (row + place // g.kernel[1] * g.dilation[0]) * g.W + column + place % g.kernel[1] * g.dilation[1]
+    r = sum((indices >= i * g.kernel[1]).to(torch.uint8) for i in range(1, g.kernel[0]))
+    flat = (row * g.W + column).add(indices, alpha=g.dilation[1])
+    if g.kernel[0] > 1:  # indices is r * S + s: the rest of a row's distance
+        flat.add_(r, alpha=g.dilation[0] * g.W - g.dilation[1] * g.kernel[1])
     flat = flat.to(torch.int64, memory_format=torch.channels_last)
     dy = dy.contiguous(memory_format=torch.channels_last)
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, g.kernel, g.stride, g.padding, g.dilation, False, flat)
@@ -246,10 +251,8 @@ def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tens
         _, flat = F.max_pool2d(x, *window, return_indices=True)
         return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, False, flat)
     dtype = accumulation_dtype(launch.dtype)
-    dx = scattered(g, dy.to(dtype), x.to(dtype), operands["indices"])
-    if launch.activation != "identity":
-        dx = activation_backward(dx, bn(x.to(dtype), operands), launch.activation)
-    dx = dx.to(launch.dtype)
+    dy = activation_backward(dy, operands.get("out", dy), launch.activation)
+    dx = scattered(g, dy.to(dtype), x.to(dtype), operands["indices"]).to(launch.dtype)
     return dx, *_sums(dx, [(x, "x_")], operands, dtype)
 
 
