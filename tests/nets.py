@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from fused_resnet import count_launches
+from fused_resnet import count_launches, measure
 from fused_resnet.chain import BUFFERS, Chain, Layer, Pool
 
 
@@ -274,21 +274,8 @@ def plain_chain(
 
 
 def saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that autograd keeps for the backward of ``model(*inputs)``: each storage once, parameters and buffers left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(*inputs)  # alive until here, so that no memory is used twice
-    total = sum(kept.values())
-    del out
-    return total
+    """Bytes that autograd keeps for the backward of ``model(*inputs)``, parameters and buffers left out."""
+    return measure.saved_bytes(lambda: model(*inputs), (*model.parameters(), *model.buffers()))
 
 
 # ---------------------------------------------------------------------------------------------- training steps
