@@ -169,6 +169,7 @@ def test_bench_trains_each_direction(tmp_path: Path) -> None:
     assert len({row["extra_info"]["saved_bytes"] for row in fused}) == 1
 
 
+@pytest.mark.slow
 def test_bench_counts_memory(tmp_path: Path) -> None:
     """A ratio of docs/training.md, by default with every run of bench/; frozen statistics leave memory="low" nothing to do."""
     rows, printed = rows_of_bench(tmp_path, "test_memory and frozen", "--model", "resnet18")

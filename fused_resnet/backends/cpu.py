@@ -51,6 +51,8 @@ def supports(launch: Launch) -> str | None:
     g = launch.geometry
     if launch.kind not in _KINDS:
         return f"the CPU executor has no {launch.kind}"
+    if launch.activation not in ("identity", "relu"):
+        return f"the CPU executor has no {launch.activation}"
     if "count" in launch.roles or launch.outputs[-1][0] == "var":
         return "ranks share the batch: the CPU executor's BatchNorm is of one process"
     if launch.kind in ("max_pool", "max_pool_backward") and launch.prologue == "identity" and "indices" not in launch.roles:

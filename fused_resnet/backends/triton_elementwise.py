@@ -35,6 +35,8 @@ def supports(launch: Launch) -> str | None:
     """None, or why there is no kernel for the launch, which is of one of :data:`KINDS`."""
     if launch.activation not in epilogues.ACTIVATIONS or launch.prologue not in prologues.PROLOGUES:
         return f"no Triton kernel for {launch.prologue} + {launch.kind} + {launch.activation} yet"
+    if launch.kind.endswith("_backward") and launch.activation not in ("identity", "relu"):
+        return f"the Triton kernels have no backward of {launch.activation}"
     outputs = {role for role, _ in launch.outputs}
     if isinstance(launch.geometry, PoolGeometry) and "indices" in outputs | launch.roles:
         taps = launch.geometry.kernel[0] * launch.geometry.kernel[1]

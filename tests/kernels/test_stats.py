@@ -71,8 +71,8 @@ def test_behind_every_loader(name: str, dtype: torch.dtype) -> None:
     check(make(dtype=dtype, epilogue="stats", without=("bias",)), tile)
 
 
-@pytest.mark.parametrize("prologue", ["identity", "bn", "bn_relu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prologue", ["identity", pytest.param("bn", marks=pytest.mark.slow), "bn_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_every_prologue_in_every_type(prologue: str, dtype: torch.dtype) -> None:
     launch = conv(2, 5, 6, 24, 40, 3, 3, padding=(1, 1), dtype=dtype, prologue=prologue, epilogue="stats")
     check(launch, Tile(1, 2, 4, 16, 16))

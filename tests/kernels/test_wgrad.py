@@ -342,7 +342,9 @@ def test_supports() -> None:
     assert "float64" in str(triton.supports(wgrad(1, 5, 6, 16, 24, 1, 1, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942"))]
+)
 def test_what_the_compiler_makes_of_it(target: str) -> None:
     """No spills, and products on the tensor cores."""
     check_compiled(target, compiled(target, "wgrad 3x3", "wgrad 1x1", "wgrad stem", "wgrad 32x4d"))
