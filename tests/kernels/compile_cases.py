@@ -38,9 +38,6 @@ CASES: dict[str, Launch] = {
     "32x4d fp32": conv(64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, epilogue="affine", activation="relu"),
     "3x3 behind a prologue": conv(64, 28, 28, 128, 128, 3, 3, padding=(1, 1), prologue="bn_relu", **_BF16),
     "max-pool": max_pool(64, 112, 112, 64, kernel=(3, 3), stride=(2, 2), padding=(1, 1), dtype=torch.bfloat16),
-    "32x4d + stats": conv(
-        64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=32, prologue="bn_relu", epilogue="stats", dtype=torch.bfloat16
-    ),
     **{
         f"{name}{suffix}": launch
         for suffix, dtype in (("", torch.bfloat16), (" fp32", torch.float32))
@@ -54,6 +51,21 @@ CASES: dict[str, Launch] = {
             ),
             "depthwise + stats": conv(
                 64, 56, 56, 128, 128, 3, 3, padding=(1, 1), groups=128, prologue="bn_relu", epilogue="stats", dtype=dtype
+            ),
+            "32x4d + stats": conv(
+                64,
+                56,
+                56,
+                128,
+                128,
+                3,
+                3,
+                padding=(1, 1),
+                groups=32,
+                prologue="bn_relu",
+                epilogue="stats",
+                without=("bias",),
+                dtype=dtype,
             ),
             "bn_add_relu": end_of_block(64, 14, 14, 1024, operands=_ENDS, dtype=dtype),
             "bn_add_relu_backward": end_of_block(
