@@ -128,7 +128,8 @@ def _normalised(x: Tensor, operands: Operands, prefix: str) -> Tensor:
     gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
     if x.dtype != torch.float32 and gamma is None:  # PyTorch takes vectors in fp32 for fp16 and bf16 only together
         gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
-    return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=0.0)
+    # Not torch.nn.functional.batch_norm, which refuses an eps of 0 (PyTorch 2.11).
+    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, 0.0, False)
 
 
 def _activated(launch: Launch, operands: Operands, relu: bool, shared: Shared) -> Tensor:
