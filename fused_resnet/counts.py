@@ -297,7 +297,7 @@ def kernels(model: nn.Module, x: Tensor) -> list[Kernel]:
     return [kernel for _, kernel in counter.in_order()]
 
 
-def _nodes(outputs: Iterable[Tensor]) -> set[Any]:
+def nodes(outputs: Iterable[Tensor]) -> set[Any]:
     """All nodes of the graph behind ``outputs``."""
     waiting: list[Any] = [output.grad_fn for output in outputs]
     seen = set()
@@ -329,7 +329,7 @@ def step(model: nn.Module, x: Tensor) -> Step:
 
         saved = saved_bytes(forward, (*model.parameters(), *model.buffers()))
         turns = counter.turns
-        for node in _nodes(outputs):
+        for node in nodes(outputs):
             if node.name() == f"{ChainFunction.__name__}Backward":
                 node.register_prehook(counter.enter_backward)
                 node.register_hook(counter.leave_backward)

@@ -197,6 +197,8 @@ DGRAD_EPILOGUES: dict[str, tuple[str, ...]] = {
     "bn_mask": ("x", "x_mean", "x_invstd", "x_gamma", "x_beta"),
 }
 
+_SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
 #: Functions applied last, after the shortcut. Each is a two-line twin in the reference executor and in the kernels.
 ACTIVATIONS: tuple[str, ...] = ("identity", "relu")
 
@@ -255,6 +257,25 @@ class Launch(HashedOnce):
     def bytes(self) -> int:
         """Algorithmic bytes: every operand read once and every output written once."""
         return sum(size for _, size in self.sizes)
+
+    @property
+    def signature(self) -> str:
+        """What the launch computes and on which sizes, without names: launches of one signature take the same time.
+
+        ``conv bf16 N256 56x56 C64 K64 3x3 s1x1 p1x1 d1x1 g1 bn_relu/identity/stats/identity x,w,... -> y,mean,invstd``. The key
+        of tuning tables and results.
+        """
+        g = self.geometry
+        sizes = f"N{g.N} {g.H}x{g.W} C{g.C}"
+        if isinstance(g, Geometry):
+            (sh, sw), (ph, pw), (dh, dw) = g.stride, g.padding, g.dilation
+            sizes += f" K{g.K} {g.R}x{g.S} s{sh}x{sw} p{ph}x{pw} d{dh}x{dw} g{g.groups}"
+        else:
+            pairs = zip("kspd", (g.kernel, g.stride, g.padding, g.dilation))
+            sizes += "".join(f" {letter}{a}x{b}" for letter, (a, b) in pairs)
+        ends = "/".join((self.prologue, self.gradient, self.epilogue, self.activation))
+        roles = ",".join(role for role, _ in self.operands) + " -> " + ",".join(role for role, _ in self.outputs)
+        return f"{self.kind} {_SHORT.get(self.dtype, str(self.dtype))} {sizes} {ends} {roles}"
 
     def __str__(self) -> str:
         ends = [self.kind]
