@@ -26,7 +26,7 @@ With a prologue the pixels are in registers anyway and come first.
 import triton
 import triton.language as tl
 
-from .boxes import Place, lanes_of, loaded, locate
+from .boxes import Place, Step, lanes_of, loaded, locate, next_tap
 from .epilogues import At, Index
 from .numerics import dot, rounded
 
@@ -120,7 +120,11 @@ def main_loop(
         acc = tl.zeros((M, K), dtype=tl.float32)
     else:
         acc = tl.zeros((K, M), dtype=tl.float32)
-    for step in range(0, steps):
+    r = 0
+    s = 0
+    c = 0
+    for index in range(0, steps):
+        step = Step(r, s, c, index)
         pixels = PIXELS(x, place, lanes, step, sizes, TAPS, TILE)
         taps = FILTERS(w, place, filters, step, sizes, TAPS, TILE)
         if PIXELS_FIRST:
@@ -129,6 +133,7 @@ def main_loop(
             acc = dot(pixels, taps.trans(), acc, PRECISION)
         else:
             acc = dot(taps, pixels.trans(), acc, PRECISION)
+        r, s, c = next_tap(r, s, c, TAPS.R, TAPS.S, TILE.channels, TAPS.R * TAPS.S == 1)
     if PIXELS_FIRST:
         return acc
     else:

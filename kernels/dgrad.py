@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import Lanes, Place
+from .boxes import Lanes, Place, Step, next_tap
 from .epilogues import At
 from .finish import Column, finish_sums
 from .gradients import shifted
@@ -183,12 +183,13 @@ def main_loop(
         acc = tl.zeros((M, TILE.channels), dtype=tl.float32)
     else:
         acc = tl.zeros((TILE.channels, M), dtype=tl.float32)
-    taps = own.rows * own.columns
-    for step in range(0, tl.cdiv(k_end - place.k, TILE.filters) * taps):
-        k = place.k + step // taps * TILE.filters
-        tap = step % taps
-        r = own.r + tap // own.columns * PERIODS[0]
-        s = own.s + tap % own.columns * PERIODS[1]
+    ALONE: tl.constexpr = TAPS.R * TAPS.S == 1
+    tap_row = 0
+    tap_column = 0
+    k = place.k
+    for _ in range(0, tl.cdiv(k_end - place.k, TILE.filters) * (own.rows * own.columns)):
+        r = own.r + tap_row * PERIODS[0]
+        s = own.s + tap_column * PERIODS[1]
         # Exact divisions: that is what makes a tap one of the class.
         dp = (own.h + (TAPS.padding_h - r * TAPS.dilation_h)) // TAPS.stride_h
         dq = (own.w + (TAPS.padding_w - s * TAPS.dilation_w)) // TAPS.stride_w
@@ -198,17 +199,21 @@ def main_loop(
             filters = filters.to(tl.int64)
         at = Place(place.n, place.p, place.q, k, place.c, place.c_end)
         gradient = LOAD(dz, place, lanes, dp, dq, k, sizes, TILE)
-        taken = FILTERS(w, at, filters, chunk * (TAPS.R * TAPS.S) + r * TAPS.S + s, sizes, TAPS, TILE)
+        taken = FILTERS(w, at, filters, Step(r, s, chunk * TILE.channels, 0), sizes, TAPS, TILE)
         if PIXELS_FIRST:
             made = None
             if y is not None:
                 made = LOAD(y, place, lanes, dp, dq, k, sizes, TILE)
-            _, inside = shifted(lanes, dp, dq, sizes)
             coefficients = COEFFICIENTS(filters, filters < sizes.K, *gradient_args)
-            gradient = GRADIENT(gradient, made, inside[:, None], coefficients)
+            if ALONE and TAPS.padding_h == 0 and TAPS.padding_w == 0:
+                gradient = GRADIENT(gradient, made, None, coefficients)  # pixels that do not exist are not stored
+            else:
+                _, inside = shifted(lanes, dp, dq, sizes)
+                gradient = GRADIENT(gradient, made, inside[:, None], coefficients)
             acc = dot(gradient, taken, acc, PRECISION)
         else:
             acc = dot(taken.trans(), gradient.trans(), acc, PRECISION)
+        tap_row, tap_column, k = next_tap(tap_row, tap_column, k, own.rows, own.columns, TILE.filters, ALONE)
     if PIXELS_FIRST:
         return acc
     else:

@@ -4,7 +4,7 @@ A gradient is two functions. ``COEFFICIENTS(filters, exists, *gradient_args) -> 
 each filter, ``GRADIENT(dz, y, inside, coefficients) -> dy`` what is computed for each element:
 
 * ``dz, y [M, K]``: the loaded tiles, zero where ``inside`` is false and past the last filter; ``y`` is None unless it is read;
-* ``inside [M, 1]``: whether the output pixel exists. ``dy`` must be zero where it does not;
+* ``inside [M, 1]``: whether the output pixel exists, or None where nobody asks. ``dy`` must be zero where it does not;
 * ``filters [K]``, ``exists [K]``: which filter each column is, and whether there is one. Coefficients of none are 0, and so
   is its ``dy``.
 
@@ -86,7 +86,7 @@ def scale_coefficients(filters, exists, eps, gamma, var):
 
 @triton.jit
 def scale(dz, y, inside, coefficients):
-    return rounded(tl.where(inside, dz.to(tl.float32) * coefficients[0], 0.0), dz.dtype)
+    return rounded(dz.to(tl.float32) * coefficients[0], dz.dtype)
 
 
 @triton.jit
@@ -105,9 +105,19 @@ def bn_backward_coefficients(filters, exists, m, mean, invstd, gamma, sum, dot, 
 
 @triton.jit
 def bn_backward(dz, y, inside, coefficients):
+    """16-bit types: two multiply-adds, ``a * dz + (b * y + c)``; see :func:`.prologues.normalised` for what that cancels."""
     factor, dz_mean, mean, slope = coefficients
-    dy = factor * (dz.to(tl.float32) - dz_mean - (y.to(tl.float32) - mean) * slope)
-    return rounded(tl.where(inside, dy, 0.0), dz.dtype)
+    if dz.dtype.primitive_bitwidth == 32:
+        dy = factor * (dz - dz_mean - (y - mean) * slope)
+        if inside is not None:
+            dy = tl.where(inside, dy, 0.0)
+    else:
+        b = -factor * slope
+        c = factor * (mean * slope - dz_mean)
+        if inside is not None:
+            c = tl.where(inside, c, 0.0)
+        dy = factor * dz.to(tl.float32) + (b * y.to(tl.float32) + c)
+    return rounded(dy, dz.dtype)
 
 
 LOADS = {"box": box, "gather": gather}

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import Place, lanes_of, loaded, locate
+from .boxes import Place, Step, lanes_of, loaded, locate
 from .finish import Column, arrive, ordered_sum, store_row, sum_rows
 from .gradients import inverse_deviation, vector
 from .numerics import dot, rounded
@@ -231,28 +231,52 @@ def main_loop(
     FLAT: tl.constexpr,
     SPANS: tl.constexpr,
     RIM: tl.constexpr,
+    BARE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The accumulator [K, C] of one tile over the pixel tiles from ``first`` to ``end``."""
     c, c_end = own_channels(k, sizes, TAPS, TILE, SPANS)
     acc = tl.zeros((TILE.filters, TILE.channels), dtype=tl.float32)
-    for tile in range(first, end):
-        place = box_of(tile, rows, columns, k, c, c_end, TILE)
+    tap = column % (TAPS.R * TAPS.S)
+    step = Step(tap // TAPS.S, tap % TAPS.S, column // (TAPS.R * TAPS.S) * TILE.channels, column)
+    n, p, q, _, _, _ = box_of(first, rows, columns, k, c, c_end, TILE)
+    for _ in range(first, end):
+        place = Place(n, p, q, k, c, c_end)
         lanes = lanes_of(place, sizes, TILE, WIDE)
         dy = LOAD(dz, place, lanes, 0, 0, k, sizes, TILE)
         made = None
         if y is not None:
             made = LOAD(y, place, lanes, 0, 0, k, sizes, TILE)
-        pixels = PIXELS(x, place, lanes, column, sizes, TAPS, TILE)
-        channels, inside = loaded(place, lanes, column, sizes, TAPS, TILE, FLAT)
-        dy = GRADIENT(dy, made, lanes.inside[:, None], coefficients)
-        pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+        pixels = PIXELS(x, place, lanes, step, sizes, TAPS, TILE)
+        channels, inside = loaded(place, lanes, step, sizes, TAPS, TILE, FLAT)
         if RIM:
-            # A box past the output's border may still see pixels of x. Times the zeros of dy they count nothing, but for a NaN.
-            pixels = tl.where(inside, pixels, 0.0)
+            # A box past the output's border makes a dy and may see pixels of x: zeros on both sides, since there may be a NaN.
+            if inside is None:
+                inside = lanes.inside[:, None]
+            dy = GRADIENT(dy, made, lanes.inside[:, None], coefficients)
+            pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+            if BARE:
+                pixels = tl.where(inside, pixels, 0.0)
+        else:
+            dy = GRADIENT(dy, made, None, coefficients)
+            pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
         acc = dot(dy.trans(), pixels, acc, PRECISION)
+        n, p, q = next_box(n, p, q, sizes, TILE)
     return acc
+
+
+@triton.jit
+def next_box(n, p, q, sizes, TILE: tl.constexpr):
+    """The box behind the one at (n, p, q), in the order of :func:`box_of`, without its divisions."""
+    q += TILE.columns
+    end_of_row = q >= sizes.Q
+    p += tl.where(end_of_row, TILE.rows, 0)
+    q = tl.where(end_of_row, 0, q)
+    end_of_image = p >= sizes.P
+    n += tl.where(end_of_image, TILE.images, 0)
+    p = tl.where(end_of_image, 0, p)
+    return n, p, q
 
 
 @triton.jit
@@ -299,6 +323,7 @@ def wgrad(
     FLAT: tl.constexpr,
     SPANS: tl.constexpr,
     RIM: tl.constexpr,
+    BARE: tl.constexpr,
     SHARED: tl.constexpr,
     SCALED: tl.constexpr,
     BATCH: tl.constexpr,
@@ -319,7 +344,7 @@ def wgrad(
         TAPS: :class:`.boxes.Taps`. TILE: extents, powers of two: ``images, rows, columns`` a step's box of output pixels.
         FLAT: the columns of a tile are elements of the flattened filter, not channels of one tap.
         SPANS: a tile's filters may belong to several groups.
-        RIM: a box may lie over the output's border, and x is read by a descriptor that does not know.
+        RIM: a box may lie over the output's border. BARE: the prologue is the identity, and masks nothing.
         SHARED: several programs share the pixels.
         SCALED: the result is multiplied by ``gamma / sqrt(var + eps)``. BATCH: the statistics are the batch's.
         PRECISION: ``ieee`` or ``tf32`` for fp32 operands.
@@ -352,7 +377,7 @@ def wgrad(
     else:
         acc = main_loop(
             dz, y, x, first, end, p_tiles, q_tiles, column, k, coefficients, sizes, GRADIENT, PROLOGUE, prologue_args,
-            LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, PRECISION, WIDE,
+            LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, BARE, PRECISION, WIDE,
         )  # fmt: skip
         offsets, mask = elements(k, filters, column, sizes, TAPS, TILE, FLAT, SPANS)
 

@@ -237,7 +237,7 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
     x_view = _view_of_x(g, tile, pixels)
     if x_view is not None:
         views["x"] = x_view
-    partial = bool(g.P % tile.rows or g.Q % tile.columns) and not g.pointwise
+    rim = bool(g.N % tile.images or g.P % tile.rows or g.Q % tile.columns)
     constants |= {
         "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],
         "LOAD": gradients.LOADS[load] if pixels else None,
@@ -245,7 +245,8 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         "TILE": replace(tile, splits=1),  # not a constant: it changes with the batch
         "FLAT": pixels == "flat",
         "SPANS": spans,
-        "RIM": partial and pixels in ("box", "parity") and launch.prologue == "identity",  # a prologue looks by itself
+        "RIM": rim,
+        "BARE": launch.prologue == "identity",
         "SHARED": tile.splits > 1,
         "SCALED": launch.gradient == "scale",
         "BATCH": launch.gradient == "bn_backward",
