@@ -7,11 +7,12 @@ process without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler.compiler import ASTSource, get_cache_invalidating_env_vars, get_cache_key, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import Geometry, Launch
@@ -50,7 +51,9 @@ class CompiledLaunch:
         spills: bytes of local memory a thread (scratch on AMD).
         shared: bytes of shared memory a program.
         num_warps, num_stages: what it was compiled with.
+        tensor_memory: columns of tensor memory a program (sm_100; of 512).
         assembly: SASS, or AMD's assembly.
+        ttgir: Triton's last form in front of the target's own, where buffers and layouts can be read.
         start: the kernel, its constants and its grid.
     """
 
@@ -60,7 +63,9 @@ class CompiledLaunch:
     shared: int
     num_warps: int
     num_stages: int
+    tensor_memory: int
     assembly: str
+    ttgir: str
     start: Start
 
     def count(self, pattern: str) -> int:
@@ -91,6 +96,48 @@ def gpu_target(arch: str) -> GPUTarget:
     raise ValueError(f"target must look like 'sm_90' or 'gfx942', got {arch!r}")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A launch as the compiler gets it.
+
+    Attributes:
+        gpu, source, options: what :func:`triton.compile` takes.
+        start: the kernel, its constants and its grid.
+    """
+
+    gpu: GPUTarget
+    source: ASTSource
+    options: Mapping[str, Any]
+    start: Start
+
+    @property
+    def key(self) -> str:
+        """Triton's own: the same for launches that are one compiled kernel, another after a change of the kernel's source, its
+        constants or options, or of Triton.
+        """
+        backend = make_backend(self.gpu)
+        options = backend.parse_options(dict(self.options))
+        key = get_cache_key(self.source, backend, options, env_vars=get_cache_invalidating_env_vars())
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+def prepare(
+    launch: Launch,
+    target: str,
+    tile: Tile | Strip | None = None,
+    *,
+    tf32: bool = False,
+    parameters: torch.dtype = torch.float32,
+) -> Prepared:
+    """A launch made ready for the compiler; arguments and errors are those of :func:`compile_launch`."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("compile_launch needs Triton's compiler; TRITON_INTERPRET is set in this process")
+    gpu = gpu_target(target)
+    start, arguments = _start_of(launch, target, tile, tf32, parameters)
+    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
+    return Prepared(gpu, source_of(start.kernel, arguments, gpu.backend), options, start)
+
+
 def compile_launch(
     launch: Launch,
     target: str,
@@ -112,16 +159,14 @@ def compile_launch(
         RuntimeError: Triton is interpreting in this process.
         ValueError: unknown target.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("compile_launch needs Triton's compiler; TRITON_INTERPRET is set in this process")
-    gpu = gpu_target(target)
-    start, arguments = _start_of(launch, target, tile, tf32, parameters)
+    return compile_prepared(prepare(launch, target, tile, tf32=tf32, parameters=parameters), target)
+
+
+def compile_prepared(prepared: Prepared, target: str) -> CompiledLaunch:
+    """Compile what :func:`prepare` made for ``target``."""
+    gpu, start = prepared.gpu, prepared.start
     with _as_if_on(gpu):
-        compiled = triton.compile(
-            source_of(start.kernel, arguments, gpu.backend),
-            target=gpu,
-            options={"num_warps": start.num_warps, "num_stages": start.num_stages},
-        )
+        compiled = triton.compile(prepared.source, target=gpu, options=dict(prepared.options))
     if gpu.backend == "cuda":
         registers, spills, assembly = _read_cubin(compiled.asm["cubin"])
     else:
@@ -129,7 +174,16 @@ def compile_launch(
         registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
         spills = _field(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
     return CompiledLaunch(
-        target, registers, spills, compiled.metadata.shared, start.num_warps, start.num_stages, assembly, start
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        num_warps=start.num_warps,
+        num_stages=start.num_stages,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        assembly=assembly,
+        ttgir=compiled.asm["ttgir"],
+        start=start,
     )
 
 

@@ -1,0 +1,153 @@
+"""Stage ``correct``: the values, on the device itself.
+
+1. Every launch of the networks at the size it has there: fresh random operands, poisoned outputs, against the reference
+   executor, and a second time bit for bit. Kernels compile in the background meanwhile, those of later stages too.
+2. The repository's own tests, as the interpreter runs them (:mod:`.suite`).
+3. compute-sanitizer on small launches, where it is installed and works.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import networks, operands, suite
+from .results import Row, finite
+from .scope import Scope
+from .stage import Stage
+from .warm import Item, Warm
+
+#: Parts of the stage's time: a check of its own waits for its kernel, the tests and the sanitizer come behind.
+CHECKS, TESTS = 0.5, 0.85
+#: Seconds that a check waits for the background's compiler.
+PATIENCE = 30.0
+
+_SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+
+
+def arch_of(device: torch.device) -> str | None:
+    """What kernels are compiled for; None where they are interpreted."""
+    if device.type != "cuda":
+        return None
+    from ..backends.triton_start import arch_of as of
+
+    return of(device)
+
+
+def checked(scope: Scope) -> Iterator[tuple[str, networks.Use]]:
+    """Every launch that is checked, with the network's name and mode; each signature once. bf16, then a few of fp32."""
+    seen: set[str] = set()
+    for dtype, part in ((torch.bfloat16, (*scope.layers, *scope.checked)), (torch.float32, scope.layers)):
+        batch = scope.batch if dtype == torch.bfloat16 else min(scope.batch, 8)
+        if dtype == torch.float32 and scope.batch < 8:
+            continue  # the dry run: the interpreter multiplies in fp32 anyway
+        for network, mode in part:
+            for use in networks.uses(network, batch, scope.size, dtype, mode):
+                if use.launch.signature not in seen:
+                    seen.add(use.launch.signature)
+                    yield f"{network} {mode}", use
+
+
+def later(scope: Scope) -> Iterator[Item]:
+    """What the models will launch, in their order."""
+    for cell in scope.cells:
+        for use in networks.uses(cell.network, cell.batch, scope.size, torch.bfloat16, cell.mode):
+            yield (use.launch, None, False)
+
+
+def run(stage: Stage) -> None:
+    """All three parts."""
+    whole = stage.left()
+    ends = stage.ends
+    with Warm(arch_of(stage.device)) as warm:
+        entries = list(checked(stage.scope))
+        timed = [(use.launch, None, False) for _, use in entries if use.launch.dtype != torch.float32]
+        warm.add(timed)
+        warm.add((use.launch, None, tf32) for _, use in entries if use.launch.dtype == torch.float32 for tf32 in (False,))
+        if arch_of(stage.device):
+            warm.add(later(stage.scope))
+        stage.ends = ends - whole * (1 - CHECKS)
+        seed = secrets.randbelow(1 << 31)
+        stage.note(f"operands are seeded with {seed}")
+
+        def check(entry: tuple[str, networks.Use]) -> Row:
+            where, use = entry
+            error = warm.wait((use.launch, None, False), min(PATIENCE, stage.left()))
+            if error:
+                return {"status": "failed", "error": error, "where": where}
+            return {"where": where, "layers": list(use.layers), **_check(use, stage.device, seed)}
+
+        stage.each("checks", entries, lambda entry: entry[1].launch.signature, check)
+        stage.ends = ends - whole * (1 - TESTS)
+        suite.run(stage)
+        stage.ends = ends
+        _sanitizer(stage)
+        left = sum(not warm.ready(item) for item in warm.waiting)
+        if left:
+            stage.note(f"{left} of {len(warm.waiting)} launches were not compiled ahead")
+
+
+def _check(use: networks.Use, device: torch.device, seed: int) -> Row:
+    launch = use.launch
+    given = operands.random_operands(launch, device, seed)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        first, second = (operands.run(launch, given) for _ in range(2))
+    verdict = operands.compare(launch, first, operands.truth(launch, given))
+    unequal = [role for role in first if not _same(first[role], second[role])]
+    problems = [*verdict.wrong, *(f"{role} differs from run to run" for role in unequal)]
+    return {
+        "status": "wrong" if problems else "ok",
+        "error": "; ".join(problems) or None,
+        "relative_error": finite(verdict.error),
+        "allowed": verdict.allowed,
+        "norm_error": finite(verdict.norm),
+        "undecided": finite(verdict.undecided),
+        "bitwise_twice": not unequal,
+    }
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    if not first.is_floating_point():
+        return torch.equal(first, second)
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def _sanitizer(stage: Stage) -> None:
+    program = next(filter(None, map(shutil.which, _SANITIZERS)), None)
+    if program is None or stage.dry:
+        row: Row = {"status": "skipped", "error": "dry run" if stage.dry else "compute-sanitizer is not installed"}
+        stage.results.put("tests", {"key": "compute-sanitizer", "kind": "sanitizer", **row})
+        return
+
+    def check(tool: str) -> Row:
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fused_resnet.gpu.small"]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=max(1.0, stage.left()), env=environment, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"status": "skipped", "kind": "sanitizer", "error": "no time for it"}
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        if done.returncode == 0:
+            return {"status": "ok", "kind": "sanitizer", "error": None}
+        problem = next((line for line in lines if "=========" in line and "COMPUTE-SANITIZER" not in line), lines[-1] if lines else "")
+        if "not supported" in " ".join(lines).lower():
+            return {"status": "skipped", "kind": "sanitizer", "error": problem[:300]}
+        return {"status": "wrong" if done.returncode == 9 else "failed", "kind": "sanitizer", "error": problem[:300]}
+
+    stage.each("tests", ["memcheck", "racecheck"], lambda tool: f"compute-sanitizer {tool}", check)
+
+
+def repository() -> Path | None:
+    """The checkout, if the package runs from one."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "tests" / "conftest.py").exists() else None

@@ -1,0 +1,184 @@
+"""Compiles many launches ahead of time: one compile for all launches that are the same kernel, in parallel, kept on disk."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..launch import Launch
+from ..tuning import Tile, choose_tile
+from .cache import Cache
+from .facts import Facts, facts_of
+
+if TYPE_CHECKING:
+    from ..backends.triton_elementwise import Strip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch to compile for an architecture."""
+
+    launch: Launch
+    arch: str
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a job is started: the key of its compile, its tile and the size of its grid."""
+
+    key: str
+    tile: Tile | Strip
+    programs: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        planned: None where there is no kernel for the launch.
+        facts: None where it did not compile.
+        error: the reason for either.
+        assembly: if it was asked for.
+    """
+
+    planned: Planned | None = None
+    facts: Facts | None = None
+    error: str = ""
+    assembly: str | None = None
+
+
+def workers() -> int:
+    """Processes that compile at once: one a core."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _leave_interpreter() -> None:
+    """In a new process, before Triton is imported: kernels are compiled, not interpreted."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def pool(processes: int | None = None) -> ProcessPoolExecutor:
+    """Processes that compile. They are new ones, so that a process that interprets can have them."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes or workers(), mp_context=context, initializer=_leave_interpreter)
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets here, or would."""
+    return "TRITON_INTERPRET" in os.environ
+
+
+def plan(jobs: Sequence[Job]) -> list[Planned | str]:
+    """How each job is started, or why it is not. Not in a process that interprets."""
+    from ..backends.triton import supports
+    from ..backends.triton_compile import prepare
+
+    planned: list[Planned | str] = []
+    for job in jobs:
+        if reason := supports(job.launch):
+            planned.append(reason)
+            continue
+        tile = _tile(job)
+        prepared = prepare(job.launch, job.arch, tile, tf32=job.tf32)
+        planned.append(Planned(f"{job.arch} {prepared.key}", tile, prepared.start.programs))
+    return planned
+
+
+def _tile(job: Job) -> Tile | Strip:
+    from ..backends.triton_elementwise import KINDS, choose_strip
+    from ..tuning.tile import choose_gradient_tile
+
+    if job.launch.kind in KINDS:
+        return choose_strip(job.launch, job.arch)
+    choose = choose_tile if job.launch.kind == "conv" else choose_gradient_tile
+    return choose(job.launch, job.arch, job.tf32)
+
+
+def compile_one(job: Job, tile: Tile | Strip, assembly: bool = False) -> tuple[Facts, str | None] | str:
+    """Compile a job: facts, and the assembly if it is asked for; or the first line of the compiler's complaint."""
+    from ..backends.triton_compile import compile_launch
+
+    try:
+        compiled = compile_launch(job.launch, job.arch, tile, tf32=job.tf32)
+    except Exception as error:  # whatever Triton, LLVM or ptxas raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return facts_of(compiled), compiled.assembly if assembly else None
+
+
+def compile_all(
+    jobs: Sequence[Job],
+    cache: Cache | None = None,
+    *,
+    assembly: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    executor: Executor | None = None,
+) -> list[Outcome]:
+    """Compile jobs, each kernel once.
+
+    Args:
+        jobs: launches and architectures.
+        cache: of facts; by default the user's.
+        assembly: also return assembly.
+        progress: called with the number of kernels done, and of all that have to be compiled.
+        executor: processes of :func:`pool`; by default they are started where they are needed.
+
+    Raises:
+        RuntimeError: a compiling process died.
+    """
+    cache = cache or Cache()
+    own: list[ProcessPoolExecutor] = []
+
+    def processes() -> Executor:
+        if executor is not None:
+            return executor
+        if not own:
+            own.append(pool())
+        return own[0]
+
+    try:
+        planned = processes().submit(plan, jobs).result() if interpreting() else plan(jobs)
+        done: dict[str, tuple[Facts, str | None] | str] = {}
+        missing: dict[str, tuple[Job, Tile | Strip]] = {}
+        for job, how in zip(jobs, planned, strict=True):
+            if isinstance(how, str) or how.key in done or how.key in missing:
+                continue
+            facts, text = cache.facts(how.key), cache.assembly(how.key) if assembly else None
+            if facts is None or (assembly and text is None):
+                missing[how.key] = (job, how.tile)
+            else:
+                done[how.key] = (facts, text)
+        futures: dict[Future[tuple[Facts, str | None] | str], str] = {}
+        progress(0, len(missing))
+        for key, (job, tile) in missing.items():
+            futures[processes().submit(compile_one, job, tile, assembly)] = key
+        for number, future in enumerate(as_completed(futures), 1):
+            result = done[futures[future]] = future.result()
+            if not isinstance(result, str):
+                cache.keep(futures[future], *result)
+            progress(number, len(missing))
+    except BrokenProcessPool as error:
+        raise RuntimeError("a process that compiles was ended from outside (out of memory?)") from error
+    finally:
+        for started in own:
+            started.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+    return [_outcome(how, done) for how in planned]
+
+
+def _outcome(how: Planned | str, done: dict[str, tuple[Facts, str | None] | str]) -> Outcome:
+    if isinstance(how, str):
+        return Outcome(error=how)
+    result = done[how.key]
+    if isinstance(result, str):
+        return Outcome(how, error=result)
+    return Outcome(how, result[0], assembly=result[1])
