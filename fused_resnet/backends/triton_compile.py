@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..launch import Geometry, Launch
 from ..tuning import Tile
 from .triton import GRADIENTS, bind, plan_start
-from .triton_elementwise import Strip
+from ..tuning.tile import Strip
 from .triton_start import Start, outputs_of
 
 _DTYPES = {
@@ -224,6 +224,18 @@ def _start_of(
     return start, bind(start, launch, operands, outputs_of(launch, meta), start.workspace(meta))
 
 
+def tile_of(start: Start) -> Tile | Strip | None:
+    """The tile that a start was planned with (a pointwise convolution's as one row); None for a kernel that has none."""
+    constants = start.constants
+    if "TILE" in constants:
+        tile: Tile = constants["TILE"]
+        splits = getattr(start, "numbers", {}).get("shares", tile.splits)  # wgrad's change with the batch: no constant
+        return replace(tile, splits=splits)
+    if "CHANNELS" in constants:
+        return Strip(constants["PIXELS"], constants["CHANNELS"], constants.get("STEPS", 1), start.num_warps)
+    return None
+
+
 def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A channels_last tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
@@ -288,12 +300,15 @@ def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> 
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """Registers and bytes of stack of a thread, and the SASS, by the tools in Triton's wheel."""
+    """Registers and bytes of stack of a thread, and the SASS, by the tools in Triton's wheel.
+
+    Without the disassembler's analysis of the data flow: branches have their labels all the same, in half the time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-        return _field(usage, r"REG:(\d+)"), _field(usage, r"STACK:(\d+)"), _tool("nvdisasm", "-c", str(path))
+        return _field(usage, r"REG:(\d+)"), _field(usage, r"STACK:(\d+)"), _tool("nvdisasm", "-ndf", "-c", str(path))
 
 
 def _tool(name: str, *arguments: str) -> str:

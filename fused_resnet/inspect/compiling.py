@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..launch import Launch
-from ..tuning import Tile, choose_tile
 from .cache import Cache
 from .facts import Facts, facts_of
 
 if TYPE_CHECKING:
-    from ..backends.triton_elementwise import Strip
+    from ..tuning.tile import Strip, Tile
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Planned:
-    """How a job is started: the key of its compile, its tile and the size of its grid."""
+    """How a job is started.
+
+    Attributes:
+        key: of its compile, with the architecture in front.
+        tile: None for a kernel that has none.
+        programs: size of the grid.
+    """
 
     key: str
-    tile: Tile | Strip
+    tile: Tile | Strip | None
     programs: int
+
+    @property
+    def digest(self) -> str:
+        """The key's short form, a part of file names."""
+        return self.key.rpartition(" ")[2][:12]
 
 
 @dataclass(frozen=True)
@@ -81,35 +91,24 @@ def interpreting() -> bool:
 def plan(jobs: Sequence[Job]) -> list[Planned | str]:
     """How each job is started, or why it is not. Not in a process that interprets."""
     from ..backends.triton import supports
-    from ..backends.triton_compile import prepare
+    from ..backends.triton_compile import prepare, tile_of
 
     planned: list[Planned | str] = []
     for job in jobs:
         if reason := supports(job.launch):
             planned.append(reason)
             continue
-        tile = _tile(job)
-        prepared = prepare(job.launch, job.arch, tile, tf32=job.tf32)
-        planned.append(Planned(f"{job.arch} {prepared.key}", tile, prepared.start.programs))
+        prepared = prepare(job.launch, job.arch, tf32=job.tf32)
+        planned.append(Planned(f"{job.arch} {prepared.key}", tile_of(prepared.start), prepared.start.programs))
     return planned
 
 
-def _tile(job: Job) -> Tile | Strip:
-    from ..backends.triton_elementwise import KINDS, choose_strip
-    from ..tuning.tile import choose_gradient_tile
-
-    if job.launch.kind in KINDS:
-        return choose_strip(job.launch, job.arch)
-    choose = choose_tile if job.launch.kind == "conv" else choose_gradient_tile
-    return choose(job.launch, job.arch, job.tf32)
-
-
-def compile_one(job: Job, tile: Tile | Strip, assembly: bool = False) -> tuple[Facts, str | None] | str:
+def compile_one(job: Job, assembly: bool = False) -> tuple[Facts, str | None] | str:
     """Compile a job: facts, and the assembly if it is asked for; or the first line of the compiler's complaint."""
     from ..backends.triton_compile import compile_launch
 
     try:
-        compiled = compile_launch(job.launch, job.arch, tile, tf32=job.tf32)
+        compiled = compile_launch(job.launch, job.arch, tf32=job.tf32)
     except Exception as error:  # whatever Triton, LLVM or ptxas raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -149,19 +148,19 @@ def compile_all(
     try:
         planned = processes().submit(plan, jobs).result() if interpreting() else plan(jobs)
         done: dict[str, tuple[Facts, str | None] | str] = {}
-        missing: dict[str, tuple[Job, Tile | Strip]] = {}
+        missing: dict[str, Job] = {}
         for job, how in zip(jobs, planned, strict=True):
             if isinstance(how, str) or how.key in done or how.key in missing:
                 continue
             facts, text = cache.facts(how.key), cache.assembly(how.key) if assembly else None
             if facts is None or (assembly and text is None):
-                missing[how.key] = (job, how.tile)
+                missing[how.key] = job
             else:
                 done[how.key] = (facts, text)
         futures: dict[Future[tuple[Facts, str | None] | str], str] = {}
         progress(0, len(missing))
-        for key, (job, tile) in missing.items():
-            futures[processes().submit(compile_one, job, tile, assembly)] = key
+        for key, job in missing.items():
+            futures[processes().submit(compile_one, job, assembly)] = key
         for number, future in enumerate(as_completed(futures), 1):
             result = done[futures[future]] = future.result()
             if not isinstance(result, str):
