@@ -57,14 +57,16 @@ def bn_add_relu(
     exists = channels < K
     mask = (pixel < pixels)[:, None] & exists[None, :]
     offsets = (pixel * K)[:, None] + channels[None, :]
-    z = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(y + offsets, mask=mask, other=0.0)
     if y_bn is not None:
-        z = batch_norm(z, channels, exists, *y_bn)
+        z = batch_norm(z, channels, exists, None, *y_bn)
+    else:
+        z = z.to(tl.float32)
     if shortcut is not None:
-        side = tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
+        side = tl.load(shortcut + offsets, mask=mask, other=0.0)
         if shortcut_bn is not None:
-            side = batch_norm(side, channels, exists, *shortcut_bn)
-        z = z + side
+            side = batch_norm(side, channels, exists, None, *shortcut_bn)
+        z = z + side.to(tl.float32)
     tl.store(out + offsets, rounded(ACTIVATION(z), out.dtype.element_ty), mask=mask)
 
 

@@ -105,7 +105,7 @@ def bn_backward_coefficients(filters, exists, m, mean, invstd, gamma, sum, dot, 
 
 @triton.jit
 def bn_backward(dz, y, inside, coefficients):
-    """16-bit types: two multiply-adds, ``a * dz + (b * y + c)``; see :func:`.prologues.normalised` for what that cancels."""
+    """16-bit types: two multiply-adds, ``a * dz + (b * y + c)``; see :func:`.prologues.batch_norm` for what that cancels."""
     factor, dz_mean, mean, slope = coefficients
     if dz.dtype.primitive_bitwidth == 32:
         dy = factor * (dz - dz_mean - (y - mean) * slope)
@@ -148,11 +148,11 @@ def mask(acc, at, RELU: tl.constexpr, a_previous):
 @triton.jit
 def bn_mask(acc, at, RELU: tl.constexpr, x, x_mean, x_invstd, x_gamma, x_beta):
     """The same, the output computed again from what its BatchNorm read; the factor is ``(x - mean) * invstd``."""
-    value = per_pixel(x, at)
+    value = tl.load(x + at.offsets, mask=at.mask, other=0.0, eviction_policy="evict_first")
     if RELU:
-        z = batch_norm(value, at.filters, at.filters_inside, x_mean, x_invstd, x_gamma, x_beta)
+        z = batch_norm(value, at.filters, at.filters_inside, None, x_mean, x_invstd, x_gamma, x_beta)
         acc = tl.where(z <= 0, 0.0, acc)
-    return acc, (value - per_filter(x_mean, at)) * per_filter(x_invstd, at)
+    return acc, (value.to(tl.float32) - per_filter(x_mean, at)) * per_filter(x_invstd, at)
 
 
 #: Name in a launch -> (function, names of its arguments: roles of operands).

@@ -162,7 +162,7 @@ def max_pool_backward(
             value = tl.load(x + offsets, mask=mask, other=0.0)
             if RELU:
                 # Rounded, as what was pooled; a NaN lets the gradient pass.
-                a = rounded(batch_norm(value, channels, exists, *x_bn), value.dtype).to(tl.float32)
+                a = rounded(batch_norm(value, channels, exists, None, *x_bn), value.dtype).to(tl.float32)
                 gradient = tl.where(a <= 0, 0.0, gradient)
         gradient = rounded(gradient, dx.dtype.element_ty)
         tl.store(dx + offsets, gradient, mask=mask)

@@ -4,8 +4,8 @@ A prologue is a function ``PROLOGUE(pixels, channels, inside, *prologue_args) ->
 
 * ``pixels [M, C]``: the loaded tile, zero wherever the tap falls into the padding or past the last channel;
 * ``channels [C]``: which channel each column is;
-* ``inside [M, 1]`` or ``[M, C]``: whether the tap falls into the image, or None where that need not be asked. A prologue that does not map 0 to 0 must put the zeros
-  of the padding back, since a convolution pads what it reads *after* the normalisation, not before.
+* ``inside [M, 1]`` or ``[M, C]``: whether the tap falls into the image, or None where that need not be asked. A
+  prologue that does not map 0 to 0 must put the zeros of the padding back, since a convolution pads what it reads *after* the normalisation, not before.
 
 To add one: a function here, a row in :data:`PROLOGUES`, its twin in the reference executor.
 """
@@ -29,56 +29,51 @@ def per_channel(vector, channels, exists):
 
 
 @triton.jit
-def batch_norm(x, channels, exists, mean, invstd, gamma, beta):
-    """BatchNorm with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``, fp32 [M, C].
+def batch_norm(x, channels, exists, inside, mean, invstd, gamma, beta):
+    """BatchNorm with the batch's statistics, fp32 [M, C], zero where ``inside`` is false. The one place it is computed.
 
-    The mean is taken off first: ``scale * x + shift`` would cancel where it is large against the deviation. mean, invstd, gamma
-    and beta are pointers [C]; gamma and beta may be None.
+    fp32 ``x``: ``(x - mean) * (invstd * gamma) + beta``. The mean is taken off first: ``scale * x + shift`` would cancel where
+    it is large against the deviation.
+
+    16-bit ``x``: one multiply-add, ``x * scale + shift``. What that cancels is fp32's rounding of ``mean * scale``, 2^-24 of
+    it; x's own rounding is 2^-9 or 2^-12 of it already. What lies outside was loaded as zero and stays so without a shift: a
+    selection of fp32 in front of the addition. Behind it, of 16-bit halves, it took two more instructions an element
+    (compiled, sm_90).
+
+    Args:
+        x: [M, C], of the type it has in memory.
+        channels, exists: [C], which channel each column is, and whether there is one.
+        inside: [M, 1] or [M, C], or None where nobody asks.
+        mean, invstd, gamma, beta: pointers to [C]; gamma and beta may be None.
     """
     scale = per_channel(invstd, channels, exists)
     if gamma is not None:
         scale = scale * per_channel(gamma, channels, exists)
-    z = (x.to(tl.float32) - per_channel(mean, channels, exists)) * scale
-    if beta is not None:
-        z = z + per_channel(beta, channels, exists)
-    return z
-
-
-@triton.jit
-def normalised(pixels, channels, inside, C, mean, invstd, gamma, beta):
-    """BatchNorm of a loaded tile, fp32 [M, C], zero (of 16-bit types: where scale is finite) outside of the image.
-
-    16-bit pixels: one multiply-add, ``x * scale + shift``. What that cancels where the mean is large is fp32's rounding of
-    ``mean * scale``, 2^-24 of it; the pixel's own rounding is 2^-9 or 2^-12 of it already. The loaded zeros of the padding stay
-    zero without a shift: a selection of fp32 in front of the addition. Behind it, of 16-bit halves, it took two more
-    instructions an element (compiled, sm_90).
-    """
-    exists = channels < C
-    if pixels.dtype.primitive_bitwidth == 32:
-        z = batch_norm(pixels, channels, exists, mean, invstd, gamma, beta)
+    if x.dtype.primitive_bitwidth == 32:
+        z = (x - per_channel(mean, channels, exists)) * scale
+        if beta is not None:
+            z = z + per_channel(beta, channels, exists)
         if inside is not None:
             z = tl.where(inside, z, 0.0)
         return z
     else:
-        scale = per_channel(invstd, channels, exists)
-        if gamma is not None:
-            scale = scale * per_channel(gamma, channels, exists)
         shift = -per_channel(mean, channels, exists) * scale
         if beta is not None:
             shift = shift + per_channel(beta, channels, exists)
         if inside is not None:
             shift = tl.where(inside, shift, 0.0)
-        return pixels.to(tl.float32) * scale + shift
+        return x.to(tl.float32) * scale + shift
 
 
 @triton.jit
 def bn(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return rounded(normalised(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta), pixels.dtype)
+    return rounded(batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta), pixels.dtype)
 
 
 @triton.jit
 def bn_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return rounded(relu(normalised(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta)), pixels.dtype)
+    z = batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta)
+    return rounded(relu(z), pixels.dtype)
 
 
 _VECTORS = ("C", "x_mean", "x_invstd", "x_gamma", "x_beta")

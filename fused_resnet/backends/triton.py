@@ -21,7 +21,7 @@ from ..launch import Geometry, Launch
 from ..tuning import Tile, choose_tile
 from . import triton_elementwise, workspace
 from .derived import channels_last_filters
-from .triton_elementwise import Strip
+from ..tuning.tile import Strip
 from .triton_start import Start, View, arch_of, begin, needs_wide_offsets, outputs_of
 
 #: Kinds that :mod:`.triton_gradients` runs.

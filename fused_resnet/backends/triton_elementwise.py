@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -12,23 +11,13 @@ from torch import Tensor
 
 from ..kernels import boxes, elementwise, epilogues, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
-from ..tuning.tile import ARCHS, power_of_two
+from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
 from .triton_start import Start, needs_wide_offsets
 
 KINDS = ("bn_add_relu", "bn_add_relu_backward", "max_pool", "max_pool_backward")
 
 _VECTORS = ("mean", "invstd", "gamma", "beta")
-
-
-@dataclass(frozen=True)
-class Strip:
-    """What one program computes: ``steps`` times ``pixels`` pixels by ``channels`` channels, with ``num_warps`` warps."""
-
-    pixels: int
-    channels: int
-    steps: int = 1
-    num_warps: int = 4
 
 
 def supports(launch: Launch) -> str | None:
@@ -45,31 +34,6 @@ def supports(launch: Launch) -> str | None:
     if launch.kind == "max_pool_backward" and "x_mean" in launch.roles and "indices" not in launch.roles:
         return "max_pool_backward behind a BatchNorm needs the indices"
     return None
-
-
-def choose_strip(launch: Launch, arch: str) -> Strip:
-    """The strip of a launch.
-
-    2048 elements a step, 1024 of fp32: 16 (8) a thread, loaded 16 bytes at a time. Up to 256 channels, so that a row of a strip
-    is whole sectors. Reductions take up to 16 steps, fewer while that would leave less than 16 programs a multiprocessor: each
-    step but the first saves a row of partials. The interpreter pays by the program: all in one step there.
-    """
-    g = launch.geometry
-    channels = power_of_two(g.y_shape[1], 1, 256)
-    if arch == "interpreter":
-        return Strip(max(1, 16384 // channels), channels)
-    elements = 1024 if launch.dtype.itemsize == 4 else 2048
-    steps = 1
-    if launch.kind.endswith("backward"):
-        least = 16 * (ARCHS[arch].programs if arch in ARCHS else 64)
-        steps = power_of_two(covered(launch) * g.y_shape[1] // (elements * least) // 2, 1, 16)
-    return Strip(elements // channels, channels, steps)
-
-
-def covered(launch: Launch) -> int:
-    """Pixels that the programs of a launch share: of the output, or of the input for max_pool_backward."""
-    g = launch.geometry
-    return g.N * g.H * g.W if launch.kind == "max_pool_backward" else g.N * g.P * g.Q
 
 
 def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool | None = None) -> Start:

@@ -186,8 +186,8 @@ def _product(launch: Launch, tile: Tile) -> _Work:
         classes = prod(g.stride)
         rows, columns = (ceil(n / s) for n, s in zip((g.H, g.W), g.stride, strict=True))
         extents = extents if pointwise else (g.N, rows, columns)
-        steps = g.R * g.S / classes * _chunks(
-            Geometry(g.N, g.H, g.W, g.K, g.C, 1, 1, groups=g.groups), tile.filters, tile.channels
+        steps = (
+            g.R * g.S / classes * _chunks(Geometry(g.N, g.H, g.W, g.K, g.C, 1, 1, groups=g.groups), tile.filters, tile.channels)
         )
         tiles = classes * _covered(extents, box) * ceil(g.C / tile.channels)
         reads = 1 + ("dshortcut" in launch.roles) + (launch.epilogue in ("mask", "bn_mask"))
@@ -266,7 +266,11 @@ def predict(
 
     clock = device.clock * 1e9
     units = device.multiprocessors
-    matrix = work.flops / (device.rate(launch.dtype, tf32) / units * _matrix_share(device, launch, work, tf32)) if work.flops else 0.0
+    matrix = (
+        work.flops / (device.rate(launch.dtype, tf32) / units * _matrix_share(device, launch, work, tf32))
+        if work.flops
+        else 0.0
+    )
     l2_rate = device.l2 * 1e12 / units
     vector_rate = device.vector * 1e12 / 2 / units  # instructions
     l2, vector = work.loaded / l2_rate, work.vector / vector_rate

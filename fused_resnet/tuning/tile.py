@@ -55,6 +55,16 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """What one program computes: ``steps`` times ``pixels`` pixels by ``channels`` channels, with ``num_warps`` warps."""
+
+    pixels: int
+    channels: int
+    steps: int = 1
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
 class Arch:
     """What the rule knows of a device: shared memory a program may use, in KiB, and programs wanted to fill it."""
 
@@ -255,3 +265,71 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     most = 2 if reads_y and arch.startswith("gfx") else 4
     stages = max(2, min(most, device.shared * 1024 // staged))
     return replace(tile, num_warps=warps, num_stages=stages, splits=splits)
+
+
+def shaped(launch: Launch, rows: int, columns: int, num_warps: int, arch: str) -> Tile | None:
+    """A tile whose product is ``rows`` by ``columns``, of a 16-bit launch without groups: its box, its chunk, its stages.
+
+    ``rows``: pixels (wgrad: filters). ``columns``: filters (dgrad, wgrad: channels). None where the operands' extents make no
+    sense of it (more than twice what there is), or shared memory does not hold two stages.
+    """
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    if g.pointwise:
+        g = replace(g, N=1, H=1, W=g.N * g.H * g.W)
+    reads_y = launch.gradient == "bn_backward"
+
+    def chunk(extent: int) -> int:
+        size = power_of_two(extent, 16, 64)
+        while size > 32 and extent % size:
+            size //= 2
+        return size
+
+    if launch.kind == "wgrad":
+        if rows >= 2 * g.K or columns >= 2 * g.C or (g.R * g.S > 1 and g.C % columns):
+            return None
+        tile = Tile(*best_box(64, g), rows, columns)
+        staged = (rows * (1 + reads_y) + columns) * 64
+    elif launch.kind == "dgrad":
+        height, width = (ceil(size / stride) for size, stride in zip((g.H, g.W), g.stride, strict=True))
+        r, s = (ceil(size / stride) for size, stride in zip((g.R, g.S), g.stride, strict=True))
+        one = Geometry(g.N, height + r - 1, width + s - 1, g.K, g.C, r, s)
+        if columns >= 2 * g.C or (g.R * g.S > 1 and g.C % columns):
+            return None
+        tile = Tile(*best_box(rows, one), chunk(g.K), columns)
+        staged = (rows * (1 + reads_y) + columns) * tile.filters
+    else:
+        if columns >= 2 * g.K:
+            return None
+        tile = Tile(*best_box(rows, g), columns, chunk(g.C))
+        staged = (rows + columns) * tile.channels
+    stages = ARCHS[arch].shared * 1024 // (staged * launch.dtype.itemsize)
+    if stages < 2:
+        return None
+    most = 2 if reads_y and arch.startswith("gfx") else 4
+    return replace(tile, num_warps=num_warps, num_stages=min(stages, most))
+
+
+def choose_strip(launch: Launch, arch: str) -> Strip:
+    """The strip of a launch.
+
+    2048 elements a step, 1024 of fp32: 16 (8) a thread, loaded 16 bytes at a time. Up to 256 channels, so that a row of a strip
+    is whole sectors. Reductions take up to 16 steps, fewer while that would leave less than 16 programs a multiprocessor: each
+    step but the first saves a row of partials. The interpreter pays by the program: all in one step there.
+    """
+    g = launch.geometry
+    channels = power_of_two(g.y_shape[1], 1, 256)
+    if arch == "interpreter":
+        return Strip(max(1, 16384 // channels), channels)
+    elements = 1024 if launch.dtype.itemsize == 4 else 2048
+    steps = 1
+    if launch.kind.endswith("backward"):
+        least = 16 * (ARCHS[arch].programs if arch in ARCHS else 64)
+        steps = power_of_two(covered(launch) * g.y_shape[1] // (elements * least) // 2, 1, 16)
+    return Strip(elements // channels, channels, steps)
+
+
+def covered(launch: Launch) -> int:
+    """Pixels that the programs of a launch share: of the output, or of the input for max_pool_backward."""
+    g = launch.geometry
+    return g.N * g.H * g.W if launch.kind == "max_pool_backward" else g.N * g.P * g.Q

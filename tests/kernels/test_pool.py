@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_resnet.backends import count_launches
 from fused_resnet.backends import triton as executor
-from fused_resnet.backends.triton_elementwise import Strip
+from fused_resnet.tuning.tile import Strip
 from fused_resnet.launch import Launch, PoolGeometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

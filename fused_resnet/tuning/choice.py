@@ -1,0 +1,152 @@
+"""How a launch runs: which tile, and whether as one kernel at all. The one place that decides.
+
+1. What was measured on this GPU (:mod:`.measured`).
+2. Else the model (:mod:`.model`) ranks the tiles that compile without a spill (:mod:`.classes`), and the ways a launch can be
+   taken apart, by predicted time. Nothing is tried out at a first call.
+3. Kinds of launches without compiles, unknown devices and the interpreter take the tile of the rule in :mod:`.tile`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil, prod
+
+from ..launch import Geometry, Launch
+from . import measured, model
+from .classes import registers_of
+from .devices import Device, limits, typical
+from .pieces import pieces
+from .tile import Strip, Tile, choose_gradient_tile, choose_strip, choose_tile, shaped
+
+#: A launch is taken apart only where the model sees this much in it: it is not that exact.
+WORTH = 0.9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a launch runs.
+
+    Attributes:
+        how: one of :data:`.measured.HOW`.
+        tile: of the fused kernel (how "fused"), else of the convolution that is left ("apart"), None for the vendor's.
+        seconds: measured or predicted; None where the device is unknown.
+        reason: who decided and why, for people.
+    """
+
+    how: str
+    tile: Tile | Strip | None
+    seconds: float | None
+    reason: str
+
+
+def by_rule(launch: Launch, arch: str, tf32: bool = False) -> Tile | Strip:
+    """The tile of the rules that need no model."""
+    if launch.kind == "conv":
+        return choose_tile(launch, arch, tf32)
+    if launch.kind in ("dgrad", "wgrad"):
+        return choose_gradient_tile(launch, arch, tf32)
+    return choose_strip(launch, arch)
+
+
+def _splits(launch: Launch, tile: Tile, slots: int) -> list[int]:
+    """Into how many shares the reduction of a tile may go, ``slots`` programs fitting on the device at once."""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    if launch.kind == "wgrad":
+        tiles = ceil(g.K / tile.filters) * g.R * g.S * ceil(g.C / tile.channels)
+        extents, box = ((g.N, g.P, g.Q), (tile.images, tile.rows, tile.columns))
+        if g.pointwise:
+            extents, box = (1, 1, g.N * g.H * g.W), (1, 1, tile.pixels)
+        steps = prod(ceil(n / m) for n, m in zip(extents, box, strict=True))
+        wanted = {max(1, waves * slots // tiles) for waves in (1, 2, 3)} | {1}
+        return sorted(min(share, max(1, steps // 4)) for share in wanted)
+    tiles = model.predict(launch, replace(tile, splits=1), _ANY).programs
+    if tiles >= slots:
+        return [1]
+    taps = g.R * g.S // (prod(g.stride) if launch.kind == "dgrad" else 1)
+    steps = max(1, taps) * ceil((g.K / tile.filters) if launch.kind == "dgrad" else (g.C / tile.channels))
+    return [1, *(share for share in (2, 4, 8) if share * tiles <= 2 * slots and steps >= 4 * share)]
+
+
+_ANY = typical("sm_90")
+assert _ANY is not None
+
+
+def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[float, Tile | Strip]]:
+    """All tiles worth a try, with their predicted seconds, best first."""
+    rule = by_rule(launch, device.arch, tf32)
+    found: list[tuple[float, Tile | Strip]] = []
+    limit = limits(device.arch)
+    for (rows, columns, warps), registers in registers_of(launch, device.arch).items():
+        tile = shaped(launch, rows, columns, warps, device.arch)
+        if tile is None:
+            continue
+        shared = model.staged_bytes(launch, tile)
+        # Fewer stages where that makes room for another program.
+        options = {tile.num_stages, *(stages for stages in (2, 3) if stages < tile.num_stages)}
+        for stages in sorted(options):
+            held = model.resident(limit, registers, shared * stages + 1024, warps)[0]
+            for splits in _splits(launch, tile, held * device.multiprocessors):
+                option = replace(tile, num_stages=stages, splits=splits)
+                predicted = model.predict(launch, option, device, registers=registers, tf32=tf32)
+                found.append((predicted.seconds, option))
+    if not found:
+        found.append((model.predict(launch, rule, device, tf32=tf32).seconds, rule))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Strip]:
+    """Tiles of a launch for ``arch``, best first by the model; the rule's own is among them."""
+    device = typical(arch)
+    rule = by_rule(launch, arch, tf32)
+    if device is None:
+        return [rule]
+    return list(dict.fromkeys([*(tile for _, tile in ranked(launch, device, tf32)), rule]))
+
+
+@lru_cache(maxsize=8192)
+def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "") -> Choice:
+    """How a launch runs.
+
+    Args:
+        launch: any that has a kernel.
+        arch: ``sm_90``, ``gfx942`` ... or ``interpreter``.
+        tf32: whether fp32 may be multiplied as tf32.
+        gpu: the device's name, to look for measurements.
+    """
+    entry = measured.find(launch, gpu)
+    if entry is not None:
+        others = "".join(f", {how} {seconds * 1e6:.1f} us" for how, seconds in entry.alternatives.items())
+        return Choice(
+            entry.how, entry.tile, entry.seconds, f"measured on {gpu}: {entry.how} {entry.seconds * 1e6:.1f} us{others}"
+        )
+    device = typical(arch)
+    if device is None:
+        return Choice("fused", by_rule(launch, arch, tf32), None, "by rule: no data about this device")
+    best, tile = ranked(launch, device, tf32)[0]
+    expected = model.predict(launch, tile, device, tf32=tf32)
+    reason = f"by the model of {device.name}: fused {best * 1e6:.1f} us ({expected.bound})"
+    apart = _apart(launch, device, tf32)
+    if apart is not None:
+        seconds, of_core = apart
+        if seconds < WORTH * best:
+            return Choice(
+                "apart", of_core, seconds, f"by the model of {device.name}: apart {seconds * 1e6:.1f} us, {reason[17:]}"
+            )
+        reason += f", apart {seconds * 1e6:.1f} us"
+    return Choice("fused", tile, best, reason)
+
+
+def _apart(launch: Launch, device: Device, tf32: bool) -> tuple[float, Tile | Strip] | None:
+    """Predicted seconds with the work on load in launches of its own, and the tile of what is left; None where there is none."""
+    parts = pieces(launch, "apart")
+    if parts is None:
+        return None
+    seconds = 0.0
+    for first in parts.first:
+        # dgrad and wgrad of a layer share what is made of dz.
+        half = 0.5 if first.kind == "bn_backward" else 1.0
+        seconds += half * model.predict(first, choose_strip(first, device.arch), device).seconds
+    best, tile = ranked(parts.core, device, tf32)[0]
+    return seconds + best, tile

@@ -1,0 +1,68 @@
+"""Which tiles an architecture can be given, from compiles: registers and spills of each kind of launch, tile by tile.
+
+``registers.json`` is made by ``python tools/tile_registers.py`` (Triton's compiler, no GPU), for 16-bit operands of ungrouped
+convolutions with aligned channels. Launches of other kinds keep the tile of the rule in :mod:`.tile`, which was compiled for
+them one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..launch import Geometry, Launch
+
+DATA = Path(__file__).with_name("registers.json")
+
+#: Products of a program (pixels by filters; dgrad: pixels by channels; wgrad: filters by channels) and warps that are tried.
+SHAPES: tuple[tuple[int, int, int], ...] = (
+    (32, 64, 4),
+    (64, 64, 4),
+    (128, 64, 4),
+    (64, 128, 4),
+    (128, 64, 8),
+    (64, 128, 8),
+    (128, 128, 4),
+    (128, 128, 8),
+    (256, 64, 8),
+    (64, 256, 8),
+    (256, 128, 8),
+    (128, 256, 8),
+)
+
+#: Architectures whose compiles stand for others of the same instructions.
+STANDS_FOR = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}
+
+
+def class_of(launch: Launch) -> str | None:
+    """The kind of a launch as far as registers go; None where no compiles speak for it."""
+    g = launch.geometry
+    if not isinstance(g, Geometry) or g.groups != 1 or launch.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if g.C * launch.dtype.itemsize % 16 or g.K * launch.dtype.itemsize % 16:
+        return None
+    taps = "1x1" if g.R * g.S == 1 else "RxS"
+    return f"{launch.kind} {launch.prologue}/{launch.gradient}/{launch.epilogue} {taps}"
+
+
+@cache
+def _compiled() -> dict[str, dict[str, dict[str, list[int]]]]:
+    if not DATA.exists():
+        return {}
+    data: dict[str, dict[str, dict[str, list[int]]]] = json.loads(DATA.read_text(encoding="utf-8"))["compiled"]
+    return data
+
+
+def registers_of(launch: Launch, arch: str) -> dict[tuple[int, int, int], int]:
+    """(rows, columns, warps) of a product -> registers a thread, for the tiles that compiled without a spill."""
+    of_arch = _compiled().get(STANDS_FOR.get(arch, arch), {})
+    rows = of_arch.get(class_of(launch) or "", {})
+    found = {}
+    for name, (registers, spills) in rows.items():
+        if spills == 0:
+            m, n, warps = (int(part) for part in name.split("x"))
+            found[m, n, warps] = registers
+    return found

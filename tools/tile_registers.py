@@ -1,0 +1,95 @@
+"""Compiles every kind of launch with every shape of tile, and writes registers and spills to fused_resnet/tuning/registers.json.
+
+``python tools/tile_registers.py [sm_90 ...]``: some architectures, all by default; about ten minutes each on a core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+
+from fused_resnet.backends.triton_compile import compile_launch
+from fused_resnet.launch import DGRAD_EPILOGUES, EPILOGUES, GRADIENTS, PROLOGUES, Geometry, Launch
+from fused_resnet.tuning.classes import DATA, SHAPES, class_of
+from fused_resnet.tuning.devices import limits
+from fused_resnet.tuning.tile import shaped
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: An odd batch, so that there is a rim; sizes that are no multiples of the box.
+_1x1 = Geometry(51, 14, 14, 256, 1024, 1, 1)
+_3x3 = Geometry(51, 14, 14, 256, 256, 3, 3, padding=(1, 1))
+
+
+def _launch(kind: str, g: Geometry, prologue: str, gradient: str, epilogue: str) -> Launch:
+    ends = EPILOGUES if kind == "conv" else DGRAD_EPILOGUES
+    roles = ["x", "w"] if kind == "conv" else ["dz", "w"] if kind == "dgrad" else ["dz", "x"]
+    roles += [*PROLOGUES[prologue], *(GRADIENTS[gradient] if kind != "conv" else ())]
+    if kind != "wgrad":
+        roles += ends[epilogue]
+    roles = [role for role in dict.fromkeys(roles) if role not in ("bias", "count")]
+    outputs = {"conv": ["y"], "dgrad": ["dx"], "wgrad": ["dw"]}[kind]
+    if epilogue == "stats":
+        outputs += ["mean", "invstd"]
+    if epilogue == "bn_mask":
+        outputs += ["sum_previous", "dot_previous"]
+    named = (tuple((role, role) for role in names) for names in (roles, outputs))
+    return Launch(
+        kind, "layer", g, torch.bfloat16, *named, prologue=prologue, gradient=gradient, epilogue=epilogue,
+        activation="identity" if epilogue in ("stats", "store") else "relu", eps=1e-5, momentum=0.1,
+    )  # fmt: skip
+
+
+LAUNCHES = [
+    _launch(kind, g, prologue, gradient, epilogue)
+    for g in (_1x1, _3x3)
+    for kind, prologue, gradient, epilogue in (
+        ("conv", "identity", "identity", "affine"),
+        ("conv", "identity", "identity", "affine_add"),
+        ("conv", "identity", "identity", "stats"),
+        ("conv", "bn_relu", "identity", "stats"),
+        ("dgrad", "identity", "bn_backward", "bn_mask"),
+        ("dgrad", "identity", "bn_backward", "store"),
+        ("dgrad", "identity", "identity", "bn_mask"),
+        ("dgrad", "identity", "identity", "store"),
+        ("wgrad", "bn_relu", "bn_backward", "store"),
+        ("wgrad", "identity", "bn_backward", "store"),
+        ("wgrad", "identity", "identity", "store"),
+    )
+]
+
+
+def main(archs: list[str]) -> None:
+    """Compile, and write after every launch."""
+    data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {"compiled": {}}
+    data["about"] = "rows x columns x warps of a product -> [registers a thread, bytes spilled]; compiled, bf16, ungrouped"
+    data["triton"] = triton.__version__
+    for arch in archs or ARCHS:
+        for launch in LAUNCHES:
+            rows: dict[str, list[int]] = {}
+            for m, n, warps in SHAPES:
+                tile = shaped(launch, m, n, warps, arch)
+                if tile is None:
+                    continue
+                try:
+                    compiled = compile_launch(launch, arch, replace(tile, splits=2 if launch.kind == "wgrad" else 1))
+                except triton.runtime.errors.OutOfResources:
+                    continue
+                if compiled.shared <= limits(arch).shared_per_program * 1024:
+                    rows[f"{m}x{n}x{warps}"] = [compiled.registers, compiled.spills]
+            data["compiled"].setdefault(arch, {})[str(class_of(launch))] = rows
+            print(arch, class_of(launch), rows, flush=True)
+            text = json.dumps(data, indent=1, sort_keys=True)
+            DATA.write_text(
+                text.replace("[\n     ", "[").replace(",\n     ", ", ").replace("\n    ]", "]") + "\n", encoding="utf-8"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
