@@ -31,6 +31,7 @@ from .backends import LaunchLog, backend, count_launches
 from .blocks import Fused
 from .describe import read
 from .functional import ChainFunction
+from .launch import Geometry
 from .measure import saved_bytes
 from .plan import forward_plan, nominal_size
 
@@ -46,6 +47,7 @@ class Kernel:
         bytes: operands and results, each once.
         fused: a launch of a plan.
         reread: bytes of operands that it has to read twice: BatchNorm's in training.
+        convolution: of an eager convolution ``conv``, ``dgrad`` or ``wgrad``, and its sizes.
     """
 
     place: str
@@ -54,6 +56,7 @@ class Kernel:
     bytes: int
     fused: bool = False
     reread: int = 0
+    convolution: tuple[str, Geometry] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,29 @@ def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
+def _geometry(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:
+    """Sizes of a 2-D convolution; None of another."""
+    if x.dim() != 4 or w.dim() != 4:
+        return None
+    pairs = (tuple(value) * (2 // len(value)) for value in (stride, padding, dilation))
+    N, C, H, W = x.shape
+    return Geometry(N, H, W, C, w.shape[0], w.shape[2], w.shape[3], *pairs, groups)  # type: ignore[arg-type]
+
+
 def _convolution_gradients(place: str, args: Sequence[Any]) -> list[Kernel]:
     """What a convolution's backward starts; dgrad and wgrad take as many operations as the forward."""
     dy, x, w, transposed, (dx, dw, db) = *args[:3], args[7], args[10]
     flops = 2 * (x if transposed else dy).numel() * w[0].numel()
     moved = _bytes(dy, x, w)
     wanted = ((dx, "dgrad", flops, moved), (dw, "wgrad", flops, moved), (db, "bgrad", 0, _bytes(dy) + _bytes(dy[0, :, 0, 0])))
-    return [Kernel(place, f"convolution_backward: {name}", *work) for want, name, *work in wanted if want]
+    g = None if transposed else _geometry(x, w, *args[4:7], args[9])
+    return [
+        Kernel(
+            place, f"convolution_backward: {name}", *work, convolution=(name, g) if g is not None and name != "bgrad" else None
+        )
+        for want, name, *work in wanted
+        if want
+    ]
 
 
 def _reread(name: str, args: Sequence[Any]) -> int:
@@ -170,7 +189,11 @@ class _Operators(TorchDispatchMode):
             return _convolution_gradients(place, args)
         written = results if self.counter.training else results[:1]
         moved = _bytes(*_tensors((args, kwargs)), *written)
-        return [Kernel(place, name, _flops(function, args, kwargs, result), moved, reread=_reread(name, args))]
+        convolution = None
+        if name == "convolution" and not args[6]:
+            g = _geometry(args[0], args[1], *args[3:6], args[8])
+            convolution = None if g is None else ("conv", g)
+        return [Kernel(place, name, _flops(function, args, kwargs, result), moved, False, _reread(name, args), convolution)]
 
 
 #: Operators that move nothing although they are not marked as views.

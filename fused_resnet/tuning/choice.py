@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
+from typing import TYPE_CHECKING
+
+import torch
 
 from ..launch import Geometry, Launch
 from . import measured, model
@@ -18,6 +21,9 @@ from .classes import registers_of
 from .devices import Device, limits, typical
 from .pieces import pieces
 from .tile import Strip, Tile, choose_gradient_tile, choose_strip, choose_tile, shaped
+
+if TYPE_CHECKING:
+    from ..counts import Kernel
 
 #: A launch is taken apart only where the model sees this much in it: it is not that exact.
 WORTH = 0.9
@@ -61,16 +67,7 @@ def _splits(launch: Launch, tile: Tile, slots: int) -> list[int]:
         steps = prod(ceil(n / m) for n, m in zip(extents, box, strict=True))
         wanted = {max(1, waves * slots // tiles) for waves in (1, 2, 3)} | {1}
         return sorted(min(share, max(1, steps // 4)) for share in wanted)
-    tiles = model.predict(launch, replace(tile, splits=1), _ANY).programs
-    if tiles >= slots:
-        return [1]
-    taps = g.R * g.S // (prod(g.stride) if launch.kind == "dgrad" else 1)
-    steps = max(1, taps) * ceil((g.K / tile.filters) if launch.kind == "dgrad" else (g.C / tile.channels))
-    return [1, *(share for share in (2, 4, 8) if share * tiles <= 2 * slots and steps >= 4 * share)]
-
-
-_ANY = typical("sm_90")
-assert _ANY is not None
+    return [1]
 
 
 def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[float, Tile | Strip]]:
@@ -93,7 +90,13 @@ def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[flo
                 found.append((predicted.seconds, option))
     if not found:
         found.append((model.predict(launch, rule, device, tf32=tf32).seconds, rule))
-    return sorted(found, key=lambda pair: pair[0])
+    # Of tiles that should take the same time, to a hundredth, the one that has more loads on their way.
+    return sorted(found, key=lambda pair: (round(pair[0] / found_best(found), 2), -getattr(pair[1], "num_stages", 0), pair[0]))
+
+
+def found_best(found: list[tuple[float, Tile | Strip]]) -> float:
+    """The shortest of the predicted times."""
+    return min(seconds for seconds, _ in found)
 
 
 def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Strip]:
@@ -150,3 +153,24 @@ def _apart(launch: Launch, device: Device, tf32: bool) -> tuple[float, Tile | St
         seconds += half * model.predict(first, choose_strip(first, device.arch), device).seconds
     best, tile = ranked(parts.core, device, tf32)[0]
     return seconds + best, tile
+
+
+def eager_seconds(kernel: Kernel, device: Device, dtype: torch.dtype, tf32: bool = False) -> float:
+    """What an eager kernel takes by the same rules: convolutions by the model with the best plain tile, others at the roofline.
+
+    BatchNorm's second reading of its operands counts (:attr:`.counts.Kernel.reread`).
+    """
+    if kernel.convolution is None:
+        return model.roofline_seconds(kernel.flops, kernel.bytes + kernel.reread, device, dtype, tf32)
+    kind, g = kernel.convolution
+    return _plain_convolution(kind, g, dtype, kernel.bytes, device, tf32)
+
+
+@lru_cache(maxsize=4096)
+def _plain_convolution(kind: str, g: Geometry, dtype: torch.dtype, moved: int, device: Device, tf32: bool) -> float:
+    roles = {"conv": (("x", "w"), ("y",)), "dgrad": (("dz", "w"), ("dx",)), "wgrad": (("dz", "x"), ("dw",))}[kind]
+    named = (tuple((role, role) for role in names) for names in roles)
+    launch = Launch(kind, "eager", g, dtype, *named, sizes=(("all", moved),))
+    if kind == "conv":
+        launch = replace(launch, epilogue="affine")  # the kind that is compiled; its vectors cost next to nothing
+    return ranked(launch, device, tf32)[0][0]

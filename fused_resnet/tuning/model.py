@@ -31,7 +31,6 @@ from ..launch import Geometry, Launch, PoolGeometry
 from .devices import Device, Limits, limits
 
 if TYPE_CHECKING:
-    from ..counts import Kernel
     from .tile import Strip, Tile
 
 #: Cycles from a load's issue to its data (a bulk load through the L2), and what a program spends before its first step.
@@ -41,8 +40,6 @@ LAUNCH_SECONDS = 1.5e-6
 #: Instructions an element: prologues and gradients on load (convert, normalise, clamp, mask, convert back), epilogues.
 _ON_LOAD = {"identity": 0, "bn": 5, "bn_relu": 6, "scale": 3, "bn_backward": 7}
 _AT_END = {"store": 2, "bias": 3, "affine": 4, "add": 4, "bias_add": 5, "affine_add": 6, "stats": 12, "mask": 5, "bn_mask": 14}
-#: Part of its resources' rate that the vendor's convolution is taken to reach.
-VENDOR = 0.85
 
 
 @dataclass(frozen=True)
@@ -300,7 +297,7 @@ def predict(
         bound = busiest
     else:
         bound = "latency"
-    if LAUNCH_SECONDS > max(on_chip, memory):
+    if max(on_chip, memory) < LAUNCH_SECONDS:
         bound = "launch"
     flops = int(work.programs * work.steps * work.flops)
     return Prediction(
@@ -320,10 +317,5 @@ def predict(
 
 
 def roofline_seconds(flops: int, moved: int, device: Device, dtype: torch.dtype, tf32: bool = False) -> float:
-    """Time of a kernel that reaches the device's sustained rates: the larger of its FLOPs' and its bytes' time, and a launch."""
+    """A kernel at the device's sustained rates: the larger of its FLOPs' and its bytes' time, and a launch."""
     return max(flops / device.rate(dtype, tf32), moved / device.bandwidth) + LAUNCH_SECONDS
-
-
-def eager_seconds(kernel: Kernel, device: Device, dtype: torch.dtype, tf32: bool = False) -> float:
-    """An eager kernel at the roofline: what eager PyTorch takes at best, BatchNorm's second reading included."""
-    return roofline_seconds(kernel.flops, kernel.bytes + kernel.reread, device, dtype, tf32)
