@@ -18,11 +18,15 @@ from torch import Tensor
 
 from ..kernels import boxes, conv, epilogues, prologues
 from ..launch import Geometry, Launch
-from ..tuning import Tile, choose_tile
+from ..tuning import Tile, choose
+from ..tuning.pieces import DY
+from ..tuning.tile import Strip
 from . import triton_elementwise, workspace
 from .derived import channels_last_filters
-from ..tuning.tile import Strip
-from .triton_start import Start, View, arch_of, begin, needs_wide_offsets, outputs_of
+from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets, outputs_of
+
+#: Launches of a plan leave tensors for each other, see :mod:`fused_resnet.backends`.
+shares = True
 
 #: Kinds that :mod:`.triton_gradients` runs.
 GRADIENTS = ("dgrad", "wgrad")
@@ -69,28 +73,41 @@ def run(
     launch: Launch,
     operands: Mapping[str, Tensor],
     donated: Collection[str] = (),
+    shared: dict[str, Tensor] | None = None,
     *,
     tile: Tile | Strip | None = None,
     out: Mapping[str, Tensor] | None = None,
     wide: bool | None = None,
+    how: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Run a launch: one kernel, no other allocation than outputs and partial results, no synchronisation.
+
+    Where :func:`fused_resnet.tuning.choice.choose` takes it apart it is several kernels, see :mod:`.triton_apart`.
 
     Args:
         launch: of a kind that has kernels, see :func:`supports`.
         operands: tensors by role. Activations are channels_last, ``w`` is contiguous as [K, R, S, C / groups].
         donated: roles whose memory nobody reads afterwards (not used: a kernel never overwrites what it reads).
-        tile: instead of the analytical rule's (tests, tuning).
+        shared: what launches of the same plan leave for each other.
+        tile: instead of the chosen one (tests, tuning).
         out: tensors to write by role, instead of new ones.
         wide: force 64-bit or 32-bit offsets (tests), instead of what the sizes need.
+        how: "fused", "apart" or "vendor" (tests, tuning), instead of what is chosen.
 
     Returns:
         The outputs in the launch's order, a tuple if there are several. Activations are channels_last.
     """
+    device = next(iter(operands.values())).device
+    if how is None:
+        how = "fused" if tile is not None else _how(launch, device, shared)
+    if how != "fused":
+        from . import triton_apart
+
+        assert tile is None or isinstance(tile, Tile)
+        return triton_apart.run(launch, how, operands, shared, tile=tile, out=out)
     if launch.kind in GRADIENTS:
         result: Tensor | tuple[Tensor, ...] = _gradients().run(launch, operands, donated, tile=tile, out=out, wide=wide)
         return result
-    device = next(iter(operands.values())).device
     if "w" in operands:
         operands = {**operands, "w": channels_last_filters(operands["w"])}
     for role in ("dout", "dy"):  # these may come from outside as they are; the others are ours
@@ -107,7 +124,9 @@ def run(
         }
         operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
         aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands)
-        start = plan_start(launch, arch_of(device), tile, aligned, tf32_allowed(launch.dtype, device), wide)
+        tf32 = tf32_allowed(launch.dtype, device)
+        tile = tile or choose(launch, arch_of(device), tf32, gpu_of(device), whole_only=True).tile
+        start = plan_start(launch, arch_of(device), tile, aligned, tf32, wide)
         begin(start, bind(start, launch, operands, outputs, start.workspace(device)), device)
         for role in epilogues.IN_PLACE:
             if role in strided:
@@ -116,6 +135,13 @@ def run(
                 torch.autograd.graph.increment_version(operands[role])  # autograd cannot see what a kernel writes
     results = tuple(outputs[role] for role, _ in launch.outputs)
     return results if len(results) > 1 else results[0]
+
+
+def _how(launch: Launch, device: torch.device, shared: dict[str, Tensor] | None) -> str:
+    """Whether a launch runs as one kernel or in pieces. A dgrad whose dy its layer's wgrad has left reads that."""
+    if shared and launch.kind == "dgrad" and f"{dict(launch.operands)['dz']} {DY}" in shared:
+        return "apart"
+    return choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu_of(device)).how
 
 
 def tf32_allowed(dtype: torch.dtype, device: torch.device) -> bool:
@@ -143,7 +169,9 @@ def plan_start(
         assert tile is None or isinstance(tile, Strip)
         return triton_elementwise.plan_start(launch, arch, tile, wide)
     assert tile is None or isinstance(tile, Tile)
-    return _plan_conv(launch, tile or choose_tile(launch, arch, tf32), aligned and has_tma(arch), tf32, wide)
+    chosen = tile or choose(launch, arch, tf32, whole_only=True).tile
+    assert isinstance(chosen, Tile)
+    return _plan_conv(launch, chosen, aligned and has_tma(arch), tf32, wide)
 
 
 def has_tma(arch: str) -> bool:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..kernels import boxes, dgrad, gradients, prologues, wgrad
 from ..launch import Geometry, Launch
-from ..tuning.tile import Tile, choose_gradient_tile
+from ..tuning import Tile, choose
 from . import workspace
 from .derived import channels_last_filters
 from .triton import has_tma, loads, one_row, tf32_allowed
-from .triton_start import Start, View, arch_of, begin, needs_wide_offsets
+from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,6 +84,10 @@ def run(
         return made if len(made) > 1 else made[0]
     aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("dz", "y", "x", "w") if role in operands)
     tf32 = tf32_allowed(launch.dtype, dz.device)
+    if tile is None and not _vectors_only(launch):
+        chosen = choose(launch, arch_of(dz.device), tf32, gpu_of(dz.device), whole_only=True).tile
+        assert isinstance(chosen, Tile)
+        tile = chosen
     start = plan_start(launch, arch_of(dz.device), tile, aligned, tf32, wide)
     begin(start, bind(start, launch, operands, outputs, start.workspace(dz.device)), dz.device)
     return made if len(made) > 1 else made[0]
@@ -123,9 +127,11 @@ def plan_start(
     """How a launch is started on ``arch``. ``aligned``: dz, y, x and w start at a multiple of 16 bytes."""
     g = launch.geometry
     assert isinstance(g, Geometry)
-    if launch.kind == "wgrad" and "x" not in launch.roles:
+    if _vectors_only(launch):
         return _plan_vectors(launch, g)
-    tile = tile or choose_gradient_tile(launch, arch, tf32)
+    chosen = tile or choose(launch, arch, tf32, whole_only=True).tile
+    assert isinstance(chosen, Tile)
+    tile = chosen
     wide = needs_wide_offsets(g.x_shape, g.w_shape, g.y_shape) if wide is None else wide
     g, tile = one_row(g, tile)
     coefficients, gradient, _ = gradients.GRADIENTS[_on_load(launch)]
@@ -138,6 +144,11 @@ def plan_start(
     }
     plan = _plan_dgrad if launch.kind == "dgrad" else _plan_wgrad
     return plan(launch, g, tile, aligned and has_tma(arch), constants)
+
+
+def _vectors_only(launch: Launch) -> bool:
+    """Whether nobody wants the filters' own gradient."""
+    return launch.kind == "wgrad" and "x" not in launch.roles
 
 
 def _on_load(launch: Launch) -> str:

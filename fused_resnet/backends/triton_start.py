@@ -110,6 +110,12 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@lru_cache(maxsize=64)
+def gpu_of(device: torch.device) -> str:
+    """The GPU's name, for which measured choices are looked up; empty for the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and not triton.knobs.runtime.interpret else ""
+
+
 def needs_wide_offsets(*shapes: tuple[int, ...]) -> bool:
     """Whether any tensor has 2^31 elements or more."""
     return any(prod(shape) >= 1 << 31 for shape in shapes)

@@ -1,5 +1,6 @@
-"""How a tile is chosen: an analytical rule, the same on every call, no search at the first one."""
+"""How a launch runs: measured choices where there are some, else a model's, the same on every call; no search at the first."""
 
-from .tile import Tile, choose_tile
+from .choice import Choice, choose
+from .tile import Strip, Tile
 
-__all__ = ["Tile", "choose_tile"]
+__all__ = ["Choice", "Strip", "Tile", "choose"]

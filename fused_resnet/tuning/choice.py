@@ -109,7 +109,7 @@ def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Str
 
 
 @lru_cache(maxsize=8192)
-def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "") -> Choice:
+def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_only: bool = False) -> Choice:
     """How a launch runs.
 
     Args:
@@ -117,9 +117,10 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "") -> Choi
         arch: ``sm_90``, ``gfx942`` ... or ``interpreter``.
         tf32: whether fp32 may be multiplied as tf32.
         gpu: the device's name, to look for measurements.
+        whole_only: the launch will run as one kernel: which tile?
     """
     entry = measured.find(launch, gpu)
-    if entry is not None:
+    if entry is not None and not (whole_only and entry.how != "fused"):
         others = "".join(f", {how} {seconds * 1e6:.1f} us" for how, seconds in entry.alternatives.items())
         return Choice(
             entry.how, entry.tile, entry.seconds, f"measured on {gpu}: {entry.how} {entry.seconds * 1e6:.1f} us{others}"
@@ -130,7 +131,7 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "") -> Choi
     best, tile = ranked(launch, device, tf32)[0]
     expected = model.predict(launch, tile, device, tf32=tf32)
     reason = f"by the model of {device.name}: fused {best * 1e6:.1f} us ({expected.bound})"
-    apart = _apart(launch, device, tf32)
+    apart = None if whole_only else _apart(launch, device, tf32)
     if apart is not None:
         seconds, of_core = apart
         if seconds < WORTH * best:
@@ -142,14 +143,14 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "") -> Choi
 
 
 def _apart(launch: Launch, device: Device, tf32: bool) -> tuple[float, Tile | Strip] | None:
-    """Predicted seconds with the work on load in launches of its own, and the tile of what is left; None where there is none."""
+    """Predicted seconds with the work on load in launches of its own, and the core's tile; None where there is none."""
     parts = pieces(launch, "apart")
     if parts is None:
         return None
     seconds = 0.0
     for first in parts.first:
         # dgrad and wgrad of a layer share what is made of dz.
-        half = 0.5 if first.kind == "bn_backward" else 1.0
+        half = 0.5 if first.kind == "output_gradient" else 1.0
         seconds += half * model.predict(first, choose_strip(first, device.arch), device).seconds
     best, tile = ranked(parts.core, device, tf32)[0]
     return seconds + best, tile

@@ -67,7 +67,7 @@ def _output_gradient(launch: Launch, g: Geometry) -> Launch:
     flat = _flat(g, g.K, g.P, g.Q)
     slots = dict(launch.operands)
     roles = tuple((role, slots[role]) for role in ("dz", *GRADIENTS["bn_backward"]) if role in slots)
-    made = Launch("bn_backward", launch.layer, flat, launch.dtype, roles, (("dy", f"{slots['dz']} {DY}"),))
+    made = Launch("output_gradient", launch.layer, flat, launch.dtype, roles, (("dy", f"{slots['dz']} {DY}"),))
     return _sized(made, flat)
 
 

@@ -322,6 +322,8 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
     if arch == "interpreter":
         return Strip(max(1, 16384 // channels), channels)
     elements = 1024 if launch.dtype.itemsize == 4 else 2048
+    if launch.kind in ("conv_end", "dgrad_end") and len(launch.outputs) > 1:
+        return Strip(4 * elements // channels, channels, num_warps=8)  # a row of partials for each strip: fewer, larger ones
     steps = 1
     if launch.kind.endswith("backward"):
         least = 16 * (ARCHS[arch].programs if arch in ARCHS else 64)

@@ -15,7 +15,8 @@ from torch import Tensor
 from fused_resnet.backends import count_launches
 from fused_resnet.backends import triton as executor
 from fused_resnet.launch import EPILOGUES, Geometry, Launch
-from fused_resnet.tuning import Tile, choose_tile
+from fused_resnet.tuning import Tile
+from fused_resnet.tuning.tile import choose_tile
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -18,6 +18,7 @@ from fused_resnet.backends import triton, triton_gradients
 from fused_resnet.backends.triton_start import arch_of
 from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, Geometry, Launch
 from fused_resnet.tuning import Tile
+from fused_resnet.tuning.tile import choose_gradient_tile
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -318,7 +319,7 @@ def test_no_images_and_new_outputs() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_rules_tiles_are_legal(arch: str, dtype: torch.dtype) -> None:
     for _, make, _ in CLASSES.values():
-        tile = triton_gradients.choose_gradient_tile(make(dtype=dtype, **TRAINING), arch)
+        tile = choose_gradient_tile(make(dtype=dtype, **TRAINING), arch)
         for extent in (tile.images, tile.rows, tile.columns, tile.filters, tile.channels):
             assert extent & (extent - 1) == 0
         assert tile.pixels >= 16 and tile.filters >= 16 and tile.channels >= 16

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fused_resnet.backends import count_launches
 from fused_resnet.backends import triton as executor
-from fused_resnet.tuning.tile import Strip
 from fused_resnet.launch import Launch, PoolGeometry
+from fused_resnet.tuning.tile import Strip
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [

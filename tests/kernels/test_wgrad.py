@@ -17,6 +17,7 @@ from fused_resnet.backends import triton, triton_gradients
 from fused_resnet.backends.triton_start import arch_of
 from fused_resnet.launch import Geometry, Launch
 from fused_resnet.tuning import Tile
+from fused_resnet.tuning.tile import choose_gradient_tile
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -321,7 +322,7 @@ def test_no_images_and_new_outputs() -> None:
 def test_the_rules_tiles_are_legal(arch: str, dtype: torch.dtype) -> None:
     for _, make, _ in CLASSES.values():
         launch = make(dtype=dtype, **TRAINING)
-        tile = triton_gradients.choose_gradient_tile(launch, arch)
+        tile = choose_gradient_tile(launch, arch)
         for extent in (tile.images, tile.rows, tile.columns, tile.filters, tile.channels):
             assert extent & (extent - 1) == 0
         assert tile.pixels >= 16 and tile.filters >= 16 and tile.channels >= 16
@@ -331,9 +332,9 @@ def test_the_rules_tiles_are_legal(arch: str, dtype: torch.dtype) -> None:
 def test_the_rule_fills_the_device_once() -> None:
     """ResNet-50's first stage: 9 tiles of dw and 3136 tiles of pixels, so many programs share each."""
     launch = wgrad(64, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=torch.bfloat16, **TRAINING)
-    assert triton_gradients.choose_gradient_tile(launch, "sm_90").splits == 132 // 9
+    assert choose_gradient_tile(launch, "sm_90").splits == 132 // 9
     launch = wgrad(64, 7, 7, 512, 2048, 1, 1, dtype=torch.bfloat16, **TRAINING)
-    assert triton_gradients.choose_gradient_tile(launch, "sm_90").splits == 132 // (16 * 4)
+    assert choose_gradient_tile(launch, "sm_90").splits == 132 // (16 * 4)
 
 
 def test_supports() -> None:

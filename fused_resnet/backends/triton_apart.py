@@ -1,0 +1,216 @@
+"""Runs a launch in pieces, see :mod:`fused_resnet.tuning.pieces`: around our own convolution, or around PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import ends, epilogues, gradients
+from ..launch import Geometry, Launch
+from ..tuning.pieces import Pieces, pieces
+from ..tuning.tile import Strip, Tile, choose_strip
+from . import triton, workspace
+from .triton_start import Start, arch_of, begin, needs_wide_offsets
+
+#: Kinds of launches that only stand in pieces.
+KINDS = ("output_gradient", "conv_end", "dgrad_end")
+
+#: What launches of one plan leave for each other: dy by the slot of dz.
+Shared = dict[str, Tensor]
+
+
+def supports(launch: Launch, how: str) -> str | None:
+    """None, or why ``launch`` cannot run ``how``."""
+    if how == "fused":
+        return None
+    if pieces(launch, how) is None:
+        return f"{launch.kind} of this kind has nothing to do apart" if how == "apart" else f"{launch} runs fused only"
+    return None
+
+
+def run(
+    launch: Launch,
+    how: str,
+    operands: Mapping[str, Tensor],
+    shared: Shared | None = None,
+    *,
+    tile: Tile | None = None,
+    out: Mapping[str, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Run the pieces of a launch; arguments and results are those of :func:`.triton.run`.
+
+    Args:
+        shared: what launches of the same plan left, and what this one leaves: a layer's dgrad and wgrad read the same dy.
+
+    Raises:
+        ValueError: the launch does not run so, see :func:`supports`.
+    """
+    reason = supports(launch, how)
+    parts = pieces(launch, how)
+    if reason is not None or parts is None:
+        raise ValueError(f"how={how!r}: {reason}")
+    given = dict(operands)
+    for first in parts.first:
+        role = "x" if first.kind == "bn_add_relu" else "dz"
+        given[role] = _made(first, operands, shared)
+    given = {role: given[role] for role in parts.core.roles}
+    if how == "apart":
+        return triton.run(parts.core, given, tile=tile, out=out, how="fused")
+    return _around_vendor(parts, given, out)
+
+
+def _made(first: Launch, operands: Mapping[str, Tensor], shared: Shared | None) -> Tensor:
+    """What a launch in front makes in the place of x or dz."""
+    slot = first.outputs[0][1]
+    if shared is not None and slot in shared:
+        return shared.pop(slot)  # a layer's wgrad and dgrad are its only two readers
+    if first.kind == "bn_add_relu":
+        renamed = {name: operands["x" if name == "y" else f"x_{name}"] for name in first.roles}
+        made = triton.run(first, renamed, how="fused")
+        assert isinstance(made, Tensor)
+        return made
+    (made,) = _strip(first, {name: operands[name] for name in first.roles}, None).values()
+    if shared is not None:
+        shared[slot] = made
+    return made
+
+
+def _around_vendor(parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> Tensor | tuple[Tensor, ...]:
+    core, g = parts.core, parts.core.geometry
+    assert isinstance(g, Geometry)
+    if core.kind == "conv":
+        raw = torch.conv2d(given["x"], given["w"], None, g.stride, g.padding, g.dilation, g.groups)
+    else:
+        which = 0 if core.kind == "dgrad" else 1
+        # Of the operand whose gradient is asked for only the sizes matter.
+        x = given.get("x") if which else None
+        like = torch.empty(g.x_shape, dtype=core.dtype, device=given["dz"].device, memory_format=torch.channels_last)
+        w = given["w"] if which == 0 else torch.empty(g.w_shape, dtype=core.dtype, device=like.device)
+        w = w.contiguous(memory_format=torch.channels_last)
+        mask = [which == 0, which == 1, False]
+        raw = torch.ops.aten.convolution_backward(
+            given["dz"], like if x is None else x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
+        )[which]
+    raw = raw.contiguous(memory_format=torch.channels_last)
+    main = {"conv": "y", "dgrad": "dx", "wgrad": "dw"}[core.kind]
+    made = {main: raw}
+    if parts.last is not None:
+        made = _strip(parts.last, {**given, "raw": raw}, out)
+    elif out is not None:
+        made = {main: out[main].copy_(raw)}
+    if core.kind == "wgrad":
+        for role, _ in core.outputs:
+            if role == "dbias":  # behind a BatchNorm with the batch's statistics a bias has no gradient
+                made[role] = torch.zeros(g.K, dtype=torch.float32, device=raw.device)
+                if out is not None:
+                    made[role] = out[role].copy_(made[role])
+    results = tuple(made[role] for role, _ in core.outputs)
+    return results if len(results) > 1 else results[0]
+
+
+def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool | None = None) -> Start:
+    """How one of :data:`KINDS` is started on ``arch``."""
+    g = launch.geometry
+    strip = strip or choose_strip(launch, arch)
+    constants: dict[str, Any] = {
+        "PIXELS": strip.pixels,
+        "CHANNELS": strip.channels,
+        "WIDE": needs_wide_offsets(g.y_shape) if wide is None else wide,
+    }
+    strips, channel_tiles = ceil(g.N * g.P * g.Q / strip.pixels), ceil(g.y_shape[1] / strip.channels)
+    counters = partials = group = 0
+    summed = launch.kind == "dgrad_end" and len(launch.outputs) > 1
+    if launch.kind == "output_gradient":
+        constants["COEFFICIENTS"], constants["GRADIENT"], _ = gradients.GRADIENTS["bn_backward"]
+    elif launch.kind == "conv_end":
+        constants["EPILOGUE"] = epilogues.EPILOGUES[launch.epilogue][0]
+        constants["ACTIVATION"] = epilogues.ACTIVATIONS[launch.activation]
+        constants["AFTER"] = epilogues.AFTERS[launch.epilogue][0] if launch.epilogue in epilogues.AFTERS else None
+    else:
+        constants["EPILOGUE"] = gradients.EPILOGUES[launch.epilogue][0]
+        constants["RELU"] = launch.activation == "relu"
+    if summed or constants.get("AFTER") is not None:
+        group = workspace.group_of(strips)
+        counters = channel_tiles * workspace.counters_of(strips) + 1
+        partials = strips * (2 * g.y_shape[1] + channel_tiles)
+    kernel = getattr(ends, launch.kind)
+    return Start(kernel, strips * channel_tiles, constants, None, None, None, strip.num_warps, 1, counters, partials, group)
+
+
+def bind(
+    start: Start,
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    space: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> dict[str, Any]:
+    """A kernel's arguments by name."""
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    count = g.N * g.P * g.Q
+    named: dict[str, Any] = {
+        role: tensor.contiguous() if tensor.dim() == 1 and role not in epilogues.IN_PLACE else tensor
+        for role, tensor in operands.items()
+    }
+    sized = {"pixels": count, "K": g.K, **start.constants}
+    if launch.kind == "output_gradient":
+        named |= {"m": float(count)}
+        arguments = tuple(named.get(name) for name in gradients.GRADIENTS["bn_backward"][2])
+        return {"dz": named["dz"], "y": named["y"], "dy": outputs["dy"], "gradient_args": arguments, **sized}
+    named |= {"eps": launch.eps, "K": g.K, "momentum": launch.momentum}
+    named |= {"counters": space[0], "partials": space[1], "group": start.group}
+    if launch.kind == "conv_end":
+        named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
+        after = epilogues.AFTERS.get(launch.epilogue)
+        untouched = launch.epilogue == "stats" and "bias" not in operands
+        return {
+            "raw": named["raw"],
+            "y": None if untouched else outputs["y"],
+            "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
+            "after_args": tuple(named.get(name) for name in after[1]) if after else (),
+            **sized,
+        }
+    return {
+        "raw": named["raw"],
+        "dx": outputs["dx"],
+        "outputs": tuple(outputs[role] for role, _ in launch.outputs[1:]),
+        "epilogue_args": tuple(named.get(name) for name in gradients.EPILOGUES[launch.epilogue][1]),
+        "counters": space[0],
+        "partials": space[1],
+        "group": start.group if start.counters else None,
+        **sized,
+    }
+
+
+def _strip(launch: Launch, operands: Mapping[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Run one of :data:`KINDS`."""
+    device = next(iter(operands.values())).device
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    if out is None:
+        maps = ("y", "dx", "dy")
+        like = {"device": device, "memory_format": torch.channels_last}
+        outputs = {
+            role: torch.empty(g.y_shape, dtype=launch.dtype, **like) if role in maps else torch.empty(g.K, device=device)
+            for role, _ in launch.outputs
+        }
+    else:
+        outputs = dict(out)
+    # What a kernel writes in place has to lie densely.
+    strided = {role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()}
+    operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
+    if launch.kind == "conv_end" and launch.epilogue == "stats" and "bias" not in operands:
+        # Nothing is added: what the convolution wrote is the result.
+        outputs["y"] = out["y"].copy_(operands["raw"]) if out else operands["raw"]
+    start = plan_start(launch, arch_of(device))
+    begin(start, bind(start, launch, operands, outputs, start.workspace(device)), device)
+    for role in epilogues.IN_PLACE:
+        if role in strided:
+            strided[role].copy_(operands[role])
+        elif role in operands and not operands[role].is_inference():
+            torch.autograd.graph.increment_version(operands[role])
+    return outputs

@@ -1,0 +1,114 @@
+"""The two ends of a convolution as launches of their own, around a convolution that has none.
+
+For layers where the work on load costs more than writing its result once, and for PyTorch's own convolution. The functions are
+those the fused kernels call (prologues.py, gradients.py, epilogues.py); only who loads and stores differs. A program owns a
+strip of ``PIXELS`` pixels by ``CHANNELS`` channels, as in elementwise.py::
+
+    dz, y --GRADIENT--> dy      convolution      raw --EPILOGUE, ACTIVATION--> y      --AFTER--> statistics
+                                                 raw --EPILOGUE of dgrad--> dx        --> sums over the pixels
+"""
+
+import triton
+import triton.language as tl
+
+from .elementwise import strip_index
+from .epilogues import At, Index
+from .finish import Column, finish_sums
+from .numerics import rounded
+
+
+@triton.jit
+def strip_of(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+    """Where a program's strip lies (:class:`.epilogues.At`), and which it is (:class:`.epilogues.Index`)."""
+    strip, channel_tile, channel_tiles = strip_index(K, CHANNELS)
+    channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
+    start = strip
+    if WIDE:
+        start = start.to(tl.int64)
+    pixel = start * PIXELS + tl.arange(0, PIXELS)
+    exists = channels < K
+    inside = pixel < pixels
+    offsets = (pixel * K)[:, None] + channels[None, :]
+    at = At(pixel, channels, inside, exists, offsets, inside[:, None] & exists[None, :])
+    return at, Index(strip, tl.num_programs(0) // channel_tiles, channel_tile, channel_tiles)
+
+
+@triton.jit
+def output_gradient(
+    dz,
+    y,
+    dy,
+    pixels,
+    K,
+    COEFFICIENTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    gradient_args,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``dy = GRADIENT(dz, y)``; pointers to [pixels, K]."""
+    at, _ = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    gradient = tl.load(dz + at.offsets, mask=at.mask, other=0.0)
+    made = tl.load(y + at.offsets, mask=at.mask, other=0.0)
+    coefficients = COEFFICIENTS(at.filters, at.filters_inside, *gradient_args)
+    tl.store(dy + at.offsets, GRADIENT(gradient, made, None, coefficients), mask=at.mask)
+
+
+@triton.jit
+def conv_end(
+    raw,
+    y,
+    pixels,
+    K,
+    EPILOGUE: tl.constexpr,
+    epilogue_args,
+    ACTIVATION: tl.constexpr,
+    AFTER: tl.constexpr,
+    after_args,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw is left as it is."""
+    at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
+    z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args)), acc.dtype)
+    if y is not None:
+        tl.store(y + at.offsets, z, mask=at.mask)
+    if AFTER is not None:
+        AFTER(z.to(tl.float32), at, index, *after_args)
+
+
+@triton.jit
+def dgrad_end(
+    raw,
+    dx,
+    pixels,
+    K,
+    outputs,
+    group,
+    partials,
+    counters,
+    EPILOGUE: tl.constexpr,
+    epilogue_args,
+    RELU: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """What :func:`.dgrad.dgrad` does behind its main loop. ``K``: channels; ``group``: None where nothing is summed."""
+    at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
+    made, factor = EPILOGUE(acc.to(tl.float32), at, RELU, *epilogue_args)
+    stored = rounded(made, acc.dtype)
+    tl.store(dx + at.offsets, stored, mask=at.mask)
+    if group is not None:
+        stored = tl.where(at.mask, stored.to(tl.float32), 0.0)
+        own = counters + index.filter_tile * (tl.cdiv(index.pixel_tiles, group) + 1)
+        tiles = Column(partials, own, index.pixel_tile, index.pixel_tiles, group, at.filters, at.filters_inside, K)
+        if factor is None:
+            finish_sums(tiles, (tl.sum(stored, axis=0),), outputs)
+        else:
+            total = tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)
+            finish_sums(tiles, (tl.sum(stored, axis=0), total), outputs)
