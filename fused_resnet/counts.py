@@ -138,9 +138,9 @@ def _geometry(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, gr
     """Sizes of a 2-D convolution; None of another."""
     if x.dim() != 4 or w.dim() != 4:
         return None
-    pairs = (tuple(value) * (2 // len(value)) for value in (stride, padding, dilation))
     N, C, H, W = x.shape
-    return Geometry(N, H, W, C, w.shape[0], w.shape[2], w.shape[3], *pairs, groups)  # type: ignore[arg-type]
+    pairs = [(int(value[0]), int(value[-1])) for value in (stride, padding, dilation)]
+    return Geometry(N, H, W, C, w.shape[0], w.shape[2], w.shape[3], pairs[0], pairs[1], pairs[2], groups)
 
 
 def _convolution_gradients(place: str, args: Sequence[Any]) -> list[Kernel]:
@@ -149,14 +149,14 @@ def _convolution_gradients(place: str, args: Sequence[Any]) -> list[Kernel]:
     flops = 2 * (x if transposed else dy).numel() * w[0].numel()
     moved = _bytes(dy, x, w)
     wanted = ((dx, "dgrad", flops, moved), (dw, "wgrad", flops, moved), (db, "bgrad", 0, _bytes(dy) + _bytes(dy[0, :, 0, 0])))
-    g = None if transposed else _geometry(x, w, *args[4:7], args[9])
-    return [
-        Kernel(
-            place, f"convolution_backward: {name}", *work, convolution=(name, g) if g is not None and name != "bgrad" else None
-        )
-        for want, name, *work in wanted
-        if want
-    ]
+    g = None if transposed else _geometry(x, w, args[4], args[5], args[6], args[9])
+    sizes = {"dgrad": g, "wgrad": g}
+
+    def kernel(name: str, flops: int, moved: int) -> Kernel:
+        known = sizes.get(name)
+        return Kernel(place, f"convolution_backward: {name}", flops, moved, convolution=(name, known) if known else None)
+
+    return [kernel(name, work, moved) for want, name, work, moved in wanted if want]
 
 
 def _reread(name: str, args: Sequence[Any]) -> int:
@@ -191,7 +191,7 @@ class _Operators(TorchDispatchMode):
         moved = _bytes(*_tensors((args, kwargs)), *written)
         convolution = None
         if name == "convolution" and not args[6]:
-            g = _geometry(args[0], args[1], *args[3:6], args[8])
+            g = _geometry(args[0], args[1], args[3], args[4], args[5], args[8])
             convolution = None if g is None else ("conv", g)
         return [Kernel(place, name, _flops(function, args, kwargs, result), moved, False, _reread(name, args), convolution)]
 

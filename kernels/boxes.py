@@ -30,8 +30,8 @@ Loaders of filters, ``FILTERS(w, place, filters, step, sizes, TAPS, TILE) -> [K,
 ``flat``            pointers and masks over the flattened reduction index.
 ==================  ====================================================================================================
 
-``step`` is a :class:`Step`. Every lane that is masked is zero on *both* sides: a stray NaN times zero would still be NaN. The one exception, channels of
-another group under ``block_diagonal``, is what :func:`fused_resnet.kernels.conv.direct` is for.
+``step`` is a :class:`Step`. Every lane that is masked is zero on *both* sides: a stray NaN times zero would still be NaN. The
+one exception, channels of another group under ``block_diagonal``, is what :func:`fused_resnet.kernels.conv.direct` is for.
 """
 
 from dataclasses import dataclass
@@ -108,8 +108,8 @@ def lanes_of(place, sizes, TILE: tl.constexpr, WIDE: tl.constexpr):
 class Step(NamedTuple):
     """Where the main loop is: tap (r, s), first channel (counted from ``Place.c``), and how many steps lie behind.
 
-    The loop carries r, s and c along (:func:`next_tap`): divisions of a step's number cost twenty instructions a step (compiled,
-    sm_90, 3x3).
+    The loop carries r, s and c along (:func:`next_tap`): divisions of a step's number cost twenty instructions a step
+    (compiled, sm_90, 3x3).
     """
 
     r: Any

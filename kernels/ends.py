@@ -70,7 +70,7 @@ def conv_end(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw is left as it is."""
+    """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw stays."""
     at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
     z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args)), acc.dtype)

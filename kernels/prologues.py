@@ -4,8 +4,9 @@ A prologue is a function ``PROLOGUE(pixels, channels, inside, *prologue_args) ->
 
 * ``pixels [M, C]``: the loaded tile, zero wherever the tap falls into the padding or past the last channel;
 * ``channels [C]``: which channel each column is;
-* ``inside [M, 1]`` or ``[M, C]``: whether the tap falls into the image, or None where that need not be asked. A
-  prologue that does not map 0 to 0 must put the zeros of the padding back, since a convolution pads what it reads *after* the normalisation, not before.
+* ``inside [M, 1]`` or ``[M, C]``: whether the tap falls into the image, or None where that need not be asked. A prologue that
+  does not map 0 to 0 must put the zeros of the padding back, since a convolution pads what it reads *after* the
+  normalisation, not before.
 
 To add one: a function here, a row in :data:`PROLOGUES`, its twin in the reference executor.
 """

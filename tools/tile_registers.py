@@ -1,4 +1,4 @@
-"""Compiles every kind of launch with every shape of tile, and writes registers and spills to fused_resnet/tuning/registers.json.
+"""Compiles every kind of launch with every shape of tile; writes registers and spills to fused_resnet/tuning/registers.json.
 
 ``python tools/tile_registers.py [sm_90 ...]``: some architectures, all by default; about ten minutes each on a core.
 """
@@ -39,11 +39,10 @@ def _launch(kind: str, g: Geometry, prologue: str, gradient: str, epilogue: str)
         outputs += ["mean", "invstd"]
     if epilogue == "bn_mask":
         outputs += ["sum_previous", "dot_previous"]
-    named = (tuple((role, role) for role in names) for names in (roles, outputs))
-    return Launch(
-        kind, "layer", g, torch.bfloat16, *named, prologue=prologue, gradient=gradient, epilogue=epilogue,
-        activation="identity" if epilogue in ("stats", "store") else "relu", eps=1e-5, momentum=0.1,
-    )  # fmt: skip
+    operands, made = (tuple((role, role) for role in names) for names in (roles, outputs))
+    relu = "identity" if epilogue in ("stats", "store") else "relu"
+    launch = Launch(kind, "layer", g, torch.bfloat16, operands, made, eps=1e-5, momentum=0.1)
+    return replace(launch, prologue=prologue, gradient=gradient, epilogue=epilogue, activation=relu)
 
 
 LAUNCHES = [

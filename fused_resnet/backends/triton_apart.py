@@ -192,12 +192,13 @@ def _strip(launch: Launch, operands: Mapping[str, Tensor], out: Mapping[str, Ten
     g = launch.geometry
     assert isinstance(g, Geometry)
     if out is None:
-        maps = ("y", "dx", "dy")
-        like = {"device": device, "memory_format": torch.channels_last}
-        outputs = {
-            role: torch.empty(g.y_shape, dtype=launch.dtype, **like) if role in maps else torch.empty(g.K, device=device)
-            for role, _ in launch.outputs
-        }
+
+        def new(role: str) -> Tensor:
+            if role not in ("y", "dx", "dy"):
+                return torch.empty(g.K, dtype=torch.float32, device=device)
+            return torch.empty(g.y_shape, dtype=launch.dtype, device=device, memory_format=torch.channels_last)
+
+        outputs = {role: new(role) for role, _ in launch.outputs}
     else:
         outputs = dict(out)
     # What a kernel writes in place has to lie densely.

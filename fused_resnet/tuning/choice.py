@@ -170,8 +170,8 @@ def eager_seconds(kernel: Kernel, device: Device, dtype: torch.dtype, tf32: bool
 @lru_cache(maxsize=4096)
 def _plain_convolution(kind: str, g: Geometry, dtype: torch.dtype, moved: int, device: Device, tf32: bool) -> float:
     roles = {"conv": (("x", "w"), ("y",)), "dgrad": (("dz", "w"), ("dx",)), "wgrad": (("dz", "x"), ("dw",))}[kind]
-    named = (tuple((role, role) for role in names) for names in roles)
-    launch = Launch(kind, "eager", g, dtype, *named, sizes=(("all", moved),))
+    operands, outputs = (tuple((role, role) for role in names) for names in roles)
+    launch = Launch(kind, "eager", g, dtype, operands, outputs, sizes=(("all", moved),))
     if kind == "conv":
         launch = replace(launch, epilogue="affine")  # the kind that is compiled; its vectors cost next to nothing
     return ranked(launch, device, tf32)[0][0]

@@ -110,7 +110,7 @@ def resident(limit: Limits, registers: int, shared: int, num_warps: int) -> tupl
 
 
 def expected_registers(launch: Launch, tile: Tile, arch: str) -> int:
-    """Registers a thread before anything is compiled: the accumulators and what compiled tiles of the same kind needed besides."""
+    """Registers a thread before anything is compiled: accumulators, and what compiled tiles of the kind needed besides."""
     size = tile.filters * tile.channels if launch.kind == "wgrad" else tile_area(launch, tile)
     accumulators = size // (32 * tile.num_warps)
     ends = launch.prologue != "identity" or launch.gradient != "identity"
@@ -183,14 +183,14 @@ def _product(launch: Launch, tile: Tile) -> _Work:
         classes = prod(g.stride)
         rows, columns = (ceil(n / s) for n, s in zip((g.H, g.W), g.stride, strict=True))
         extents = extents if pointwise else (g.N, rows, columns)
-        steps = (
+        walked = (
             g.R * g.S / classes * _chunks(Geometry(g.N, g.H, g.W, g.K, g.C, 1, 1, groups=g.groups), tile.filters, tile.channels)
         )
         tiles = classes * _covered(extents, box) * ceil(g.C / tile.channels)
         reads = 1 + ("dshortcut" in launch.roles) + (launch.epilogue in ("mask", "bn_mask"))
         return _Work(
             tiles * tile.splits,
-            steps / tile.splits,
+            walked / tile.splits,
             2 * M * tile.filters * tile.channels,
             (M * (1 + reads_y) + tile.channels) * tile.filters * size,
             M * tile.filters * on_load,
@@ -200,8 +200,8 @@ def _product(launch: Launch, tile: Tile) -> _Work:
             min(M, tile.channels),
         )
     flat = g.groups == 1 and g.C * size % 16 != 0
-    taps = ceil(g.R * g.S * g.C / tile.channels) if flat else g.R * g.S * _chunks(g, tile.channels, tile.filters)
-    tiles = ceil(g.K / tile.filters) * taps
+    columns = ceil(g.R * g.S * g.C / tile.channels) if flat else g.R * g.S * _chunks(g, tile.channels, tile.filters)
+    tiles = ceil(g.K / tile.filters) * columns
     boxes = _covered(extents, box)
     on_load = tile.channels * (_ON_LOAD[launch.prologue] + (8 if flat else 0)) + tile.filters * _ON_LOAD[launch.gradient]
     partials = tiles * tile.filters * tile.channels * 4 * tile.splits if tile.splits > 1 else 0
@@ -246,7 +246,7 @@ def predict(
     shared: int | None = None,
     tf32: bool = False,
 ) -> Prediction:
-    """What ``launch`` should take with ``tile`` on ``device``; ``registers`` and ``shared`` from a compile, if there was one."""
+    """What ``launch`` should take with ``tile`` on ``device``; ``registers``, ``shared``: of a compile, if there was one."""
     from .tile import Tile
 
     limit = limits(device.arch)
