@@ -27,8 +27,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import Geometry, Launch
 from ..tuning import Tile
-from .triton import GRADIENTS, bind, plan_start
 from ..tuning.tile import Strip
+from .triton import GRADIENTS, bind, plan_start
 from .triton_start import Start, outputs_of
 
 _DTYPES = {

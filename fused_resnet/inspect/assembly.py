@@ -307,8 +307,8 @@ def _name(opcode: str) -> str:
 def _form(instruction: Instruction) -> str:
     """Where a matrix instruction takes its operands from.
 
-    SASS writes ``HGMMA R24, gdesc[UR8], R24`` where one register names both tiles in shared memory, and with the first operand in
-    registers ``HGMMA R24, R92, gdesc[UR8], R24``. ``UTCHMMA`` lists the operands first, the accumulator after them.
+    SASS writes ``HGMMA R24, gdesc[UR8], R24`` where one register names both tiles in shared memory, and with the first operand
+    in registers ``HGMMA R24, R92, gdesc[UR8], R24``. ``UTCHMMA`` lists the operands first, the accumulator after them.
     """
     operands = [operand.strip() for operand in instruction.operands.split(",")]
     if instruction.root.startswith("UTC"):
