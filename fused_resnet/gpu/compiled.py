@@ -1,4 +1,4 @@
-"""Stage ``compiled``: torch.compile joins the cells that matter most, as long as there is time; it comes last, for it is slow."""
+"""Stage ``compiled``: torch.compile joins the cells that matter most; it comes last, for it is slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(stage: Stage) -> None:
 
     def row(entry: tuple[Cell, str]) -> Row:
         cell, mode = entry
-        made = compared(cell, [CHANNELS_LAST, compiled_name(mode), FUSED], stage)
+        made = compared(cell, [CHANNELS_LAST, compiled_name(mode), FUSED], stage, check=False)
         problem = made["problems"].get(compiled_name(mode))
         return {**made, "compiled": mode, **({"status": "skipped", "error": problem} if problem else {})}
 

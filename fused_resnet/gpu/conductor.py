@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..tuning import measured
 from . import budget, summary
 from .results import NAME, Results, empty, failures, write
 from .stage import POISONED
 
 #: A stage that adds nothing for so long hangs; models are built, compiled and captured in one row.
-QUIET = {"machine": 90.0, "correct": 90.0, "launches": 60.0, "tuning": 60.0, "models": 120.0, "profile": 90.0, "compiled": 600.0}
+QUIET = {
+    "machine": 90.0,
+    "correct": 90.0,
+    "launches": 60.0,
+    "tuning": 60.0,
+    "models": 120.0,
+    "profile": 90.0,
+    "compiled": 600.0,
+}
 #: How often a stage is started anew behind a row that took its process with it.
 RESTARTS = 6
 #: Log lines kept, in bytes.
@@ -26,6 +37,7 @@ LOG = 4 << 20
 
 SUMMARY = "summary.md"
 LOGS = "log.txt"
+TABLE = "tuning.json"
 
 
 @dataclass
@@ -38,6 +50,7 @@ class Run:
         dry: through the interpreter.
         stages: those wanted.
         resume: go on behind what the folder holds.
+        wanted: what to look at instead of the usual, see :func:`.scope.narrowed`.
     """
 
     folder: Path
@@ -45,9 +58,11 @@ class Run:
     dry: bool
     stages: Sequence[str] = budget.STAGES
     resume: bool = False
+    wanted: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
+        self.cache = tempfile.TemporaryDirectory(prefix="fused-resnet-")
         path = self.folder / NAME
         if self.resume and path.exists():
             self.results = Results.open(path)
@@ -58,6 +73,12 @@ class Run:
         else:
             self.results = Results(path, empty(not self.dry, datetime.now(timezone.utc).isoformat(timespec="seconds")))
         self.before = float(self.results.data["seconds"])
+        self.results.data.update({"wanted": self.wanted} if self.wanted else {})
+        gpu = self.results.data["machine"].get("gpu")
+        if gpu and (self.folder / TABLE).exists():  # of the run that is gone on with
+            target = Path(self.cache.name, "fused_resnet", "tuning", f"{measured.slug(gpu)}.json")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / TABLE, target)
 
     def left(self) -> float:
         """Seconds left for all."""
@@ -76,6 +97,7 @@ class Run:
             return 130
         finally:
             signal.signal(signal.SIGTERM, previous)
+            self.cache.cleanup()
             self._write_summary()
             print("\n".join(summary.lines(self.results.data)), flush=True)
         return 1 if failures(self.results.data) else 0
@@ -129,7 +151,16 @@ class Run:
     def _process(self, name: str, ends: float) -> tuple[int, str]:
         """Start the stage and wait for it; its exit code, and why it is not 0."""
         seconds = max(1.0, ends - time.monotonic())
-        command = [sys.executable, "-m", "fused_resnet.gpu.stage", name, "--out", str(self.folder), "--seconds", f"{seconds:.1f}"]
+        command = [
+            sys.executable,
+            "-m",
+            "fused_resnet.gpu.stage",
+            name,
+            "--out",
+            str(self.folder),
+            "--seconds",
+            f"{seconds:.1f}",
+        ]
         log = self.folder / LOGS
         with log.open("ab") as output:
             start = output.tell()
@@ -137,7 +168,7 @@ class Run:
                 [*command, *["--dry-run"] * self.dry],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(self.dry, self.folder),
+                env=environment(self.dry, Path(self.cache.name)),
                 preexec_fn=os.setpgrp if os.name == "posix" else None,  # so that all it starts can be stopped with it
             )
             try:
@@ -167,13 +198,17 @@ class Run:
                 return f"no answer for {quiet:.0f} s"
 
 
-def environment(dry: bool, folder: Path) -> dict[str, str]:
-    """Of a stage: the checkout on the path, the interpreter in a dry run only, no settings of the person who runs it."""
+def environment(dry: bool, cache: Path) -> dict[str, str]:
+    """Of a stage: the checkout on the path, the interpreter in a dry run only, no settings of the person who runs it.
+
+    ``cache`` stands for the user's cache folder, so that the user's own measured choices do not decide what is timed, and those
+    of this run's tuning do.
+    """
     own = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FUSED_RESNET_BACKEND")}
     root = str(Path(__file__).resolve().parents[2])
     own["PYTHONPATH"] = os.pathsep.join(filter(None, (root, own.get("PYTHONPATH", ""))))
     own["PYTHONUNBUFFERED"] = "1"
-    own["FUSED_RESNET_TUNING"] = str(folder / "tuning.json")
+    own["XDG_CACHE_HOME"] = str(cache)
     if dry:
         own.update(TRITON_INTERPRET="1", FUSED_RESNET_BACKEND="triton")
     return own
@@ -222,4 +257,3 @@ def machine_differs(data: dict[str, Any], gpu: str, torch_version: str) -> str |
         if theirs is not None and theirs != mine:
             return f"{what} {theirs} there, {mine} here"
     return None
-

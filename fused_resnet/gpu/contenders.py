@@ -44,9 +44,13 @@ class Contender:
         self.module: Any = module
         if name.startswith(COMPILED):
             torch._dynamo.reset()
-            mode = name.removeprefix(COMPILED).strip() or "default"
-            # max-autotune would capture graphs of its own; here graphs are captured for all contenders alike, or for none
-            self.module = torch.compile(module, mode="max-autotune-no-cudagraphs" if mode == "max-autotune" else mode)
+            mode = name.removeprefix(COMPILED).strip()
+            if device.type != "cuda":  # the dry run is not about compilers
+                self.module = torch.compile(module, backend="eager")
+            elif mode:  # max-autotune would capture graphs of its own; here they are captured for all contenders, or for none
+                self.module = torch.compile(module, mode=f"{mode}-no-cudagraphs")
+            else:
+                self.module = torch.compile(module)
         self.inputs: Iterator[Tensor] = measure.rotation(
             lambda: networks.images(cell.batch, size, device, stored, layout == torch.channels_last), device
         )

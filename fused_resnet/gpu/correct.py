@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from ..launch import Launch
+from ..network import Use
 from . import networks, operands, suite
 from .results import Row, finite
 from .scope import Scope
 from .stage import Stage
-from .warm import Item, Warm
+from .warm import Warm
 
 #: Parts of the stage's time: a check of its own waits for its kernel, the tests and the sanitizer come behind.
 CHECKS, TESTS = 0.5, 0.85
@@ -41,7 +43,7 @@ def arch_of(device: torch.device) -> str | None:
     return of(device)
 
 
-def checked(scope: Scope) -> Iterator[tuple[str, networks.Use]]:
+def checked(scope: Scope) -> Iterator[tuple[str, Use]]:
     """Every launch that is checked, with the network's name and mode; each signature once. bf16, then a few of fp32."""
     seen: set[str] = set()
     for dtype, part in ((torch.bfloat16, (*scope.layers, *scope.checked)), (torch.float32, scope.layers)):
@@ -55,11 +57,11 @@ def checked(scope: Scope) -> Iterator[tuple[str, networks.Use]]:
                     yield f"{network} {mode}", use
 
 
-def later(scope: Scope) -> Iterator[Item]:
+def later(scope: Scope) -> Iterator[Launch]:
     """What the models will launch, in their order."""
     for cell in scope.cells:
         for use in networks.uses(cell.network, cell.batch, scope.size, torch.bfloat16, cell.mode):
-            yield (use.launch, None, False)
+            yield use.launch
 
 
 def run(stage: Stage) -> None:
@@ -68,20 +70,17 @@ def run(stage: Stage) -> None:
     ends = stage.ends
     with Warm(arch_of(stage.device)) as warm:
         entries = list(checked(stage.scope))
-        timed = [(use.launch, None, False) for _, use in entries if use.launch.dtype != torch.float32]
-        warm.add(timed)
-        warm.add((use.launch, None, tf32) for _, use in entries if use.launch.dtype == torch.float32 for tf32 in (False,))
+        gpu = stage.results.data["machine"].get("gpu") or ""
+        warm.add_chosen([use.launch for _, use in entries], gpu)
         if arch_of(stage.device):
-            warm.add(later(stage.scope))
+            warm.add_chosen(later(stage.scope), gpu)
         stage.ends = ends - whole * (1 - CHECKS)
         seed = secrets.randbelow(1 << 31)
         stage.note(f"operands are seeded with {seed}")
 
-        def check(entry: tuple[str, networks.Use]) -> Row:
+        def check(entry: tuple[str, Use]) -> Row:
             where, use = entry
-            error = warm.wait((use.launch, None, False), min(PATIENCE, stage.left()))
-            if error:
-                return {"status": "failed", "error": error, "where": where}
+            warm.wait_chosen(use.launch, gpu, min(PATIENCE, stage.left()))
             return {"where": where, "layers": list(use.layers), **_check(use, stage.device, seed)}
 
         stage.each("checks", entries, lambda entry: entry[1].launch.signature, check)
@@ -94,7 +93,7 @@ def run(stage: Stage) -> None:
             stage.note(f"{left} of {len(warm.waiting)} launches were not compiled ahead")
 
 
-def _check(use: networks.Use, device: torch.device, seed: int) -> Row:
+def _check(use: Use, device: torch.device, seed: int) -> Row:
     launch = use.launch
     given = operands.random_operands(launch, device, seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -139,7 +138,9 @@ def _sanitizer(stage: Stage) -> None:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         if done.returncode == 0:
             return {"status": "ok", "kind": "sanitizer", "error": None}
-        problem = next((line for line in lines if "=========" in line and "COMPUTE-SANITIZER" not in line), lines[-1] if lines else "")
+        problem = next(
+            (line for line in lines if "=========" in line and "COMPUTE-SANITIZER" not in line), lines[-1] if lines else ""
+        )
         if "not supported" in " ".join(lines).lower():
             return {"status": "skipped", "kind": "sanitizer", "error": problem[:300]}
         return {"status": "wrong" if done.returncode == 9 else "failed", "kind": "sanitizer", "error": problem[:300]}

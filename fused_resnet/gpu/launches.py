@@ -1,12 +1,13 @@
-"""Stage ``launches``: every launch of ResNet-50 by itself: its time, its part of the roofline, and cuDNN's convolution beside it."""
+"""Stage ``launches``: every launch of ResNet-50 by itself, its part of the roofline, cuDNN's convolution beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from ..network import Use
 from . import networks, operands
 from .machine import roofline_seconds
 from .results import Results, Row, Time
@@ -16,7 +17,7 @@ from .timing import Call, interleaved, rotating, touched
 FUSED, VENDOR = "fused", "convolution of PyTorch"
 
 
-def timed(stage: Stage) -> list[tuple[str, networks.Use]]:
+def timed(stage: Stage) -> list[tuple[str, Use]]:
     """The launches of the scope's networks, with network and mode."""
     scope = stage.scope
     found = []
@@ -26,7 +27,7 @@ def timed(stage: Stage) -> list[tuple[str, networks.Use]]:
     return found
 
 
-def key_of(entry: tuple[str, networks.Use]) -> str:
+def key_of(entry: tuple[str, Use]) -> str:
     """Network, mode and signature: a launch that two networks share has a row in each."""
     return f"{entry[0]}: {entry[1].launch.signature}"
 
@@ -35,15 +36,24 @@ def run(stage: Stage) -> None:
     """A row for each."""
     torch.backends.cudnn.benchmark = True  # the vendor's best algorithm
 
-    def row(entry: tuple[str, networks.Use]) -> Row:
+    def row(entry: tuple[str, Use]) -> Row:
         where, use = entry
         times = times_of(use, stage)
         return {"status": "ok", "where": where, **facts(use, stage.results), "measured": not stage.dry, "times": times}
 
-    stage.each("launches", timed(stage), key_of, row)
+    entries = timed(stage)
+    stage.each("launches", one_of_each(entries) if stage.dry else entries, key_of, row)
 
 
-def facts(use: networks.Use, results: Results) -> dict[str, Any]:
+def one_of_each(entries: Iterable[tuple[str, Use]]) -> list[tuple[str, Use]]:
+    """The first launch of each kind: all that the dry run takes the time for."""
+    first: dict[str, tuple[str, Use]] = {}
+    for entry in entries:
+        first.setdefault(entry[1].launch.kind, entry)
+    return list(first.values())
+
+
+def facts(use: Use, results: Results) -> dict[str, Any]:
     """What is known of a launch without timing it."""
     launch = use.launch
     return {
@@ -57,8 +67,8 @@ def facts(use: networks.Use, results: Results) -> dict[str, Any]:
     }
 
 
-def times_of(use: networks.Use, stage: Stage, more: dict[str, Callable[[operands.Operands], Call]] | None = None) -> dict[str, Time | None]:
-    """The launch and PyTorch's convolution, interleaved; ``more`` makes further contenders of operands."""
+def times_of(use: Use, stage: Stage) -> dict[str, Time | None]:
+    """The launch as it is chosen, and PyTorch's convolution, interleaved."""
     from ..backends import triton
 
     launch, device = use.launch, stage.device
@@ -81,7 +91,5 @@ def times_of(use: networks.Use, stage: Stage, more: dict[str, Callable[[operands
     contenders = {FUSED: rotating(fused, moved, device)}
     if launch.kind in ("conv", "dgrad", "wgrad"):
         contenders[VENDOR] = rotating(vendor, moved, device)
-    for name, make in (more or {}).items():
-        contenders[name] = rotating(lambda number, make=make: make(given(number)), moved, device)  # type: ignore[misc]
     with torch.no_grad():
         return interleaved(contenders, device)

@@ -128,7 +128,7 @@ def rate(data: dict[str, Any], name: str) -> float | None:
 
 
 def roofline_seconds(data: dict[str, Any], flops: int, moved: int, dtype: torch.dtype) -> float | None:
-    """The time of work that reaches the measured ceilings: the larger of its FLOPs' and its bytes'; None if they are not known."""
+    """Time at the measured ceilings: the larger of the FLOPs' and the bytes'; None if they are not known."""
     product = {torch.bfloat16: "bf16 product", torch.float16: "fp16 product"}.get(dtype, "fp32 product")
     bandwidth, matrix = rate(data, "copy"), rate(data, product)
     if not bandwidth or not matrix:

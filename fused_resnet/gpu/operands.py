@@ -88,36 +88,34 @@ def copies(operands: Operands) -> Operands:
 
 def poisoned_outputs(launch: Launch, device: torch.device) -> Operands:
     """Outputs full of NaN (of 255 for bytes): what a kernel does not write shows."""
-    from ..backends import triton_gradients, triton_start
+    from ..backends import triton, triton_gradients, triton_start
 
-    new = triton_gradients.new_outputs if launch.kind in triton_gradients_kinds() else triton_start.outputs_of
+    new = triton_gradients.new_outputs if launch.kind in triton.GRADIENTS else triton_start.outputs_of
     outputs: Operands = new(launch, device)
     for tensor in outputs.values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     return outputs
 
 
-def triton_gradients_kinds() -> tuple[str, ...]:
-    """Kinds whose executor is :mod:`fused_resnet.backends.triton_gradients`."""
-    from ..backends import triton
-
-    return triton.GRADIENTS
-
-
-def run(launch: Launch, operands: Operands, tile: Any = None) -> Operands:
+def run(launch: Launch, operands: Operands, tile: Any = None, how: str | None = None) -> Operands:
     """What Triton makes of it, in poisoned memory: outputs by role, and what was updated in place."""
     from ..backends import triton
 
     given = copies(operands)
     outputs = poisoned_outputs(launch, next(iter(operands.values())).device)
-    triton.run(launch, given, tile=tile, out=outputs)
+    with torch.no_grad():
+        made = triton.run(launch, given, tile=tile, out=outputs, how=how)
+    results = made if isinstance(made, tuple) else (made,)
+    outputs = {role: result for (role, _), result in zip(launch.outputs, results, strict=True)}
     return {**outputs, **{role: given[role] for role in IN_PLACE if role in given}}
 
 
 def truth(launch: Launch, operands: Operands) -> Operands:
-    """What the reference executor makes of it: fp32 in float64, fp16 and bf16 in fp32 with the kernels' roundings, never tf32."""
+    """What the reference executor makes of it: of fp32 in float64, of 16 bits in fp32 with the kernels' roundings."""
     exact = launch.dtype == torch.float32
-    given = {role: tensor.double() if exact and tensor.is_floating_point() else tensor for role, tensor in copies(operands).items()}
+    given = {
+        role: tensor.double() if exact and tensor.is_floating_point() else tensor for role, tensor in copies(operands).items()
+    }
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.no_grad():
         made = reference.run(replace(launch, dtype=torch.float64) if exact else launch, given)
     results = made if isinstance(made, tuple) else (made,)
@@ -176,7 +174,9 @@ def tolerance(launch: Launch) -> float:
     if isinstance(g, Geometry):
         length = max(length, g.R * g.S * (g.C // g.groups), g.R * g.S * (g.K // g.groups))
     rounding = torch.finfo(launch.dtype).eps
-    return 8 * torch.finfo(torch.float32).eps * max(length, 16) ** 0.5 + (rounding if launch.dtype.itemsize < 4 else rounding / 2)
+    return 8 * torch.finfo(torch.float32).eps * max(length, 16) ** 0.5 + (
+        rounding if launch.dtype.itemsize < 4 else rounding / 2
+    )
 
 
 def _difference(made: Tensor, expected: Tensor) -> tuple[Tensor, float]:

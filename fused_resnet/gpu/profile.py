@@ -73,8 +73,9 @@ def run(stage: Stage) -> None:
 
     def row(name: str) -> Row:
         cell = stage.scope.profiled
-        contender = Contender(name, eager_model(cell.network, stage.device, stage.scope.size), cell, stage.scope.size, stage.device)
-        contender()
+        contender = Contender(
+            name, eager_model(cell.network, stage.device, stage.scope.size), cell, stage.scope.size, stage.device
+        )
         if stage.dry:
             with count_launches() as log:
                 contender()

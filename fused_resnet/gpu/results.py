@@ -1,7 +1,7 @@
 """The results of a run: one JSON file, written anew, whole, after every row. docs/gpu.md describes it for readers.
 
-Every part is a list of rows; a row has a ``key``, unique in its part, and a ``status``. A time is a :class:`Time`, or null where
-nothing was measured; a file whose ``measured`` is false (``--dry-run``) has no times at all, and :func:`check` holds it to that.
+Every part is a list of rows; a row has a ``key``, unique in its part, and a ``status``. A time is a :class:`Time`, or null
+where nothing was measured; a file whose ``measured`` is false (``--dry-run``) has no times, and :func:`check` holds it to that.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 #: The network that only the dry run has: a stem and a block, so small that the interpreter can run it.
 TOY = "toy"
@@ -115,7 +117,15 @@ def toy() -> Scope:
         layers=((TOY, "infer"), (TOY, "train")),
         checked=(),
         batch=2,
-        cells=(train, infer, replace(infer, graph=True)),
+        cells=(train, replace(infer, graph=True)),
         compiled=((infer, "default"),),
         candidates=2,
     )
+
+
+def narrowed(scope: Scope, wanted: Mapping[str, Any]) -> Scope:
+    """The scope with what a user asked for in its place: networks with modes, a batch, a size, a number of candidates."""
+    fields = {name: wanted[name] for name in ("batch", "size", "candidates") if wanted.get(name)}
+    if wanted.get("layers"):
+        fields["layers"] = tuple((network, mode) for network, mode in wanted["layers"])
+    return replace(scope, **fields)

@@ -139,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
         scope = scopes.full(torch.cuda.get_device_properties(device).total_memory)
+    wanted = results.data.get("wanted", {})
+    scope = scopes.narrowed(scope, wanted)
     stage = Stage(arguments.name, results, scope, device, began + arguments.seconds)
     module: Any = importlib.import_module(f"fused_resnet.gpu.{arguments.name}")
     try:

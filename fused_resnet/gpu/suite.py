@@ -65,7 +65,6 @@ def _pytest(stage: Stage, root: Path, log: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fused_resnet.gpu.recorder", *files]
     command += ["-m", "not slow", *_optional(stage.dry)]
     environment = {**os.environ, "FUSED_RESNET_TEST_LOG": str(log), "FUSED_RESNET_TEST_END": str(time.time() + 0.9 * seconds)}
-    environment.pop("FUSED_RESNET_TUNING", None)
     with subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:

@@ -29,7 +29,12 @@ def summed(samples: Sequence[float]) -> Time:
     """Median and quartiles."""
     ordered = sorted(samples)
     low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else (ordered[0],) * 3
-    return {"median": statistics.median(ordered), "low": max(low, ordered[0]), "high": min(high, ordered[-1]), "rounds": len(ordered)}
+    return {
+        "median": statistics.median(ordered),
+        "low": max(low, ordered[0]),
+        "high": min(high, ordered[-1]),
+        "rounds": len(ordered),
+    }
 
 
 def rotating(make: Callable[[int], Call], moved: int, device: torch.device) -> Call:
@@ -104,7 +109,7 @@ def _cycles(seconds: float) -> int:
 def _sample(call: Call, calls: int, cycles: int) -> float:
     """Seconds of one call."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(cycles)
     start.record()
     for _ in range(calls):
         call()

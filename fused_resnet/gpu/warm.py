@@ -59,9 +59,7 @@ def compile_one(item: Item, arch: str) -> tuple[float, str]:
     launch, tile, tf32 = item
     try:
         start, arguments = _start_of(launch, arch, tile, tf32, torch.float32)
-        start.kernel.warmup(
-            grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages
-        )
+        start.kernel.warmup(grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages)
     except Exception as error:
         text = [line.strip() for line in str(error).splitlines() if line.strip()]
         return time.perf_counter() - began, f"{type(error).__name__}: {text[0] if text else ''}"[:300]
@@ -70,7 +68,7 @@ def compile_one(item: Item, arch: str) -> tuple[float, str]:
 
 @dataclass
 class Warm:
-    """The workers and what they were given. With ``arch`` None (the interpreter) there is nothing to do, and nothing is done."""
+    """The workers and what they were given. With ``arch`` None (the interpreter) there is nothing to do."""
 
     arch: str | None
     workers: int = 0
@@ -98,6 +96,28 @@ class Warm:
         for item in items:
             if item not in self.waiting:
                 self.waiting[item] = self.pool.submit(compile_one, item, self.arch)
+
+    def add_chosen(self, launches: Iterable[Launch], gpu: str) -> None:
+        """Compile what these launches will run, as it is chosen for them; pieces that take little to compile are left."""
+        for launch in launches:
+            self.add(self._chosen(launch, gpu))
+
+    def wait_chosen(self, launch: Launch, gpu: str, seconds: float) -> None:
+        """Wait for what a launch will run. An error comes again where it is launched."""
+        for item in self._chosen(launch, gpu):
+            self.wait(item, seconds)
+
+    def _chosen(self, launch: Launch, gpu: str) -> list[Item]:
+        from ..tuning.choice import choose
+        from ..tuning.pieces import pieces
+
+        if self.arch is None:
+            return []
+        choice = choose(launch, self.arch, gpu=gpu)
+        parts = pieces(launch, choice.how) if choice.how == "apart" else None
+        if parts is not None:
+            return [(parts.core, choice.tile, False)]
+        return [(launch, choice.tile, False)] if choice.how == "fused" else []
 
     def wait(self, item: Item, seconds: float) -> str:
         """Wait for one of them; the compiler's error, or nothing. What is late is compiled by whoever launches it."""

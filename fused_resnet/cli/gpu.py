@@ -1,0 +1,86 @@
+"""``fused-resnet gpu``: everything that one GPU can tell in some minutes, into one folder."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..gpu.budget import STAGES
+from .arguments import CommandError, positive
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    text = "check, time, tune and profile everything on this machine's GPU"
+    parser = commands.add_parser("gpu", help=text, description=f"{text.capitalize()}; docs/gpu.md describes what it writes.")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for results.json, tuning.json, summary.md"
+    )
+    parser.add_argument("--minutes", type=positive, default=9.0, metavar="M", help="time for all stages together (9)")
+    parser.add_argument("--stages", type=stages, default=",".join(STAGES), metavar="A,B", help=f"some of {', '.join(STAGES)}")
+    parser.add_argument("--resume", action="store_true", help="go on behind what the folder holds")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="no GPU: every stage through the interpreter, nothing is measured"
+    )
+    parser.set_defaults(run=run)
+
+
+def stages(text: str) -> list[str]:
+    """Names of stages, separated by commas, in the order in which they run."""
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in STAGES:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(STAGES)}, got {name!r}")
+    return [name for name in STAGES if name in names]
+
+
+def need_gpu(command: str, dry: bool) -> str:
+    """The GPU's name; empty in a dry run.
+
+    Raises:
+        CommandError: there is none.
+    """
+    if dry:
+        return ""
+    if not torch.cuda.is_available():
+        raise CommandError(f"{command}: PyTorch sees no GPU here; --dry-run walks through every stage without one")
+    return torch.cuda.get_device_name(0)
+
+
+def writable(folder: Path) -> None:
+    """Make sure that a folder is there and takes files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the stages."""
+    from ..gpu.conductor import Run, machine_differs
+    from ..gpu.results import NAME, ResultsError, load
+
+    gpu = need_gpu("gpu", arguments.dry_run)
+    writable(arguments.out)
+    path = arguments.out / NAME
+    if path.exists():
+        if not arguments.resume:
+            raise CommandError(f"{path} is there already: --resume goes on behind it, another --out starts anew")
+        try:
+            data = load(path)
+        except ResultsError as error:
+            raise CommandError(str(error)) from error
+        if data["measured"] == arguments.dry_run:
+            raise CommandError(
+                f"{path} is {'measured' if data['measured'] else 'of a dry run'}: it cannot be gone on with here"
+            )
+        reason = machine_differs(data, gpu, torch.__version__) if gpu else None
+        if reason:
+            raise CommandError(f"{path} was measured elsewhere: {reason}")
+    return Run(arguments.out, 60 * arguments.minutes, arguments.dry_run, arguments.stages, arguments.resume)()
