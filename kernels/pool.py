@@ -161,8 +161,9 @@ def max_pool_backward(
         if x_bn is not None:
             value = tl.load(x + offsets, mask=mask, other=0.0)
             if RELU:
-                # Rounded, as what was pooled; a NaN lets the gradient pass.
-                a = rounded(batch_norm(value, channels, exists, None, *x_bn), value.dtype).to(tl.float32)
+                # Rounded, as what was pooled; a NaN lets the gradient pass. In fp32: the form for 16 bits spills here (sm_90).
+                z = batch_norm(value.to(tl.float32), channels, exists, None, *x_bn)
+                a = rounded(z, value.dtype).to(tl.float32)
                 gradient = tl.where(a <= 0, 0.0, gradient)
         gradient = rounded(gradient, dx.dtype.element_ty)
         tl.store(dx + offsets, gradient, mask=mask)

@@ -99,7 +99,8 @@ def run(
     """
     device = next(iter(operands.values())).device
     if how is None:
-        how = "fused" if tile is not None else _how(launch, device, shared)
+        empty = not all(tensor.numel() for tensor in operands.values())
+        how = "fused" if tile is not None or empty else _how(launch, device, shared)
     if how != "fused":
         from . import triton_apart
 
