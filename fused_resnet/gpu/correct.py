@@ -20,6 +20,7 @@ import torch
 
 from ..launch import Launch
 from ..network import Use
+from ..tuning.choice import choose
 from . import networks, operands, suite
 from .results import Row, finite
 from .scope import Scope
@@ -60,8 +61,9 @@ def checked(scope: Scope) -> Iterator[tuple[str, Use]]:
 def later(scope: Scope) -> Iterator[Launch]:
     """What the models will launch, in their order."""
     for cell in scope.cells:
-        for use in networks.uses(cell.network, cell.batch, scope.size, torch.bfloat16, cell.mode):
-            yield use.launch
+        for memory in ("default", "low")[: 2 if cell.mode == "train" else 1]:
+            for use in networks.uses(cell.network, cell.batch, scope.size, torch.bfloat16, cell.mode, memory):
+                yield use.launch
 
 
 def run(stage: Stage) -> None:
@@ -81,7 +83,7 @@ def run(stage: Stage) -> None:
         def check(entry: tuple[str, Use]) -> Row:
             where, use = entry
             warm.wait_chosen(use.launch, gpu, min(PATIENCE, stage.left()))
-            return {"where": where, "layers": list(use.layers), **_check(use, stage.device, seed)}
+            return {"where": where, "layers": list(use.layers), **_check(use, stage.device, seed, gpu)}
 
         stage.each("checks", entries, lambda entry: entry[1].launch.signature, check)
         stage.ends = ends - whole * (1 - TESTS)
@@ -93,17 +95,21 @@ def run(stage: Stage) -> None:
             stage.note(f"{left} of {len(warm.waiting)} launches were not compiled ahead")
 
 
-def _check(use: Use, device: torch.device, seed: int) -> Row:
+def _check(use: Use, device: torch.device, seed: int, gpu: str) -> Row:
     launch = use.launch
     given = operands.random_operands(launch, device, seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         first, second = (operands.run(launch, given) for _ in range(2))
     verdict = operands.compare(launch, first, operands.truth(launch, given))
     unequal = [role for role in first if not _same(first[role], second[role])]
-    problems = [*verdict.wrong, *(f"{role} differs from run to run" for role in unequal)]
+    how = choose(launch, arch_of(device) or "interpreter", gpu=gpu).how
+    problems = list(verdict.wrong)
+    if how != "vendor":  # whose sums may come in any order
+        problems += [f"{role} differs from run to run" for role in unequal]
     return {
         "status": "wrong" if problems else "ok",
         "error": "; ".join(problems) or None,
+        "how": how,
         "relative_error": finite(verdict.error),
         "allowed": verdict.allowed,
         "norm_error": finite(verdict.norm),

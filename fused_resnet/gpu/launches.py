@@ -22,7 +22,7 @@ def timed(stage: Stage) -> list[tuple[str, Use]]:
     scope = stage.scope
     found = []
     for network, mode in scope.layers:
-        for use in networks.uses(network, scope.batch, scope.size, torch.bfloat16, mode):
+        for use in networks.uses(network, scope.batch, scope.size, scope.dtype, mode):
             found.append((f"{network} {mode}", use))
     return found
 

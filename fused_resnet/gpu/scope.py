@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from ..specimens import DTYPES
+
 #: The network that only the dry run has: a stem and a block, so small that the interpreter can run it.
 TOY = "toy"
 
@@ -46,6 +50,7 @@ class Scope:
         cells: what is timed as a whole.
         compiled: cells that torch.compile joins, with its modes, in order of worth.
         candidates: tiles tried for a launch.
+        dtype: of the launches that are timed and tuned.
     """
 
     size: int
@@ -55,6 +60,7 @@ class Scope:
     cells: tuple[Cell, ...]
     compiled: tuple[tuple[Cell, str], ...]
     candidates: int
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def profiled(self) -> Cell:
@@ -125,7 +131,9 @@ def toy() -> Scope:
 
 def narrowed(scope: Scope, wanted: Mapping[str, Any]) -> Scope:
     """The scope with what a user asked for in its place: networks with modes, a batch, a size, a number of candidates."""
-    fields = {name: wanted[name] for name in ("batch", "size", "candidates") if wanted.get(name)}
+    fields: dict[str, Any] = {name: wanted[name] for name in ("batch", "size", "candidates") if wanted.get(name)}
     if wanted.get("layers"):
         fields["layers"] = tuple((network, mode) for network, mode in wanted["layers"])
+    if wanted.get("dtype"):
+        fields["dtype"] = DTYPES[wanted["dtype"]]
     return replace(scope, **fields)

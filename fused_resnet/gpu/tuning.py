@@ -118,7 +118,8 @@ def run(stage: Stage) -> None:
 def known(path: Path, gpu: str) -> dict[str, Entry]:
     """Entries of a table that still hold: of this GPU and these versions."""
     table = measured.read(path)
-    same = table is not None and (table.gpu, table.torch) == (gpu, torch.__version__)
+    versions = (gpu, torch.__version__, measure.versions().get("triton", ""))
+    same = table is not None and (table.gpu, table.torch, table.triton) == versions
     return dict(table.entries) if table is not None and same else {}
 
 
