@@ -49,14 +49,22 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = need_gpu("tune", arguments.dry_run)
     modes = MODES if arguments.mode == "both" else (arguments.mode,)
     with tempfile.TemporaryDirectory(prefix="fused-resnet-tune-") as folder:
-        output = arguments.output or (None if arguments.dry_run else measured.user_path(gpu))
-        wanted: dict[str, Any] = {"candidates": arguments.candidates}
-        if arguments.dry_run:
-            output, wanted = Path(folder, "dry.json"), {}
-        else:
+        output: Path = Path(folder, "dry.json")
+        wanted: dict[str, Any] = {}
+        if not arguments.dry_run:
+            output = arguments.output or measured.user_path(gpu)
+            there = measured.read(output)
+            if there is not None and there.gpu != gpu:
+                raise CommandError(f"{output} holds choices of another GPU, {there.gpu}; name another --output")
             writable(output.parent)
             layers = [[name, mode] for name in arguments.models for mode in modes]
-            wanted.update(layers=layers, batch=arguments.batch, size=arguments.size, dtype=dtype_name(arguments.dtype))
+            wanted.update(
+                candidates=arguments.candidates,
+                layers=layers,
+                batch=arguments.batch,
+                size=arguments.size,
+                dtype=dtype_name(arguments.dtype),
+            )
         before = _entries(output)
         code = Run(
             Path(folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +17,6 @@ from .results import Row, Time, finite
 from .scope import Cell
 from .stage import Stage, describe
 from .timing import summed
-
-#: Images of the comparison with fp32: as many values as a BatchNorm needs, and not more time than that.
-SAMPLE = 16
 
 
 def run(stage: Stage) -> None:
@@ -50,8 +48,12 @@ def compared(cell: Cell, names: Sequence[str], stage: Stage, check: bool = True,
         "precision": cell.precision,
         "graph": cell.graph,
         "measured": not stage.dry,
-        **(agreement(cell, model, stage) if check else {}),
     }
+    if check:
+        try:
+            row.update(agreement(cell, model, stage))
+        except torch.OutOfMemoryError:
+            row["errors"] = None  # fp32 needs twice the memory; the smaller batches are compared
     contenders: dict[str, Contender] = {}
     memory: dict[str, int | None] = {}
     problems: dict[str, str] = {}
@@ -101,16 +103,15 @@ def agreement(cell: Cell, model: nn.Module, stage: Stage) -> dict[str, Any]:
     Of the logits in inference, of all gradients together in training (a root mean square: next to zero a ReLU may fall on the
     other side).
     """
-    small = Cell(cell.network, cell.mode, min(cell.batch, 2 if stage.dry else SAMPLE), cell.precision)
+    plain = replace(cell, graph=False)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        exact = Contender(
-            CHANNELS_LAST, model, Cell(cell.network, cell.mode, small.batch, "fp32"), stage.scope.size, stage.device
-        )
+        exact = Contender(CHANNELS_LAST, model, replace(plain, precision="fp32"), stage.scope.size, stage.device)
         x = next(exact.inputs)
         truth = _values(exact, x)
+        del exact
     errors = {}
     for name in (CHANNELS_LAST, FUSED):
-        contender = Contender(name, model, small, stage.scope.size, stage.device)
+        contender = Contender(name, model, plain, stage.scope.size, stage.device)
         made = _values(contender, x.to(next(contender.module.parameters()).dtype))
         errors[name] = measure.relative_error(made, truth)
     close = errors[FUSED] <= max(2 * errors[CHANNELS_LAST], 1e-5)

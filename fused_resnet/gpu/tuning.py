@@ -87,7 +87,8 @@ def run(stage: Stage) -> None:
     gpu = stage.results.data["machine"].get("gpu") or ("" if stage.dry else torch.cuda.get_device_name(stage.device))
     path = Path(stage.results.data.get("wanted", {}).get("table") or stage.folder / TABLE)
     table = Table(gpu, torch.__version__, measure.versions().get("triton", ""), date.today().isoformat(), known(path, gpu))
-    _write(path, table, stage.dry)
+    if not path.exists():
+        _write(path, table, stage.dry)
     by_signature = {entry[1].launch.signature: entry for entry in timed(stage)}  # a launch of two networks once
     todo = [
         entry
