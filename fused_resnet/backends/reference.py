@@ -351,7 +351,9 @@ def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
         assert isinstance(g, Geometry)
         dy = convolution_output_gradient(launch, operands, dtype)
         x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
-        _, raw = _convolution_gradients(launch, dy, x, dy.new_empty(1).expand(g.w_shape), (False, True))
+        # Only the filters' shape matters, but they need memory of their own: PyTorch 2.14.1 writes past one expanded element
+        # (fp32 on processors without AVX-512, 1x1 with stride 2).
+        _, raw = _convolution_gradients(launch, dy, x, dy.new_empty(g.w_shape), (False, True))
         assert raw is not None
         gradients["dw"] = raw if scale is None else raw * scale.view(-1, 1, 1, 1)
         if invstd is not None and "w" in operands:
