@@ -259,8 +259,11 @@ def _convolution_gradient(launch: Launch, dy: Tensor, x: Tensor, w: Tensor, whic
     g = launch.geometry
     assert isinstance(g, Geometry)
     mask = [which == 0, which == 1, False]
+    stride = g.stride
+    if which == 1:
+        x, stride = reference.only_read_pixels(x, g)
     gradients = torch.ops.aten.convolution_backward(
-        dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
+        dy, x, w, None, stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
     )
     return gradients[which]
 

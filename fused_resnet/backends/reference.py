@@ -294,6 +294,17 @@ def convolution_output_gradient(launch: Launch, operands: Operands, dtype: torch
     return (inner * scale.view(1, -1, 1, 1)).to(launch.dtype).to(dtype)
 
 
+def only_read_pixels(x: Tensor, g: Geometry) -> tuple[Tensor, tuple[int, int]]:
+    """For wgrad: the pixels of x that a strided 1x1 convolution reads, as the input of one of stride 1; and the stride left.
+
+    On processors without AVX-512 oneDNN's weights' gradient of a strided 1x1 convolution writes where it must not (PyTorch
+    2.14.1, channels_last, 4 to 6 channels: the process ends).
+    """
+    if (g.R, g.S, g.padding) != (1, 1, (0, 0)) or g.stride == (1, 1) or x.device.type != "cpu":
+        return x, g.stride
+    return x[:, :, :: g.stride[0], :: g.stride[1]].contiguous(memory_format=torch.channels_last), (1, 1)
+
+
 def _convolution_gradients(
     launch: Launch, dz: Tensor, x: Tensor | None, w: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -301,8 +312,11 @@ def _convolution_gradients(
     assert isinstance(g, Geometry)
     if x is None:  # its values are not needed for dx, only its shape
         x = torch.empty(g.x_shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last)
+    stride = g.stride
+    if not wanted[0]:
+        x, stride = only_read_pixels(x, g)
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dz, plain_strides(x), plain_strides(w), None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [*wanted, False]
+        dz, plain_strides(x), plain_strides(w), None, stride, g.padding, g.dilation, False, [0, 0], g.groups, [*wanted, False]
     )
     return dx, dw
 
@@ -351,9 +365,7 @@ def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
         assert isinstance(g, Geometry)
         dy = convolution_output_gradient(launch, operands, dtype)
         x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
-        # Only the filters' shape matters, but they need memory of their own: PyTorch 2.14.1 writes past one expanded element
-        # (fp32 on processors without AVX-512, 1x1 with stride 2).
-        _, raw = _convolution_gradients(launch, dy, x, dy.new_empty(g.w_shape), (False, True))
+        _, raw = _convolution_gradients(launch, dy, x, dy.new_empty(1).expand(g.w_shape), (False, True))
         assert raw is not None
         gradients["dw"] = raw if scale is None else raw * scale.view(-1, 1, 1, 1)
         if invstd is not None and "w" in operands:
