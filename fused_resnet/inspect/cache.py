@@ -1,4 +1,4 @@
-"""Facts about compiled kernels, kept in the user's cache folder: ``fused_resnet/inspect`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+"""Facts about compiled kernels, kept in the user's cache: ``fused_resnet/inspect`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
 One small JSON file a kernel, by the hash of everything it depends on: the kernel's source, its constants and options, the
 target, Triton, and the files that read the assembly. Assembly is kept beside it, compressed, where it was asked for.

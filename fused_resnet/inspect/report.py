@@ -1,7 +1,7 @@
 """What is known of a network's launches, as one document that can be stored, shown and compared.
 
-The document is plain data (:func:`make`). Under ``counted`` is what follows from sizes, under ``compiled`` what was read off the
-compiler's output, under ``predicted`` what the model of :mod:`fused_resnet.tuning.model` expects.
+The document is plain data (:func:`make`). Under ``counted`` is what follows from sizes, under ``compiled`` what was read off
+the compiler's output, under ``predicted`` what the model of :mod:`fused_resnet.tuning.model` expects.
 """
 
 from __future__ import annotations
