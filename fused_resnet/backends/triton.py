@@ -145,6 +145,12 @@ def _how(launch: Launch, device: torch.device, shared: dict[str, Tensor] | None)
     return choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu_of(device)).how
 
 
+def reason(launch: Launch, device: torch.device) -> str:
+    """How a launch runs on ``device`` and why, for people; empty where nothing is chosen (the interpreter)."""
+    gpu = gpu_of(device)
+    return choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu).reason if gpu else ""
+
+
 def tf32_allowed(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether PyTorch's settings let cuDNN convolutions of fp32 tensors round their operands to tf32.
 

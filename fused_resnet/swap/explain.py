@@ -107,7 +107,11 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     notes = []
     for launch in plan.launches:
         runner, reason = backends.assign(launch, chosen)
-        notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
+        if reason is None and (why := getattr(backends.executor(runner), "reason", None)) is not None:
+            chosen_so = why(launch, device)
+            notes.append(f"{launch} [{chosen_so}]" if chosen_so else str(launch))
+        else:
+            notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
     gradients = trainable_slots(reading.chain)
     backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
     runners = Counter(backends.assign(launch, chosen)[0] for launch in backward.launches)

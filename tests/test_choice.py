@@ -1,0 +1,162 @@
+"""What decides how a launch runs: measured choices, the model, the rule; and the files that measurements come from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resnet import explain, models, network
+from fused_resnet.backends import triton
+from fused_resnet.launch import Geometry, Launch
+from fused_resnet.tuning import Tile, choice, choose, measured, model
+from fused_resnet.tuning.classes import registers_of
+from fused_resnet.tuning.devices import devices, find, limits, typical
+from fused_resnet.tuning.pieces import pieces
+
+H200 = find("H200")
+
+
+def launches(mode: str, batch: int = 256) -> list[Launch]:
+    return [use.launch for use in network.uses("resnet50", batch, 224, torch.bfloat16, mode)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's cache folder, empty; what was read before is forgotten."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured.forget()
+    choose.cache_clear()
+    yield tmp_path
+    measured.forget()
+    choose.cache_clear()
+
+
+def test_names_and_counts_of_a_network() -> None:
+    """54 launches of inference, each with its layer; forward and backward of a layer have one name."""
+    infer = network.uses("resnet50", 8, 64, torch.bfloat16, "infer")
+    assert sum(use.times for use in infer) == 54
+    assert "layer3.4.conv2" in {layer for use in infer for layer in use.layers}
+    train = network.uses("resnet50", 8, 64, torch.bfloat16, "train")
+    names = {kind: {layer for use in train if use.launch.kind == kind for layer in use.layers} for kind in ("conv", "wgrad")}
+    assert names["conv"] == names["wgrad"]
+
+
+@pytest.mark.parametrize("mode", network.MODES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_chosen_tiles_fit(arch: str, mode: str) -> None:
+    """Two stages fit into shared memory, a program of them onto a multiprocessor; the choice is the best candidate."""
+    for launch in launches(mode):
+        chosen = choose(launch, arch, whole_only=True)
+        assert chosen.how == "fused" and chosen.reason
+        if isinstance(chosen.tile, Tile):
+            assert chosen.tile.num_stages >= 2
+            assert model.staged_bytes(launch, chosen.tile) * 2 <= limits(arch).shared_per_program * 1024
+            device = typical(arch)
+            assert device is not None
+            seconds = [model.predict(launch, tile, device).seconds for tile in choice.candidates(launch, arch)]
+            assert chosen.tile in choice.candidates(launch, arch) and seconds
+
+
+def test_the_model_knows_its_limits() -> None:
+    """Never faster than memory and the matrix units allow, whatever the tile; a wave more costs more."""
+    for launch in launches("infer"):
+        for tile in choice.candidates(launch, "sm_90")[:4]:
+            told = model.predict(launch, tile, H200)
+            assert told.seconds >= launch.bytes / H200.bandwidth
+            assert told.seconds >= launch.flops / H200.rate(launch.dtype)
+            assert told.flops >= launch.flops and told.rim >= 0
+            larger = replace(launch, geometry=replace(launch.geometry, N=2 * launch.geometry.N))
+            assert model.predict(larger, tile, H200).seconds > told.seconds * 0.99
+
+
+def test_resident_programs_by_hand() -> None:
+    """65536 registers: 8 warps of 128 take half. 228 KiB of shared memory: three of 75 and their reserved KiB."""
+    assert model.resident(limits("sm_90"), 128, 0, 8) == (2, "registers")
+    assert model.resident(limits("sm_90"), 32, 75 * 1024, 4) == (3, "shared memory")
+    assert model.resident(limits("sm_80"), 16, 0, 4) == (16, "warps")
+
+
+def test_no_tile_that_spills_is_known() -> None:
+    for launch in launches("train"):
+        assert all(registers <= 240 for registers in registers_of(launch, "sm_90").values())
+
+
+def test_measured_choices_come_first(cache: Path) -> None:
+    launch = launches("infer")[3]
+    tile = Tile(1, 8, 8, 64, 64, num_stages=2)
+    entry = measured.Entry("vendor", None, 1e-5, {"fused": 2e-5})
+    table = measured.Table("Some GPU", "2.11.0", "3.6.0", "2026-11-25", {launch.signature: entry})
+    measured.write(measured.user_path("Some GPU"), table)
+    assert measured.read(measured.user_path("Some GPU")) == table
+    chosen = choose(launch, "sm_90", gpu="Some GPU")
+    assert (chosen.how, chosen.tile, chosen.seconds) == ("vendor", None, 1e-5) and "measured on Some GPU" in chosen.reason
+    assert choose(launch, "sm_90", gpu="Another GPU").how == "fused"
+    near = replace(launch, geometry=replace(launch.geometry, N=128))
+    far = replace(launch, geometry=replace(launch.geometry, N=64))
+    assert choose(near, "sm_90", gpu="Some GPU").how == "vendor" and choose(far, "sm_90", gpu="Some GPU").how == "fused"
+    measured.write(
+        measured.user_path("Some GPU"), replace(table, entries={launch.signature: measured.Entry("fused", tile, 1e-5)})
+    )
+    measured.forget()
+    choose.cache_clear()
+    assert choose(launch, "sm_90", gpu="Some GPU").tile == tile
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 7}', '{"schema": 1, "gpu": "x"}'])
+def test_a_corrupt_file_is_ignored_with_one_warning(cache: Path, text: str) -> None:
+    path = measured.user_path("Some GPU")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    launch = launches("infer")[3]
+    with pytest.warns(UserWarning, match="some-gpu.json is ignored") as caught:
+        assert choose(launch, "sm_90", gpu="Some GPU").how == "fused"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(launches("infer")[4], "sm_90", gpu="Some GPU")
+
+
+def test_eager_by_the_same_rules() -> None:
+    """Eager's convolutions are not predicted at less than their roofline, and not dearer than ours without fusion."""
+    from fused_resnet import counts
+
+    with torch.device("meta"):
+        eager = models.resnet50().eval().to(torch.bfloat16)
+        x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16)
+    from fused_resnet.swap import unfuse
+
+    for kernel in counts.kernels(unfuse(eager), x):
+        told = choice.eager_seconds(kernel, H200, torch.bfloat16)
+        assert told >= model.roofline_seconds(kernel.flops, kernel.bytes, H200, torch.bfloat16) * 0.999
+        assert (kernel.convolution is not None) == (kernel.name == "convolution")
+
+
+def test_pieces_read_and_write_what_the_launch_does() -> None:
+    for launch in launches("train"):
+        for how in ("apart", "vendor"):
+            parts = pieces(launch, how)
+            if parts is None:
+                continue
+            outputs = (parts.last or parts.core).outputs
+            assert [role for role, _ in outputs] == [role for role, _ in launch.outputs]
+            assert parts.core.prologue == parts.core.gradient == "identity"
+            assert isinstance(parts.core.geometry, Geometry)
+
+
+def test_unknown_devices() -> None:
+    with pytest.raises(ValueError, match="unknown device"):
+        find("GTX 480")
+    assert find("rtx 4090") is devices()["RTX 4090"]
+    assert choose(launches("infer")[3], "sm_75").reason.startswith("by rule")
+
+
+def test_explain_tells_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "gpu_of", lambda device: "Some GPU")
+    monkeypatch.setattr(triton, "arch_of", lambda device: "sm_90")
+    rows = explain(models.resnet18(backend="triton").eval(), show=False).rows
+    assert any("by the model of H200" in row.note for row in rows if row.fused)
