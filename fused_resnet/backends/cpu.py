@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..launch import Geometry, Launch, PoolGeometry
-from . import cpu_wgrad, reference
+from . import reference
 from .derived import derived
 
 Operands = dict[str, Tensor]
@@ -300,11 +300,8 @@ def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     made = {"dbias": torch.zeros(g.K)}
     if "x" in operands:
         dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
-        if cpu_wgrad.suits(g, launch.dtype):
-            made["dw"] = cpu_wgrad.wgrad(g, dy, x)
-        else:
-            like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
-            made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
+        like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
+        made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
     return _listed(launch, made)
 
 
