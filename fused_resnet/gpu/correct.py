@@ -22,6 +22,7 @@ from ..launch import Launch
 from ..network import Use
 from ..tuning.choice import choose
 from . import networks, operands, suite
+from .launches import arch_of, one_of_each
 from .results import Row, finite
 from .scope import Scope
 from .stage import Stage
@@ -33,15 +34,6 @@ CHECKS, TESTS = 0.5, 0.85
 PATIENCE = 30.0
 
 _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-
-
-def arch_of(device: torch.device) -> str | None:
-    """What kernels are compiled for; None where they are interpreted."""
-    if device.type != "cuda":
-        return None
-    from ..backends.triton_start import arch_of as of
-
-    return of(device)
 
 
 def checked(scope: Scope) -> Iterator[tuple[str, Use]]:
@@ -72,6 +64,8 @@ def run(stage: Stage) -> None:
     ends = stage.ends
     with Warm(arch_of(stage.device)) as warm:
         entries = list(checked(stage.scope))
+        if stage.dry:
+            entries = one_of_each(entries)
         gpu = stage.results.data["machine"].get("gpu") or ""
         warm.add_chosen([use.launch for _, use in entries], gpu)
         if arch_of(stage.device):

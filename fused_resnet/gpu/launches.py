@@ -17,6 +17,15 @@ from .timing import Call, interleaved, rotating, touched
 FUSED, VENDOR = "fused", "convolution of PyTorch"
 
 
+def arch_of(device: torch.device) -> str | None:
+    """What kernels are compiled for; None where they are interpreted."""
+    if device.type != "cuda":
+        return None
+    from ..backends.triton_start import arch_of as of
+
+    return of(device)
+
+
 def timed(stage: Stage) -> list[tuple[str, Use]]:
     """The launches of the scope's networks, with network and mode."""
     scope = stage.scope
@@ -46,10 +55,11 @@ def run(stage: Stage) -> None:
 
 
 def one_of_each(entries: Iterable[tuple[str, Use]]) -> list[tuple[str, Use]]:
-    """The first launch of each kind: all that the dry run takes the time for."""
-    first: dict[str, tuple[str, Use]] = {}
+    """The first launch of each kind, of convolutions with each end: all that the dry run takes the time for."""
+    first: dict[tuple[str, str], tuple[str, Use]] = {}
     for entry in entries:
-        first.setdefault(entry[1].launch.kind, entry)
+        launch = entry[1].launch
+        first.setdefault((launch.kind, launch.epilogue), entry)
     return list(first.values())
 
 

@@ -24,7 +24,7 @@ def run(stage: Stage) -> None:
     torch.backends.cudnn.benchmark = True
 
     def row(cell: Cell) -> Row:
-        names = [CONTIGUOUS, CHANNELS_LAST, FUSED, *[LOW] * (cell.mode == "train")]
+        names = [CONTIGUOUS, CHANNELS_LAST, FUSED, *[LOW] * (cell.mode == "train" and not stage.dry)]
         return compared(cell, names, stage)
 
     stage.each("models", stage.scope.cells, lambda cell: cell.key, row)

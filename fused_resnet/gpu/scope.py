@@ -125,7 +125,7 @@ def toy() -> Scope:
         batch=2,
         cells=(train, replace(infer, graph=True)),
         compiled=((infer, "default"),),
-        candidates=2,
+        candidates=1,
     )
 
 

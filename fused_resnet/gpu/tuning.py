@@ -23,8 +23,7 @@ from ..tuning.choice import Choice, candidates, choose
 from ..tuning.measured import Entry, Table
 from ..tuning.pieces import pieces
 from . import operands
-from .correct import arch_of
-from .launches import facts, key_of, one_of_each, timed
+from .launches import arch_of, facts, key_of, one_of_each, timed
 from .results import Row, Time
 from .stage import Stage, describe
 from .timing import Call, interleaved, rotating, touched
