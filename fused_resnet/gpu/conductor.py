@@ -24,10 +24,10 @@ from .stage import POISONED
 QUIET = {
     "machine": 90.0,
     "correct": 90.0,
-    "launches": 60.0,
-    "tuning": 60.0,
-    "models": 120.0,
-    "profile": 90.0,
+    "launches": 90.0,
+    "tuning": 120.0,
+    "models": 240.0,
+    "profile": 120.0,
     "compiled": 600.0,
 }
 #: How often a stage is started anew behind a row that took its process with it.
@@ -169,7 +169,7 @@ class Run:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(self.dry, Path(self.cache.name)),
-                preexec_fn=os.setpgrp if os.name == "posix" else None,  # so that all it starts can be stopped with it
+                **_own_group(),
             )
             try:
                 why = self._watch(process, ends + budget.grace(seconds), QUIET[name])
@@ -212,6 +212,11 @@ def environment(dry: bool, cache: Path) -> dict[str, str]:
     if dry:
         own.update(TRITON_INTERPRET="1", FUSED_RESNET_BACKEND="triton")
     return own
+
+
+def _own_group() -> dict[str, Any]:
+    """For a process whose children shall be stopped with it."""
+    return {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 
 
 def _interrupt(number: int, frame: object) -> None:

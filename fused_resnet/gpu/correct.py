@@ -11,17 +11,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..launch import Launch
 from ..network import Use
 from ..tuning.choice import choose
-from . import networks, operands, suite
+from . import networks, operands, small, suite
 from .launches import arch_of, one_of_each
 from .results import Row, finite
 from .scope import Scope
@@ -29,7 +27,7 @@ from .stage import Stage
 from .warm import Warm
 
 #: Parts of the stage's time: a check of its own waits for its kernel, the tests and the sanitizer come behind.
-CHECKS, TESTS = 0.5, 0.85
+CHECKS, TESTS = 0.48, 0.75
 #: Seconds that a check waits for the background's compiler.
 PATIENCE = 30.0
 
@@ -50,33 +48,26 @@ def checked(scope: Scope) -> Iterator[tuple[str, Use]]:
                     yield f"{network} {mode}", use
 
 
-def later(scope: Scope) -> Iterator[Launch]:
-    """What the models will launch, in their order."""
-    for cell in scope.cells:
-        for memory in ("default", "low")[: 2 if cell.mode == "train" else 1]:
-            for use in networks.uses(cell.network, cell.batch, scope.size, torch.bfloat16, cell.mode, memory):
-                yield use.launch
-
-
 def run(stage: Stage) -> None:
     """All three parts."""
     whole = stage.left()
     ends = stage.ends
-    with Warm(arch_of(stage.device)) as warm:
+    gpu = stage.results.data["machine"].get("gpu") or ""
+    with Warm(arch_of(stage.device), gpu) as warm:
         entries = list(checked(stage.scope))
         if stage.dry:
             entries = one_of_each(entries)
-        gpu = stage.results.data["machine"].get("gpu") or ""
-        warm.add_chosen([use.launch for _, use in entries], gpu)
-        if arch_of(stage.device):
-            warm.add_chosen(later(stage.scope), gpu)
+        warm.add_chosen(use.launch for _, use in entries)
+        warm.add_chosen(small.launches())
+        for cell in stage.scope.cells:
+            warm.add_cell(cell, stage.scope.size)
         stage.ends = ends - whole * (1 - CHECKS)
         seed = secrets.randbelow(1 << 31)
         stage.note(f"operands are seeded with {seed}")
 
         def check(entry: tuple[str, Use]) -> Row:
             where, use = entry
-            warm.wait_chosen(use.launch, gpu, min(PATIENCE, stage.left()))
+            warm.wait_chosen(use.launch, min(PATIENCE, stage.left()))
             return {"where": where, "layers": list(use.layers), **_check(use, stage.device, seed, gpu)}
 
         stage.each("checks", entries, lambda entry: entry[1].launch.signature, check)
@@ -84,9 +75,8 @@ def run(stage: Stage) -> None:
         suite.run(stage)
         stage.ends = ends
         _sanitizer(stage)
-        left = sum(not warm.ready(item) for item in warm.waiting)
-        if left:
-            stage.note(f"{left} of {len(warm.waiting)} launches were not compiled ahead")
+        if warm.unfinished():
+            stage.note(f"{warm.unfinished()} of {len(warm.waiting)} launches were not compiled ahead")
 
 
 def _check(use: Use, device: torch.device, seed: int, gpu: str) -> Row:
@@ -129,21 +119,18 @@ def _sanitizer(stage: Stage) -> None:
     def check(tool: str) -> Row:
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fused_resnet.gpu.small"]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=max(1.0, stage.left()), env=environment, check=False
-            )
-        except subprocess.TimeoutExpired:
+        code, output = stage.watched(command, environment, stage.left())
+        if code is None:
             return {"status": "skipped", "kind": "sanitizer", "error": "no time for it"}
-        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        if done.returncode == 0:
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        if code == 0:
             return {"status": "ok", "kind": "sanitizer", "error": None}
         problem = next(
             (line for line in lines if "=========" in line and "COMPUTE-SANITIZER" not in line), lines[-1] if lines else ""
         )
         if "not supported" in " ".join(lines).lower():
             return {"status": "skipped", "kind": "sanitizer", "error": problem[:300]}
-        return {"status": "wrong" if done.returncode == 9 else "failed", "kind": "sanitizer", "error": problem[:300]}
+        return {"status": "wrong" if code == 9 else "failed", "kind": "sanitizer", "error": problem[:300]}
 
     stage.each("tests", ["memcheck", "racecheck"], lambda tool: f"compute-sanitizer {tool}", check)
 

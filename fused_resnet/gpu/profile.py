@@ -29,6 +29,9 @@ KERNELS = {
     "bn_add_relu": "bn_add_relu",
     "max_pool_backward": "max_pool_backward",
     "max_pool": "max_pool",
+    "output_gradient": "dy apart",
+    "conv_end": "end of a vendor's conv",
+    "dgrad_end": "end of a vendor's dgrad",
 }
 
 #: Names of others' kernels by what stands in them, the first that fits.

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +68,27 @@ class Stage:
         """Say something next to the stage."""
         self.notes.append(text)
         print(f"  {text}", flush=True)
+
+    def watched(
+        self, command: Sequence[str], environment: Mapping[str, str], seconds: float, folder: Path | None = None
+    ) -> tuple[int | None, str]:
+        """Run a program that makes no rows: its exit code, None if its time was over, and what it printed.
+
+        The results are touched meanwhile, which tells the conductor that this process does not hang.
+        """
+        ends = time.monotonic() + max(1.0, seconds)
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            with subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
+                while process.poll() is None and time.monotonic() < ends:
+                    try:
+                        process.wait(min(5.0, max(0.1, ends - time.monotonic())))
+                    except subprocess.TimeoutExpired:
+                        self.results.path.touch()
+                late = process.poll() is None
+                if late:
+                    process.kill()
+            output.seek(0)
+            return (None if late else process.returncode), output.read()
 
     def each(self, part: str, items: Iterable[_Item], key: Callable[[_Item], str], work: Callable[[_Item], Row]) -> None:
         """``work(item)`` makes the row of each item that has none yet, until the time is over.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 from .results import Row
 from .stage import Stage
+from .warm import processors
 
 #: In order of worth: what only a GPU can show, then kernel by kernel.
 FILES = (
@@ -59,25 +59,19 @@ def run(stage: Stage) -> None:
         stage.results.put("tests", {"key": "pytest", "kind": "summary", "status": "failed", "error": error[:300]})
 
 
-def _pytest(stage: Stage, root: Path, log: Path) -> tuple[int, str]:
+def _pytest(stage: Stage, root: Path, log: Path) -> tuple[int | None, str]:
     seconds = max(1.0, stage.left())
     files = [FEW] if stage.dry else [name for name in FILES if (root / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fused_resnet.gpu.recorder", *files]
     command += ["-m", "not slow", *_optional(stage.dry)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"FUSED_RESNET_TEST_LOG": str(log), "FUSED_RESNET_TEST_END": str(time.time() + 0.9 * seconds)}
-    with subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            stage.note("out of time: the tests were stopped")
+    code, output = stage.watched(command, environment, seconds, root)
+    if code is None:
+        stage.note("out of time: the tests were stopped")
     print(output[-20000:], flush=True)
     said = [line for line in output.splitlines() if line.strip()]
-    return process.returncode, said[-1] if said else ""
+    return code, said[-1] if said else ""
 
 
 def _optional(dry: bool) -> Iterator[str]:
@@ -85,8 +79,7 @@ def _optional(dry: bool) -> Iterator[str]:
     if dry:
         yield from ("-k", "test_no_images or test_one_kernel_start_each")
     if importlib.util.find_spec("xdist") is not None:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        workers = 0 if dry else min(6, available // 2)
+        workers = 0 if dry else min(6, processors() // 2)
         yield from (("-n", str(workers)) if workers > 1 else ("-p", "no:xdist"))
     if importlib.util.find_spec("pytest_benchmark") is not None:
         yield from ("-p", "no:benchmark")

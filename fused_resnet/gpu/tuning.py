@@ -97,7 +97,7 @@ def run(stage: Stage) -> None:
     if stage.dry:
         todo = one_of_each(todo)
     tried = {entry[1].launch: _ways(entry[1].launch, arch, gpu, stage.scope.candidates) for entry in todo}
-    with Warm(arch) as warm:
+    with Warm(arch, gpu) as warm:
         place = 0
 
         def tune(entry: tuple[str, Use]) -> Row:

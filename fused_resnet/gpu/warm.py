@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass, field
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from ..launch import Launch
+from . import networks
+from .scope import Cell
 
 #: What is compiled: a launch, its tile (None is the rule's) and whether fp32 may be tf32.
 Item = tuple[Launch, Any, bool]
@@ -66,19 +68,46 @@ def compile_one(item: Item, arch: str) -> tuple[float, str]:
     return time.perf_counter() - began, ""
 
 
+def chosen(launch: Launch, arch: str, gpu: str) -> list[Item]:
+    """What a launch will run, as it is chosen for it; pieces that take little to compile are left."""
+    from ..tuning.choice import choose
+    from ..tuning.pieces import pieces
+
+    choice = choose(launch, arch, gpu=gpu)
+    parts = pieces(launch, choice.how) if choice.how == "apart" else None
+    if parts is not None:
+        return [(parts.core, choice.tile, False)]
+    return [(launch, choice.tile, False)] if choice.how == "fused" else []
+
+
+def chosen_of(cell: Cell, size: int, arch: str, gpu: str) -> list[Item]:
+    """What a network will launch, in its order."""
+    items = []
+    for memory in ("default", "low")[: 2 if cell.mode == "train" else 1]:
+        for use in networks.uses(cell.network, cell.batch, size, torch.bfloat16, cell.mode, memory):
+            items += chosen(use.launch, arch, gpu)
+    return items
+
+
+def _key(item: Item) -> Any:
+    """Launches of one signature are one kernel, whatever layer they are of."""
+    launch, tile, tf32 = item
+    return launch.signature, tile, tf32
+
+
 @dataclass
 class Warm:
     """The workers and what they were given. With ``arch`` None (the interpreter) there is nothing to do."""
 
     arch: str | None
+    gpu: str = ""
     workers: int = 0
     pool: ProcessPoolExecutor | None = None
-    waiting: dict[Item, Future[tuple[float, str]]] = field(default_factory=dict)
+    waiting: dict[Any, Future[tuple[float, str]]] = field(default_factory=dict)
 
     def __enter__(self) -> Warm:
         if self.arch is not None:
-            available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            self.workers = self.workers or max(1, available - 3)
+            self.workers = self.workers or max(1, processors() - 3)
             self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _begin, (self.arch,))
         return self
 
@@ -89,39 +118,44 @@ class Warm:
             for process in processes:
                 process.terminate()
 
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
+        if self.pool is None:
+            return None
+        try:
+            return self.pool.submit(work, *arguments)
+        except RuntimeError:  # a worker died, or all is over: whoever launches compiles
+            self.pool = None
+            return None
+
     def add(self, items: Iterable[Item]) -> None:
         """Compile these next, in their order."""
-        if self.pool is None or self.arch is None:
-            return
         for item in items:
-            if item not in self.waiting:
-                self.waiting[item] = self.pool.submit(compile_one, item, self.arch)
+            if self.pool is not None and _key(item) not in self.waiting:
+                future = self._submit(compile_one, item, self.arch)
+                if future is not None:
+                    self.waiting[_key(item)] = future
 
-    def add_chosen(self, launches: Iterable[Launch], gpu: str) -> None:
-        """Compile what these launches will run, as it is chosen for them; pieces that take little to compile are left."""
-        for launch in launches:
-            self.add(self._chosen(launch, gpu))
+    def add_chosen(self, launches: Iterable[Launch]) -> None:
+        """Compile what these launches will run."""
+        if self.arch is not None:
+            for launch in launches:
+                self.add(chosen(launch, self.arch, self.gpu))
 
-    def wait_chosen(self, launch: Launch, gpu: str, seconds: float) -> None:
+    def add_cell(self, cell: Cell, size: int) -> None:
+        """Compile what a network will run; a worker finds out what that is."""
+        future = self._submit(chosen_of, cell, size, self.arch, self.gpu)
+        if future is not None:
+            future.add_done_callback(lambda done: self.add(() if done.cancelled() or done.exception() else done.result()))
+
+    def wait_chosen(self, launch: Launch, seconds: float) -> None:
         """Wait for what a launch will run. An error comes again where it is launched."""
-        for item in self._chosen(launch, gpu):
-            self.wait(item, seconds)
-
-    def _chosen(self, launch: Launch, gpu: str) -> list[Item]:
-        from ..tuning.choice import choose
-        from ..tuning.pieces import pieces
-
-        if self.arch is None:
-            return []
-        choice = choose(launch, self.arch, gpu=gpu)
-        parts = pieces(launch, choice.how) if choice.how == "apart" else None
-        if parts is not None:
-            return [(parts.core, choice.tile, False)]
-        return [(launch, choice.tile, False)] if choice.how == "fused" else []
+        if self.arch is not None:
+            for item in chosen(launch, self.arch, self.gpu):
+                self.wait(item, seconds)
 
     def wait(self, item: Item, seconds: float) -> str:
         """Wait for one of them; the compiler's error, or nothing. What is late is compiled by whoever launches it."""
-        future = self.waiting.get(item)
+        future = self.waiting.get(_key(item))
         if future is None:
             return ""
         try:
@@ -131,7 +165,11 @@ class Warm:
         except Exception as error:  # a worker died: the pool is of no more use
             return f"the compiler's process died ({type(error).__name__})"
 
-    def ready(self, item: Item) -> bool:
-        """Whether it is compiled, or failed."""
-        future = self.waiting.get(item)
-        return future is None or future.done()
+    def unfinished(self) -> int:
+        """How many are not compiled yet."""
+        return sum(not future.done() for future in list(self.waiting.values()))
+
+
+def processors() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
