@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,8 +59,17 @@ def test_chosen_tiles_fit(arch: str, mode: str) -> None:
             assert model.staged_bytes(launch, chosen.tile) * 2 <= limits(arch).shared_per_program * 1024
             device = typical(arch)
             assert device is not None
-            seconds = [model.predict(launch, tile, device).seconds for tile in choice.candidates(launch, arch)]
-            assert chosen.tile in choice.candidates(launch, arch) and seconds
+            order = choice.ranked(launch, device)
+            assert chosen.tile == order[0][1] and order[0][0] <= 1.011 * min(seconds for seconds, _ in order)
+
+
+def test_a_reason_says_what_both_ways_take() -> None:
+    """A launch whose work on load is dear, taken apart, and one that is not."""
+    told = [choose(launch, "sm_90") for launch in launches("train") if pieces(launch, "apart") is not None]
+    assert {chosen.how for chosen in told} == {"fused", "apart"}
+    form = r"by the model of H200: (fused|apart) [0-9.]+ us( \([a-z0-9]+\))?, (fused|apart) [0-9.]+ us( \([a-z0-9]+\))?"
+    for chosen in told:
+        assert re.fullmatch(form, chosen.reason), chosen.reason
 
 
 def test_the_model_knows_its_limits() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels import boxes, conv, epilogues, prologues
 from ..launch import Geometry, Launch
 from ..tuning import Tile, choose
-from ..tuning.pieces import DY
+from ..tuning.pieces import dy_slot
 from ..tuning.tile import Strip
 from . import triton_elementwise, workspace
 from .derived import channels_last_filters
@@ -100,7 +100,14 @@ def run(
     device = next(iter(operands.values())).device
     if how is None:
         empty = not all(tensor.numel() for tensor in operands.values())
-        how = "fused" if tile is not None or empty else _how(launch, device, shared)
+        if tile is not None or empty:
+            how = "fused"
+        elif shared and launch.kind == "dgrad" and "y" in launch.roles and dy_slot(launch) in shared:
+            how = "apart"  # its layer's wgrad has left the dy
+        else:
+            chosen = choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu_of(device))
+            how = chosen.how
+            tile = chosen.tile if how == "apart" else None
     if how != "fused":
         from . import triton_apart
 
@@ -136,13 +143,6 @@ def run(
                 torch.autograd.graph.increment_version(operands[role])  # autograd cannot see what a kernel writes
     results = tuple(outputs[role] for role, _ in launch.outputs)
     return results if len(results) > 1 else results[0]
-
-
-def _how(launch: Launch, device: torch.device, shared: dict[str, Tensor] | None) -> str:
-    """Whether a launch runs as one kernel or in pieces. A dgrad whose dy its layer's wgrad has left reads that."""
-    if shared and launch.kind == "dgrad" and f"{dict(launch.operands)['dz']} {DY}" in shared:
-        return "apart"
-    return choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu_of(device)).how
 
 
 def reason(launch: Launch, device: torch.device) -> str:

@@ -19,7 +19,7 @@ from .triton_start import Start, arch_of, begin, needs_wide_offsets
 #: Kinds of launches that only stand in pieces.
 KINDS = ("output_gradient", "conv_end", "dgrad_end")
 
-#: What launches of one plan leave for each other: dy by the slot of dz.
+#: What launches of one plan leave for each other: dy, see :func:`fused_resnet.tuning.pieces.dy_slot`.
 Shared = dict[str, Tensor]
 
 
@@ -58,9 +58,21 @@ def run(
         role = "x" if first.kind == "bn_add_relu" else "dz"
         given[role] = _made(first, operands, shared)
     given = {role: given[role] for role in parts.core.roles}
+    wanted = None if out is None else {role: out[role] for role, _ in parts.core.outputs}
     if how == "apart":
-        return triton.run(parts.core, given, tile=tile, out=out, how="fused")
-    return _around_vendor(parts, given, out)
+        result = triton.run(parts.core, given, tile=tile, out=wanted, how="fused")
+        of_core = result if isinstance(result, tuple) else (result,)
+        made = dict(zip((role for role, _ in parts.core.outputs), of_core, strict=True))
+    else:
+        made = _around_vendor(parts, given, wanted)
+    for role, _ in launch.outputs:
+        if role not in made:  # a bias in front of BatchNorm, which subtracts what it adds
+            g = launch.geometry
+            assert isinstance(g, Geometry)
+            new = torch.empty(g.K, dtype=torch.float32, device=given["dz"].device) if out is None else out[role]
+            made[role] = new.zero_()
+    results = tuple(made[role] for role, _ in launch.outputs)
+    return results if len(results) > 1 else results[0]
 
 
 def _made(first: Launch, operands: Mapping[str, Tensor], shared: Shared | None) -> Tensor:
@@ -79,7 +91,8 @@ def _made(first: Launch, operands: Mapping[str, Tensor], shared: Shared | None) 
     return made
 
 
-def _around_vendor(parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> Tensor | tuple[Tensor, ...]:
+def _around_vendor(parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What the core's outputs are, by role."""
     core, g = parts.core, parts.core.geometry
     assert isinstance(g, Geometry)
     if core.kind == "conv":
@@ -102,14 +115,7 @@ def _around_vendor(parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Te
         made = _strip(parts.last, {**given, "raw": raw}, out)
     elif out is not None:
         made = {main: out[main].copy_(raw)}
-    if core.kind == "wgrad":
-        for role, _ in core.outputs:
-            if role == "dbias":  # behind a BatchNorm with the batch's statistics a bias has no gradient
-                made[role] = torch.zeros(g.K, dtype=torch.float32, device=raw.device)
-                if out is not None:
-                    made[role] = out[role].copy_(made[role])
-    results = tuple(made[role] for role, _ in core.outputs)
-    return results if len(results) > 1 else results[0]
+    return made
 
 
 def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool | None = None) -> Start:

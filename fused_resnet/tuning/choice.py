@@ -90,13 +90,9 @@ def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[flo
                 found.append((predicted.seconds, option))
     if not found:
         found.append((model.predict(launch, rule, device, tf32=tf32).seconds, rule))
+    best = min(seconds for seconds, _ in found)
     # Of tiles that should take the same time, to a hundredth, the one that has more loads on their way.
-    return sorted(found, key=lambda pair: (round(pair[0] / found_best(found), 2), -getattr(pair[1], "num_stages", 0), pair[0]))
-
-
-def found_best(found: list[tuple[float, Tile | Strip]]) -> float:
-    """The shortest of the predicted times."""
-    return min(seconds for seconds, _ in found)
+    return sorted(found, key=lambda pair: (round(pair[0] / best, 2), -getattr(pair[1], "num_stages", 0), pair[0]))
 
 
 def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Strip]:
@@ -130,16 +126,15 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
         return Choice("fused", by_rule(launch, arch, tf32), None, "by rule: no data about this device")
     best, tile = ranked(launch, device, tf32)[0]
     expected = model.predict(launch, tile, device, tf32=tf32)
-    reason = f"by the model of {device.name}: fused {best * 1e6:.1f} us ({expected.bound})"
-    apart = None if whole_only else _apart(launch, device, tf32)
-    if apart is not None:
-        seconds, of_core = apart
-        if seconds < WORTH * best:
-            return Choice(
-                "apart", of_core, seconds, f"by the model of {device.name}: apart {seconds * 1e6:.1f} us, {reason[17:]}"
-            )
-        reason += f", apart {seconds * 1e6:.1f} us"
-    return Choice("fused", tile, best, reason)
+    by, fused = f"by the model of {device.name}", f"fused {best * 1e6:.1f} us ({expected.bound})"
+    pair = None if whole_only else _apart(launch, device, tf32)
+    if pair is None:
+        return Choice("fused", tile, best, f"{by}: {fused}")
+    seconds, of_core = pair
+    apart = f"apart {seconds * 1e6:.1f} us"
+    if seconds < WORTH * best:
+        return Choice("apart", of_core, seconds, f"{by}: {apart}, {fused}")
+    return Choice("fused", tile, best, f"{by}: {fused}, {apart}")
 
 
 def _apart(launch: Launch, device: Device, tf32: bool) -> tuple[float, Tile | Strip] | None:

@@ -169,15 +169,14 @@ def _product(launch: Launch, tile: Tile) -> _Work:
         tiles = _covered(extents, box) * ceil(g.K / tile.filters)
         reads = 1 + ("shortcut" in launch.roles)
         return _Work(
-            tiles * tile.splits,
-            steps / tile.splits,
+            tiles,
+            steps,
             2 * M * tile.filters * tile.channels,
             (M + tile.filters) * tile.channels * size,
             M * tile.channels * (on_load + (8 if flat else 0)),
             M * tile.filters * size * reads,
             M * tile.filters * at_end,
-            2 * 4 * tile.splits * tiles * M * tile.filters if tile.splits > 1 else 0,
-            min(M, tile.filters),
+            narrow=min(M, tile.filters),
         )
     if launch.kind == "dgrad":
         classes = prod(g.stride)
@@ -189,15 +188,14 @@ def _product(launch: Launch, tile: Tile) -> _Work:
         tiles = classes * _covered(extents, box) * ceil(g.C / tile.channels)
         reads = 1 + ("dshortcut" in launch.roles) + (launch.epilogue in ("mask", "bn_mask"))
         return _Work(
-            tiles * tile.splits,
-            walked / tile.splits,
+            tiles,
+            walked,
             2 * M * tile.filters * tile.channels,
             (M * (1 + reads_y) + tile.channels) * tile.filters * size,
             M * tile.filters * on_load,
             M * tile.channels * size * reads,
             M * tile.channels * at_end,
-            2 * 4 * tile.splits * tiles * M * tile.channels if tile.splits > 1 else 0,
-            min(M, tile.channels),
+            narrow=min(M, tile.channels),
         )
     flat = g.groups == 1 and g.C * size % 16 != 0
     columns = ceil(g.R * g.S * g.C / tile.channels) if flat else g.R * g.S * _chunks(g, tile.channels, tile.filters)

@@ -62,12 +62,17 @@ def _normalise(launch: Launch, g: Geometry) -> Launch:
     return _sized(made, flat)
 
 
+def dy_slot(launch: Launch) -> str:
+    """What dy is called: by y, since a block's last convolution and its projection read one dz, each behind a norm of its own."""
+    return f"{dict(launch.operands)['y']} {DY}"
+
+
 def _output_gradient(launch: Launch, g: Geometry) -> Launch:
     """dz and y to dy."""
     flat = _flat(g, g.K, g.P, g.Q)
     slots = dict(launch.operands)
     roles = tuple((role, slots[role]) for role in ("dz", *GRADIENTS["bn_backward"]) if role in slots)
-    made = Launch("output_gradient", launch.layer, flat, launch.dtype, roles, (("dy", f"{slots['dz']} {DY}"),))
+    made = Launch("output_gradient", launch.layer, flat, launch.dtype, roles, (("dy", dy_slot(launch)),))
     return _sized(made, flat)
 
 
@@ -95,7 +100,9 @@ def pieces(launch: Launch, how: str) -> Pieces | None:
         dropped |= set(GRADIENTS["bn_backward"])
     kept = tuple((role, slot) for role, slot in operands.items() if role not in dropped)
     sizes = tuple((role, size) for role, size in launch.sizes if role not in dropped)
-    core = replace(launch, operands=kept, prologue="identity", gradient="identity", sizes=sizes)
+    # A bias in front of BatchNorm has no gradient: the executor writes the zeros, a plain wgrad would not.
+    outputs = tuple((role, slot) for role, slot in launch.outputs if not (differentiates and role == "dbias"))
+    core = replace(launch, operands=kept, outputs=outputs, prologue="identity", gradient="identity", sizes=sizes)
     if how == "apart":
         return Pieces(tuple(first), core)
     return Pieces(tuple(first), core, _end(core))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from gradient_launches import dgrad, wgrad
@@ -13,6 +16,7 @@ from tolerances import assert_close, bound
 from fused_resnet.backends import count_launches, triton, triton_apart
 from fused_resnet.backends.triton_gradients import new_outputs
 from fused_resnet.launch import Geometry, Launch
+from fused_resnet.tuning import Choice, Tile
 from fused_resnet.tuning.pieces import pieces
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -96,12 +100,47 @@ def test_dgrad_reads_the_dy_its_layers_wgrad_left() -> None:
     operands = gradient_operands(backward)
     shared: dict[str, torch.Tensor] = {}
     triton.run(backward, operands, (), shared, how="apart")
-    assert list(shared) == ["dz dy"]
+    assert list(shared) == ["y dy"]
     mine = {**gradient_operands(onward), **{role: operands[role] for role in operands if role in onward.roles}}
     with count_launches() as log:
         dx = triton.run(onward, mine, (), shared)
     assert log.kernels == ["dgrad"] and not shared
     assert_close(dx.cpu() if isinstance(dx, torch.Tensor) else dx[0], expected_gradients(onward, mine)["dx"], 9 * 24)
+
+
+def test_two_layers_behind_one_dz_do_not_share_their_dy() -> None:
+    """A block's last convolution and its projection read the same dz, each with a BatchNorm of its own."""
+    sizes = (2, 5, 6, 16, 24, 1, 1)
+    last = wgrad(*sizes, gradient="bn_backward")
+    other = {"y": "y_d", "mean": "mean_d", "invstd": "invstd_d", "gamma": "gamma_d", "dot": "dot_d"}
+    projection = replace(last, operands=tuple((role, other.get(role, slot)) for role, slot in last.operands))
+    operands = gradient_operands(last)
+    mine = {**gradient_operands(projection), "dz": operands["dz"]}
+    shared: dict[str, torch.Tensor] = {}
+    triton.run(last, operands, (), shared, how="apart")  # its dgrad is not wanted: nobody takes the dy away
+    dw = triton.run(projection, mine, (), shared, how="apart")
+    assert_close((dw[0] if isinstance(dw, tuple) else dw).cpu(), expected_gradients(projection, mine)["dw"], 2 * 30)
+
+
+@pytest.mark.parametrize("how", ["apart", "vendor"])
+def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(how: str) -> None:
+    check_gradients(wgrad(2, 5, 6, 16, 24, 3, 3, padding=(1, 1), gradient="bn_backward", outputs=("dw", "dbias")), how)
+
+
+def test_the_measured_tile_of_the_core_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = conv(2, 9, 8, 16, 24, 3, 3, padding=(1, 1), prologue="bn_relu", **STATS)
+    tile = Tile(1, 4, 4, 16, 16)
+    real = triton.choose
+
+    def measured(asked: Launch, *rest: Any, **how: Any) -> Choice:
+        return Choice("apart", tile, 1e-5, "measured") if asked.prologue == "bn_relu" else real(asked, *rest, **how)
+
+    monkeypatch.setattr(triton, "choose", measured)
+    tiles, plan = [], triton._plan_conv
+    monkeypatch.setattr(triton, "_plan_conv", lambda launch, tile, *rest: tiles.append(tile) or plan(launch, tile, *rest))
+    triton.plan_start.cache_clear()
+    triton.run(launch, operands_of(launch))
+    assert tiles == [tile]
 
 
 def test_what_has_no_pieces() -> None:
