@@ -63,7 +63,7 @@ def _normalise(launch: Launch, g: Geometry) -> Launch:
 
 
 def dy_slot(launch: Launch) -> str:
-    """What dy is called: by y, since a block's last convolution and its projection read one dz, each behind a norm of its own."""
+    """What dy is called: by y. A block's last convolution and its projection read one dz, each behind a norm of its own."""
     return f"{dict(launch.operands)['y']} {DY}"
 
 
