@@ -76,6 +76,11 @@ class Plan(HashedOnce):
             live |= read
         return tuple(reversed(dead))
 
+    @cached_property
+    def updated(self) -> tuple[str, ...]:
+        """Slots read that the launches update in place: running statistics."""
+        return tuple(slot for launch in self.launches for role, slot in launch.operands if role in UPDATED)
+
     def reads(self) -> tuple[str, ...]:
         """Slots the plan reads and does not make, in order of first use."""
         made = {slot for launch in self.launches for _, slot in launch.outputs}

@@ -9,7 +9,8 @@ from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fused_resnet import fuse
+from fused_resnet import backends, fuse
+from fused_resnet.launch import Launch
 
 BACKENDS = ("reference", "cpu")
 
@@ -109,3 +110,37 @@ def test_backward_twice_is_refused() -> None:
     out.backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.backward()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_a_launch_that_fails_midway_leaves_the_statistics(
+    momentum: float | None, backend: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last launch of a block raises, such as for want of memory, when all its layers have updated their statistics."""
+    net = fuse(randomise(Bottleneck(8, 2)).train(), backend=backend)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    first, x = torch.randn(2, 2, 8, 5, 6)
+    net(first)
+    before, changed = state_of(net), []
+    module = backends.executor(backend)
+    run = module.run
+
+    def failing(launch: Launch, *arguments: object) -> object:
+        if launch.kind == "bn_add_relu":
+            changed.extend(key for key, value in net.state_dict().items() if not torch.equal(value, before[key]))
+            raise error("no memory")
+        return run(launch, *arguments)
+
+    monkeypatch.setattr(module, "run", failing)
+    with pytest.raises(error, match="no memory"):
+        net(x)
+    assert len(changed) == 9, "means, variances and counts of three layers had been updated when it failed"
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    monkeypatch.undo()
+    net(x)
+    assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
+    assert int(net.bn3.num_batches_tracked) == int(before["bn3.num_batches_tracked"]) + 1

@@ -171,6 +171,9 @@ def _program(plan: Plan, name: str) -> tuple[tuple[Launch, str, ModuleType, froz
 def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Run a plan's launches.
 
+    Where one raises, running statistics in the CPU's memory are put back to what they were; copies of such short vectors cost
+    nothing there. On a GPU each copy would be a launch of its own.
+
     Args:
         plan: what to run.
         tensors: the tensors the plan reads, by slot.
@@ -179,7 +182,17 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
     Returns:
         The plan's results and the slots it keeps, by slot.
     """
-    slots = dict(tensors)
+    before = [(tensors[slot], tensors[slot].clone()) for slot in plan.updated if tensors[slot].device.type == "cpu"]
+    try:
+        return _run(plan, dict(tensors), name)
+    except BaseException:  # an interrupt from the keyboard, too
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise
+
+
+def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     shared: dict[str, Tensor] = {}
     for launch, runner, module, donated, dead in _program(plan, name):
         extra = (shared,) if getattr(module, "shares", False) else ()
