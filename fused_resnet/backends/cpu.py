@@ -6,8 +6,9 @@ works in place; activations are channels_last. Why so: docs/decisions/007-relu-a
 
 Training: a convolution here reads memory, so what a GPU computes on load is written first and forgotten after its last use. It
 is shared by the launches of a plan that need it: the activation behind a BatchNorm by wgrad and by the mask of dgrad, the
-gradient in front of one by wgrad and dgrad (PyTorch makes it together with its sums). What is kept between forward and backward
-is what the plan keeps on every backend.
+gradient in front of one by wgrad and dgrad (PyTorch makes it together with its sums). Gradients of filters are matrix products
+where oneDNN's own are slow (:mod:`.cpu_wgrad`). What is kept between forward and backward is what the plan keeps on every
+backend.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..launch import Geometry, Launch, PoolGeometry
-from . import reference
+from . import cpu_wgrad, reference
 from .derived import derived
 
 Operands = dict[str, Tensor]
@@ -300,8 +301,11 @@ def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     made = {"dbias": torch.zeros(g.K)}
     if "x" in operands:
         dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
-        like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
-        made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
+        if cpu_wgrad.suits(g, launch.dtype):
+            made["dw"] = cpu_wgrad.wgrad(g, dy, x)
+        else:
+            like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
+            made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
     return _listed(launch, made)
 
 
