@@ -9,6 +9,7 @@ which values have crossed over in eager PyTorch are judged together.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from statistics import median
 
 import pytest
@@ -175,8 +176,51 @@ def runnable_chain() -> tuple[Chain, int, int]:
             return spec, h, w
 
 
+#: ``(kind of tensor, backend or "eager")`` -> its error for each input.
+Errors = dict[tuple[str, str], list[float]]
+
+
+def add_errors(errors: Errors, spec: Chain, h: int, w: int, backends: Sequence[str]) -> None:
+    """Of one step in fp32 on new random tensors; eager's own is the larger of its two formats'."""
+    tensors, dout, truth = problem(spec, 4, h, w, torch.float32)
+    eagers = [errors_by_kind(spec, eager, truth) for eager in eager_in_both_layouts(spec, tensors, dout)]
+    for kind in eagers[0]:
+        errors.setdefault((kind, "eager"), []).append(max(eager[kind] for eager in eagers))
+    for backend in backends:
+        for kind, error in errors_by_kind(spec, step(spec, tensors, dout, backend), truth).items():
+            errors.setdefault((kind, backend), []).append(error)
+
+
+def worse(errors: Errors) -> list[str]:
+    """What is worse than twice eager, by the median of the inputs so far."""
+    found = []
+    for (kind, who), several in errors.items():
+        ours, eagers = median(several), median(errors[kind, "eager"])
+        if who != "eager" and ours > max(2 * eagers, 1e-6):
+            found.append(f"{kind} on {who}: error {ours:.2e}, eager's own {eagers:.2e}, median of {len(several)}")
+    return found
+
+
+def check_no_worse(spec: Chain, h: int, w: int, backends: Sequence[str], inputs: Sequence[int]) -> None:
+    """In fp32 no worse than twice eager.
+
+    Gradients of one or a few numbers are sums that may cancel: their relative error varies by a factor of ten from input to
+    input, in eager PyTorch as here, and medians of few with it. Where ``inputs[0]`` inputs say worse, ``inputs[1]`` decide,
+    and so on.
+    """
+    errors: Errors = {}
+    found: list[str] = []
+    for count in inputs:
+        while len(next(iter(errors.values()), [])) < count:
+            add_errors(errors, spec, h, w, backends)
+        found = worse(errors)
+        if not found:
+            return
+    raise AssertionError(f"{spec} on {h}x{w}: {'; '.join(found)}")
+
+
 def check_random_chains(count: int) -> None:
-    """Exact in float64; in fp32 no worse than twice eager, by the median of five inputs."""
+    """Exact in float64; in fp32 no worse than twice eager, by the median of five inputs or more."""
     for _ in range(count):
         spec, h, w = runnable_chain()
         told = f"{spec} on {h}x{w}"
@@ -186,18 +230,17 @@ def check_random_chains(count: int) -> None:
         for what, expected in truth.items():
             near = actual[what].abs().max() < 1e-10 if what in zero else relative_error(actual[what], expected) < 1e-8
             assert near or expected.abs().max() < 1e-9 > actual[what].abs().max(), f"{what} of {told}"
-        errors: dict[tuple[str, str], list[float]] = {}
-        for _ in range(5):
-            tensors, dout, truth = problem(spec, 4, h, w, torch.float32)
-            eagers = [errors_by_kind(spec, eager, truth) for eager in eager_in_both_layouts(spec, tensors, dout)]
-            for kind in eagers[0]:
-                errors.setdefault((kind, "eager"), []).append(max(eager[kind] for eager in eagers))
-            for backend in BACKENDS:
-                for kind, error in errors_by_kind(spec, step(spec, tensors, dout, backend), truth).items():
-                    errors.setdefault((kind, backend), []).append(error)
-        for (kind, who), several in errors.items():
-            if who != "eager":
-                assert_no_worse(median(several), median(errors[kind, "eager"]), f"{kind} of {told} on {who}")
+        check_no_worse(spec, h, w, BACKENDS, (5, 25))
+
+
+def check_random_chains_through_the_kernels(count: int) -> None:
+    """In fp32 no worse than twice eager by the same rule, each launch by a Triton kernel."""
+    pytest.importorskip("triton")
+    for _ in range(count):
+        spec, h, w = runnable_chain()
+        with count_launches() as log:
+            check_no_worse(spec, h, w, ["triton"], (5, 25))
+        assert {backend for backend, _ in log.launches} == {"triton"} and len(log.kernels) >= len(log.launches) > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -209,3 +252,14 @@ def test_random_chains(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_many_random_chains(seed: int) -> None:
     check_random_chains(10)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_chains_through_the_kernels(seed: int) -> None:
+    check_random_chains_through_the_kernels(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_many_random_chains_through_the_kernels(seed: int) -> None:
+    check_random_chains_through_the_kernels(10)
