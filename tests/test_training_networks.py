@@ -54,8 +54,7 @@ def train_once(model: nn.Module, x: Tensor, y: Tensor, backend: str | None) -> d
     return made | dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_every_gradient_and_running_statistic(name: str) -> None:
+def check_every_gradient_and_running_statistic(name: str, backends: Sequence[str]) -> None:
     model = network(name)
     exact = copy.deepcopy(model).double()
     errors: dict[str, dict[str, list[float]]] = {}
@@ -63,7 +62,7 @@ def test_every_gradient_and_running_statistic(name: str) -> None:
         x, y = torch.randn(4, 3, 39, 33), torch.randint(7, (4,))
         truth = train_once(exact, x, y, None)
         eagers = [train_once(model, t, y, None) for t in (x, x.contiguous(memory_format=torch.channels_last))]
-        for backend in BACKENDS:
+        for backend in backends:
             actual = train_once(model, x, y, backend)
             assert list(actual) == list(truth)
             for what, expected in truth.items():
@@ -72,10 +71,10 @@ def test_every_gradient_and_running_statistic(name: str) -> None:
                     continue
                 entry = errors.setdefault(what, {})
                 entry.setdefault(backend, []).append(distance([(actual[what], expected)]))
-                if backend == BACKENDS[0]:
+                if backend == backends[0]:
                     entry.setdefault("eager", []).append(max(distance([(eager[what], expected)]) for eager in eagers))
     assert len(errors) == 2 + len(list(model.parameters())) + 2 * sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    for backend in BACKENDS:
+    for backend in backends:
         crossed: list[tuple[float, float]] = []
         for what, entry in errors.items():
             ours, eagers = median(entry[backend]), median(entry["eager"])
@@ -85,6 +84,18 @@ def test_every_gradient_and_running_statistic(name: str) -> None:
                 crossed.append((ours, eagers))
         ours, eagers = (sum(pair[i] ** 2 for pair in crossed) ** 0.5 for i in (0, 1))
         assert_no_worse(ours, eagers, f"{len(crossed)} tensors on {backend}")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_every_gradient_and_running_statistic(name: str) -> None:
+    check_every_gradient_and_running_statistic(name, BACKENDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_every_gradient_and_running_statistic_through_the_kernels(name: str) -> None:
+    pytest.importorskip("triton")
+    check_every_gradient_and_running_statistic(name, ["triton"])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
