@@ -16,10 +16,12 @@ WORKERS ?= 2
 THREADS ?= 1
 # make test K=conv runs the tests whose names match (pytest -k); make bench takes it too.
 K ?=
+# Strictly (and not --quiet, which hides warnings from --strict): a link that leads nowhere or a page that the navigation lacks ends it.
+build_site = NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 match = $(if $(K),-k "$(K)")
 pytest_tests = OMP_NUM_THREADS=$(THREADS) $(1)/bin/python -m pytest tests -n $(WORKERS) -p no:benchmark $(match)
 
-.PHONY: help demo test test-all bench check format clean
+.PHONY: help demo test test-all bench check site format clean
 
 help:  ## list the targets
 	@echo "fused_resnet: each target does its own set-up in .venv/ (the first call downloads PyTorch, a few GB)"
@@ -39,18 +41,22 @@ test-all: .venv/.with-test .venv-oldest/.with-test  ## the long sweeps too, then
 bench: .venv/.with-test  ## time eager, compiled and fused side by side (pytest-benchmark)
 	@.venv/bin/python -m pytest bench/ --benchmark-only $(match)
 
-check: .venv/.with-test,dev  ## lint, types, links and code in the docs
+check: .venv/.with-test,dev  ## lint, types, links and code in the docs, the site
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@.venv/bin/python tools/check_docs.py
+	@$(build_site)
+
+site: .venv/.with-test,dev  ## the documentation as a site, into site/index.html
+	@$(build_site)
 
 format: .venv/.with-test,dev  ## let ruff lay out the code and sort the imports
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
 clean:  ## remove the environments, caches and build products
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up: an environment, and in it one stamp for each set of extras, renewed when pyproject.toml changes
