@@ -36,13 +36,18 @@ def add(commands: Any) -> None:
     parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--distributed", choices=DISTRIBUTED, default="ddp", help="what shares the work under torchrun (ddp)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode images (2)")
+    parser.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images (2)")
     parser.add_argument("--on-corrupt", choices=("stop", "skip"), default="stop", help="at an image that cannot be read (stop)")
     parser.add_argument("--log-every", type=natural, default=0, metavar="N", help="steps between rows (a tenth of an epoch)")
     parser.add_argument("--checkpoint-every", type=natural, default=0, metavar="N", help="steps between checkpoints (an epoch)")
     parser.add_argument("--evaluate-every", type=positive, default=1, metavar="N", help="epochs between evaluations (1)")
     parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
     parser.set_defaults(run=run)
+
+
+def whole(text: str) -> int:
+    """A number from 0."""
+    return 0 if text == "0" else natural(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -55,7 +55,7 @@ def tensors(path: Path) -> Any:
         raise UsageError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except PermissionError as error:
         raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # of the unpickler, the archive or the tensors' sizes
         if "Unsupported" in str(error) or "GLOBAL" in str(error):

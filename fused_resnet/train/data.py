@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..specimens import unknown
 from . import augment
 from .errors import UsageError
 from .recipe import Recipe
+
+#: Where data sets are looked for.
+FOLDER = Path("data")
 
 #: Name -> what it is.
 DATA = {
@@ -103,11 +107,16 @@ class Pixels:
             yield Batch(x, self.labels[index])
 
 
-def in_memory(name: str, classes: list[str], train: Pixels, test: Pixels) -> Data:
-    """The mean image and the standard deviation around it, of the training split, for both (He et al. 2016, section 4.2)."""
+def in_memory(name: str, classes: list[str], train: Pixels, test: Pixels, normalise: str) -> Data:
+    """Mean and standard deviation of the training split, for both: of the mean image (He et al. 2016, section 4.2) or of the
+    channels.
+    """
     pixels = train.images.float()
-    mean = pixels.mean(0)
-    std = (pixels - mean).square().mean().sqrt().reshape(1, 1, 1)
+    if normalise == "channels":
+        mean, std = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None]
+    else:
+        mean = pixels.mean(0)
+        std = (pixels - mean).square().mean().sqrt().reshape(1, 1, 1)
     for split in (train, test):
         split.mean, split.std = mean, std
     return Data(name, classes, train, test, mean, std, train.images.shape[-1])
@@ -134,7 +143,44 @@ def digits(recipe: Recipe) -> Data:
     for label in range(10):
         test[order[labels[order] == label][::5]] = True
     splits = Pixels(images[~test], labels[~test], recipe.augment), Pixels(images[test], labels[test])
-    return in_memory("digits", [str(label) for label in range(10)], *splits)
+    return in_memory("digits", [str(label) for label in range(10)], *splits, recipe.normalise)
+
+
+#: Archive and folder of each CIFAR.
+_CIFAR = {
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py", "data_batch_1 ... data_batch_5, test_batch"),
+    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python", "train, test, meta"),
+}
+
+
+def cifar(name: str, folder: Path, recipe: Recipe) -> Data:
+    """50000 training and 10000 test images of 32x32, from the Python version's files.
+
+    Raises:
+        UsageError: they are not there or not whole; torchvision is missing.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise UsageError(f"data {name!r} needs torchvision: pip install 'fused_resnet[train]'") from error
+    kind, archive, inside, content = _CIFAR[name]
+    root = folder.parent if folder.name == inside else folder
+    if not (root / inside).is_dir():
+        raise UsageError(
+            f"data {name!r}: there is no {root / inside}: bring {archive} from https://www.cs.toronto.edu/~kriz/cifar.html and "
+            f"unpack it in {root} ({content}), or name its folder by --data-dir"
+        )
+    try:
+        parts = [getattr(datasets, kind)(str(root), train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise UsageError(
+            f"data {name!r}: {root / inside} is not whole ({content}, by their checksums): unpack {archive} again"
+        ) from error
+    train, test = (
+        Pixels(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
+    )
+    train.steps = recipe.augment
+    return in_memory(name, list(parts[0].classes), train, test, recipe.normalise)
 
 
 def load(name: str, folder: Path | None, recipe: Recipe, on_corrupt: str = "stop") -> Data:
@@ -149,7 +195,11 @@ def load(name: str, folder: Path | None, recipe: Recipe, on_corrupt: str = "stop
     Raises:
         UsageError: it is not there: what to bring, and where to.
     """
-    if name == "digits":
-        augment.check(recipe.augment, ("pad_crop", "flip"), "digits")
-        return digits(recipe)
-    raise UsageError(f"data must be one of {', '.join(DATA)}, got {name!r}")
+    if name == "folder":
+        from . import folder as folders
+
+        return folders.load(folder or FOLDER, recipe, on_corrupt)
+    if name not in DATA:
+        raise UsageError(str(unknown("data set", name, list(DATA))))
+    augment.check(recipe.augment, ("pad_crop", "flip"), f"data {name!r}")
+    return digits(recipe) if name == "digits" else cifar(name, folder or FOLDER, recipe)

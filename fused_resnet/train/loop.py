@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,9 @@ class _Run:
         self.config, self.world, recipe = config, world, config.recipe
         networks.check_backend(config.backend, world.device)
         self.path = config.out / checkpoint.NAME
-        saved = self._saved()
         self.data = data.load(config.data_name, config.data_folder, recipe, config.on_corrupt)
+        self.identity = {**config.identity(), "images": len(self.data.train), "classes": len(self.data.classes)}
+        saved = self._saved()
         self.per_epoch = len(self.data.train) // recipe.batch
         if self.per_epoch == 0:
             raise UsageError(f"batch must be at most the {len(self.data.train)} training images, got {recipe.batch}")
@@ -119,7 +121,7 @@ class _Run:
         if not self.config.resume:
             raise UsageError(f"{self.path} is there already: --resume goes on behind it, another --out starts anew")
         saved = checkpoint.load(self.path)
-        changed = checkpoint.differences(saved["identity"], self.config.identity())
+        changed = checkpoint.differences(saved["identity"], self.identity)
         if changed:
             raise UsageError(f"{self.path} is of another run, --resume goes on with the same only: {'; '.join(changed)}")
         return saved
@@ -129,7 +131,10 @@ class _Run:
         self.progress = Progress(self.total, state.step, self.world.first and not config.quiet)
         self.log: Log | None = None
         if self.world.first:
-            config.out.mkdir(parents=True, exist_ok=True)
+            try:
+                config.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"{config.out}: cannot be written ({error.strerror})") from error
             self.log = Log(config.out, state.step, config.tensorboard)
         if config.resume:
             self.progress.say(
@@ -167,10 +172,18 @@ class _Run:
             asked = time.perf_counter()
             got = next(batches)
             state.window.waited += time.perf_counter() - asked
+            self._note(got.bad)
             self._step(got)
             if self.world.device.type == "cpu" and self.world.size == 1:
                 state.window.read()
             self._after(end)
+
+    def _note(self, bad: Iterable[str]) -> None:
+        """Files that could not be read, told the first time."""
+        for path in bad:
+            if path not in self.state.bad:
+                self.state.bad.append(path)
+                self.progress.say(f"{path}: cannot be read as an image, skipped ({len(self.state.bad)} so far)")
 
     def _step(self, got: data.Batch) -> None:
         """Forward, backward, and one step of the optimizer."""
@@ -246,9 +259,10 @@ class _Run:
         self._tick()
         self.world.share_buffers(state.model)
         with state.average.in_place_of(state.model) if state.average is not None else nullcontext():
-            loss, error, images = metrics.evaluate(
+            loss, error, images, bad = metrics.evaluate(
                 self.wrapped, self.data, self.world, self.config, self.config.recipe.batch // self.world.size
             )
+        self._note(bad)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         row = Row(state.step, self._epoch(), "test", loss, error, self.lr, images / max(seconds, 1e-9))
         self._write(row)
@@ -260,7 +274,7 @@ class _Run:
     def _contents(self) -> dict[str, Any]:
         """What every checkpoint says about itself."""
         return {
-            "identity": self.config.identity(),
+            "identity": self.identity,
             "manner": self.config.manner(),
             "recipe": self.config.recipe.data_dict(),
             "classes": self.data.classes,

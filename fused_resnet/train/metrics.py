@@ -62,11 +62,15 @@ class Window:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, world: World, config: Config, batch: int) -> tuple[float, float, int]:
-    """Mean loss and error on the test split, and how many images were in it; the model is left in its mode."""
+def evaluate(model: nn.Module, data: Data, world: World, config: Config, batch: int) -> tuple[float, float, int, list[str]]:
+    """Mean loss and error on the test split, how many images were in it, and files that could not be read.
+
+    The model is left in its mode.
+    """
     training = model.training
     model.eval()
     loss = wrong = images = 0.0
+    bad: list[str] = []
     draws = sampler.in_order(len(data.test), batch, world.rank, world.size)
     for got in data.test.batches(draws, config.workers):
         x = data.normalise(got.x.to(world.device)).contiguous(memory_format=torch.channels_last)
@@ -76,9 +80,10 @@ def evaluate(model: nn.Module, data: Data, world: World, config: Config, batch: 
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         wrong += float((logits.argmax(1) != labels).sum().item())
         images += len(labels)
+        bad += got.bad
     model.train(training)
     loss, wrong, images = world.sum([loss, wrong, images])
-    return loss / max(images, 1), wrong / max(images, 1), int(images)
+    return loss / max(images, 1), wrong / max(images, 1), int(images), bad
 
 
 def amp_dtype(amp: str) -> torch.dtype:

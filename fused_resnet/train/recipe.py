@@ -15,6 +15,7 @@ from .errors import UsageError
 _FOLDER = Path(__file__).parent / "recipes"
 
 UNITS = ("steps", "epochs")
+NORMALISE = ("pixel_mean", "channels")
 SCHEDULES = ("steps", "cosine", "constant")
 
 
@@ -48,7 +49,8 @@ class Recipe:
         label_smoothing: of the cross-entropy (Szegedy et al. 2016, section 7).
         ema: decay of an exponential moving average of weights and statistics, which is then what is evaluated; or None.
         augment: steps of :mod:`fused_resnet.train.augment`, each a name with its arguments, in order.
-        normalise: ``pixel_mean`` (the mean image of the training set, one standard deviation for all) or ``imagenet``.
+        normalise: by the training set's ``pixel_mean`` (the mean image, one standard deviation) or ``channels`` (of a folder:
+            ImageNet's).
     """
 
     name: str
@@ -73,7 +75,7 @@ class Recipe:
     normalise: str = "pixel_mean"
 
     def __post_init__(self) -> None:
-        for name, choices in (("unit", UNITS), ("schedule", SCHEDULES)):
+        for name, choices in (("unit", UNITS), ("schedule", SCHEDULES), ("normalise", NORMALISE)):
             if getattr(self, name) not in choices:
                 raise UsageError(
                     f"{name} of recipe {self.name!r} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"

@@ -54,7 +54,7 @@ class State:
             "window": world.gather([window.loss, window.wrong, window.images, window.seconds, window.waited]),
             "random": world.gather(seeds.states(world.device)),
             "best": self.best,
-            "bad": list(self.bad),
+            "bad": sorted({path for bad in world.gather(self.bad) for path in bad}),
         }
 
     def load(self, saved: dict[str, Any], world: World) -> None:
