@@ -6,6 +6,11 @@
 from .backends import backend, count_launches
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, ResNet, Stem
 from .models import (
+    cifar_highway,
+    cifar_plain,
+    cifar_resnet,
+    plain18,
+    plain34,
     resnet18,
     resnet34,
     resnet50,
@@ -29,9 +34,14 @@ __all__ = [
     "ResNet",
     "Stem",
     "backend",
+    "cifar_highway",
+    "cifar_plain",
+    "cifar_resnet",
     "count_launches",
     "explain",
     "fuse",
+    "plain18",
+    "plain34",
     "resnet101",
     "resnet152",
     "resnet18",

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional, plain
+from . import backends, functional, plain, plain_paper
 from .describe import Parts, WeightLayer, hooked, hooks_everywhere, is_activation, is_convolution, is_norm, read
 
 
@@ -32,8 +33,8 @@ class Fused(nn.Module):
     fused_backend: str | None = None
     fused_memory: str = "default"
 
-    @staticmethod
-    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         """The chains of a module with this class's children, as it is now, by name."""
         raise TypeError("a class of fused modules says which chains it has")
 
@@ -76,6 +77,8 @@ def residual_parts(block: Any) -> Parts:
         layers.append(WeightLayer(f"conv{index}", conv, getattr(block, f"bn{index}"), block.relu))
     if block.downsample is None:
         return Parts(layers, residual=True)
+    if type(block.downsample) is plain.ZeroPad:
+        return Parts(layers, True, WeightLayer("downsample", block.downsample))
     projection, reason = _projection(block.downsample)
     return Parts(layers, True, projection, containers=(block.downsample,), reason=reason)
 
@@ -85,19 +88,42 @@ def stem_parts(module: Any) -> Parts:
     return Parts([WeightLayer("conv1", module.conv1, module.bn1, module.relu)], pool=module.maxpool)
 
 
+def cifar_stem_parts(module: Any) -> Parts:
+    """The modules of a stem with children conv1, bn1 and relu."""
+    return Parts([WeightLayer("conv1", module.conv1, module.bn1, module.relu)])
+
+
+def highway_parts(block: Any) -> Parts:
+    """The modules of a block whose shortcut is gated: those of a residual one and ``gate``."""
+    return replace(residual_parts(block), gate=WeightLayer("gate", block.gate))
+
+
 class FusedResidual(Fused):
     """A residual block: children conv1, bn1, conv2, bn2, ... with one ``relu`` behind each and behind the shortcut."""
 
     @staticmethod
-    def chains_of(module: Any) -> list[tuple[str, Parts]]:
-        return [("", residual_parts(module))]
+    def parts_of(block: Any) -> Parts:
+        """The modules of the block's chain."""
+        return residual_parts(block)
+
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
+        return [("", cls.parts_of(module))]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(residual_parts(self), x, super().forward)
+        return self.run(self.parts_of(self), x, super().forward)
 
     def step(self, x: Tensor, donate: bool) -> tuple[Tensor, bool]:
         """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory."""
-        return self.run_owned(residual_parts(self), x, super().forward, donate)
+        return self.run_owned(self.parts_of(self), x, super().forward, donate)
+
+
+class FusedHighway(FusedResidual):
+    """A residual block whose shortcut and branch are mixed by a gate, child ``gate``."""
+
+    @staticmethod
+    def parts_of(block: Any) -> Parts:
+        return highway_parts(block)
 
 
 def watched(block: nn.Module) -> bool:
@@ -109,8 +135,8 @@ def watched(block: nn.Module) -> bool:
 class FusedStage(Fused):
     """A Sequential of residual blocks. What one block hands to the next is nobody else's, so the next may write over it."""
 
-    @staticmethod
-    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,8 +153,8 @@ class FusedStage(Fused):
 class FusedStem(Fused):
     """A stem: children conv1, bn1, relu, maxpool."""
 
-    @staticmethod
-    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return [("", stem_parts(module))]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,8 +164,8 @@ class FusedStem(Fused):
 class FusedResNet(Fused):
     """A whole ResNet whose stem, a handful of its own children, is a chain; the blocks are fused on their own."""
 
-    @staticmethod
-    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return [("stem", stem_parts(module))]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,6 +173,21 @@ class FusedResNet(Fused):
         stem = stem_parts(self)
         x = self.run(stem, x, _one_by_one(stem))
         x = module.layer4(module.layer3(module.layer2(module.layer1(x))))
+        return module.fc(torch.flatten(module.avgpool(x), 1))
+
+
+class FusedCifarResNet(Fused):
+    """A whole network for CIFAR whose first layer, some of its own children, is a chain."""
+
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
+        return [("stem", cifar_stem_parts(module))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        stem = cifar_stem_parts(self)
+        x = self.run(stem, x, _one_by_one(stem))
+        x = module.layer3(module.layer2(module.layer1(x)))
         return module.fc(torch.flatten(module.avgpool(x), 1))
 
 
@@ -185,8 +226,8 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
 class FusedSequential(Fused):
     """A Sequential in which runs of convolutions, BatchNorms and ReLUs are chains."""
 
-    @staticmethod
-    def chains_of(module: Any) -> list[tuple[str, Parts]]:
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return [(name, part) for name, part in segments(list(module._modules.items())) if isinstance(part, Parts)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +265,8 @@ class BasicBlock(FusedResidual, plain.BasicBlock):
 class Bottleneck(FusedResidual, plain.Bottleneck):
     """1x1, 3x3 and 1x1 weight layers and a shortcut, fused: 3 launches in eval mode, 4 with a projection.
 
-    He et al. 2016, figure 5 (right), with the stride on the 3x3 layer. Constructor, children and state_dict are torchvision's.
+    He et al. 2016, figure 5 (right), with the stride on the 3x3 layer unless told otherwise. Constructor, children and
+    state_dict are torchvision's.
 
     Args:
         inplanes, planes: channels of the input, a quarter of the channels of the output.
@@ -232,9 +274,19 @@ class Bottleneck(FusedResidual, plain.Bottleneck):
         downsample: ``Sequential`` of a 1x1 convolution and a BatchNorm, or None for the identity shortcut.
         groups, base_width, dilation: of the 3x3 layer; its width is ``planes * base_width / 64 * groups``.
         norm_layer: constructor of the BatchNorms.
+        stride_in: ``"3x3"``, or ``"1x1"`` for the stride in the first layer, where the paper has it.
     """
 
     unfused_class = plain.Bottleneck
+
+
+class HighwayBlock(FusedHighway, plain_paper.HighwayBlock):
+    """Two 3x3 weight layers and a gated shortcut, fused: 4 launches in eval mode, the sum by one kernel.
+
+    ``T * H(x) + (1 - T) * shortcut(x)``; constructor and children are :class:`fused_resnet.plain_paper.HighwayBlock`'s.
+    """
+
+    unfused_class = plain_paper.HighwayBlock
 
 
 class Stem(FusedStem, plain.Stem):
@@ -294,8 +346,23 @@ class Stage(FusedStage, nn.Sequential):
     unfused_class = nn.Sequential
 
 
+class Layers(FusedSequential, nn.Sequential):
+    """The layers of one resolution in a network without shortcuts."""
+
+    unfused_class = nn.Sequential
+
+
 class ResNet(FusedResNet, plain.ResNet):
-    """A ResNet with fused stem and blocks; arguments as :class:`fused_resnet.plain.ResNet`, which are torchvision's."""
+    """A ResNet with fused stem and blocks; arguments as :class:`fused_resnet.plain.ResNet`, which are torchvision's and two."""
 
     unfused_class = plain.ResNet
     stage_class = Stage
+    layers_class = Layers
+
+
+class CifarResNet(FusedCifarResNet, plain_paper.CifarResNet):
+    """A network for CIFAR with fused layers and blocks; arguments as :class:`fused_resnet.plain_paper.CifarResNet`."""
+
+    unfused_class = plain_paper.CifarResNet
+    stage_class = Stage
+    layers_class = Layers

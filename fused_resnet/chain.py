@@ -1,7 +1,8 @@
 """A chain, described by data: the weight layers of one block, its shortcut and its pooling.
 
 A chain is ``out = pool(act(norm_L(conv_L(... act(norm_1(conv_1(x))) ...)) + shortcut(x)))`` where the normalisations,
-activations, the shortcut and the pooling may each be absent. He et al. 2016, section 3, draws the blocks; every block of a
+activations, the shortcut and the pooling may each be absent; or, with a gate, ``T * act(norm_L(...)) + (1 - T) * shortcut(x)``
+with ``T = sigmoid(gate(x))``. He et al. 2016, section 3, draws the blocks; every block of a
 ResNet, its stem, and any ``Sequential`` of convolutions, BatchNorms and ReLUs is one. :mod:`fused_resnet.plan` turns a chain
 into launches.
 """
@@ -36,6 +37,7 @@ class Layer:
         tracked: running statistics are updated; ``counted``: so is the number of batches.
         momentum: of the update; None is the cumulative average.
         group: name of the process group that shares the batch (SyncBatchNorm), or empty.
+        weights: False for a shortcut without parameters: every ``stride``-th pixel, zeros for the channels added (option A).
     """
 
     name: str
@@ -56,23 +58,24 @@ class Layer:
     counted: bool = False
     momentum: float | None = 0.0
     group: str = ""
+    weights: bool = True
 
     @property
     def token(self) -> str:
         """The layer in one line of text. See :attr:`Chain.token`."""
         sizes = (self.filters, self.channels, *self.kernel, *self.stride, *self.padding, *self.dilation, self.groups)
         numbers = ",".join([f"{size}" for size in sizes])
-        flags = f"{self.bias};{self.norm};{self.affine};{self.batch};{self.tracked};{self.counted}"
+        flags = f"{self.weights};{self.bias};{self.norm};{self.affine};{self.batch};{self.tracked};{self.counted}"
         momentum = "" if self.momentum is None else float(self.momentum).hex()
         return f"{numbers};{flags};{float(self.eps).hex()};{momentum};{self.activation};{self.group};{self.name}"
 
     @staticmethod
     def parse(token: str) -> Layer:
         """The layer that a :attr:`token` stands for."""
-        numbers, *words, eps, momentum, activation, group, name = token.split(";", 11)
+        numbers, *words, eps, momentum, activation, group, name = token.split(";", 12)
         filters, channels, *windows, groups = [int(number) for number in numbers.split(",")]
         kernel, stride, padding, dilation = zip(windows[::2], windows[1::2], strict=True)
-        bias, norm, affine, batch, tracked, counted = [word == "True" for word in words]
+        weights, bias, norm, affine, batch, tracked, counted = [word == "True" for word in words]
         return Layer(
             name,
             filters,
@@ -92,12 +95,13 @@ class Layer:
             counted,
             float.fromhex(momentum) if momentum else None,
             group,
+            weights,
         )
 
     @property
     def parameter_roles(self) -> tuple[str, ...]:
         """Roles of the tensors this layer reads besides its input, in the order in which they are passed."""
-        roles = ["w"]
+        roles = ["w"] if self.weights else []
         if self.bias:
             roles.append("bias")
         if self.affine:
@@ -143,7 +147,8 @@ class Pool:
 class Chain(HashedOnce):
     """Weight layers in a row, with an optional shortcut around them and an optional pooling behind.
 
-    ``residual`` without a ``projection`` is the identity shortcut; ``memory`` is one of :data:`MEMORY`.
+    ``residual`` without a ``projection`` is the identity shortcut; ``memory`` is one of :data:`MEMORY`. A ``gate`` is a
+    convolution of ``x`` without a BatchNorm; the activation of the last layer then comes before the shortcut.
     """
 
     layers: tuple[Layer, ...]
@@ -151,14 +156,15 @@ class Chain(HashedOnce):
     projection: Layer | None = None
     pool: Pool | None = None
     memory: str = "default"
+    gate: Layer | None = None
 
     def __hash__(self) -> int:
         return self.hash
 
     @property
     def weight_layers(self) -> tuple[Layer, ...]:
-        """All layers that have filters, the projection last."""
-        return self.layers if self.projection is None else (*self.layers, self.projection)
+        """All layers, behind those in a row the projection and the gate."""
+        return (*self.layers, *[layer for layer in (self.projection, self.gate) if layer is not None])
 
     @property
     def parameter_slots(self) -> tuple[str, ...]:
@@ -179,6 +185,8 @@ class Chain(HashedOnce):
     def normalised_late(self) -> bool:
         """Whether the last sum is a launch of its own (``bn_add_relu``), since statistics must be known first."""
         side = self.projection is not None and self.projection.batch
+        if self.gate is not None:
+            return False
         return side or (self.layers[-1].batch and (self.pool is None or self.residual))
 
     @property
@@ -191,7 +199,7 @@ class Chain(HashedOnce):
         last = index == len(self.layers) - 1
         if self.layers[index].batch or (last and self.normalised_late):
             return f"y{index + 1}"
-        return "out" if last and self.pool is None else f"a{index + 1}"
+        return "out" if last and self.pool is None and self.gate is None else f"a{index + 1}"
 
     @property
     def pooled_slot(self) -> str:
@@ -213,6 +221,8 @@ class Chain(HashedOnce):
                 slots[layer.slot("count")] = ((1,), accumulation_dtype(dtype))
         if self.projection is not None:
             slots["yd"] = ((n, self.projection.filters, *behind(self.projection, h, w)), dtype)
+        if self.gate is not None:
+            slots["t"] = ((n, self.gate.filters, *behind(self.gate, h, w)), dtype)
         for index, layer in enumerate(self.layers):
             h, w = behind(layer, h, w)
             slots[self.output_slot(index)] = ((n, layer.filters, h, w), dtype)
@@ -234,14 +244,14 @@ class Chain(HashedOnce):
         pool = self.pool
         windows = () if pool is None else (*pool.kernel, *pool.stride, *pool.padding, *pool.dilation)
         lines = [",".join([f"{size}" for size in windows]), f"{self.residual}", self.memory]
-        lines.append("" if self.projection is None else self.projection.token)
+        lines += ["" if layer is None else layer.token for layer in (self.projection, self.gate)]
         return "\n".join([*lines, *[layer.token for layer in self.layers]])
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(token: str) -> Chain:
         """The chain that a :attr:`token` stands for."""
-        pool, residual, memory, projection, *layers = token.split("\n")
+        pool, residual, memory, projection, gate, *layers = token.split("\n")
         sizes = [int(size) for size in pool.split(",")] if pool else []
         return Chain(
             tuple(Layer.parse(layer) for layer in layers),
@@ -249,6 +259,7 @@ class Chain(HashedOnce):
             Layer.parse(projection) if projection else None,
             Pool(*zip(sizes[::2], sizes[1::2], strict=True)) if sizes else None,
             memory,
+            Layer.parse(gate) if gate else None,
         )
 
 

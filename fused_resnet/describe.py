@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import MEMORY, Chain, Layer, Pool
+from .plain import ZeroPad
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -61,7 +62,7 @@ class Parts:
     """Modules of one chain.
 
     ``containers`` are modules around some of them (the Sequential of a projection), which a hook may look into as well;
-    ``reason`` says why the modules are known not to be a chain.
+    ``gate`` is the convolution of a highway's gate; ``reason`` says why the modules are known not to be a chain.
     """
 
     layers: list[WeightLayer]
@@ -70,11 +71,12 @@ class Parts:
     pool: nn.Module | None = None
     containers: tuple[nn.Module, ...] = ()
     reason: str | None = None
+    gate: WeightLayer | None = None
 
     @property
     def weight_layers(self) -> list[WeightLayer]:
-        """All weight layers, the projection last."""
-        return self.layers if self.projection is None else [*self.layers, self.projection]
+        """All weight layers, behind those in a row the projection (or zero padding) and the gate."""
+        return [*self.layers, *(layer for layer in (self.projection, self.gate) if layer is not None)]
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -148,6 +150,8 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     if parts.reason is not None:
         return parts.reason
     for layer in parts.weight_layers:
+        if type(layer.conv) is ZeroPad and layer.norm is layer.activation is None:
+            continue
         reason = _refuse_convolution(layer.name, layer.conv)
         if reason is None and layer.norm is not None:
             reason = _refuse_norm(layer.name, layer.norm)
@@ -230,6 +234,8 @@ def _read_norm(norm: Any, parameters: list[Tensor]) -> tuple[Any, ...]:
 
 def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     conv: Any = layer.conv
+    if type(conv) is ZeroPad:
+        return Layer(layer.name, conv.filters, conv.channels, (1, 1), (conv.stride, conv.stride), weights=False)
     weight, bias = conv.weight, conv.bias
     parameters.append(weight)
     if bias is not None:
@@ -242,9 +248,14 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
 
 
 def _chain(
-    layers: tuple[Layer, ...], residual: bool, projection: Layer | None, pool: tuple[Any, ...] | None, memory: str
+    layers: tuple[Layer, ...],
+    residual: bool,
+    projection: Layer | None,
+    pool: tuple[Any, ...] | None,
+    memory: str,
+    gate: Layer | None,
 ) -> Chain:
-    return Chain(layers, residual, projection, None if pool is None else Pool(*pool), check_memory(memory))
+    return Chain(layers, residual, projection, None if pool is None else Pool(*pool), check_memory(memory), gate)
 
 
 _cached_layer = lru_cache(maxsize=4096)(_layer)
@@ -264,8 +275,9 @@ def read(parts: Parts, memory: str = "default") -> Reading:
     parameters: list[Tensor] = []
     layers = tuple(_read_layer(layer, parameters) for layer in parts.layers)
     projection = None if parts.projection is None else _read_layer(parts.projection, parameters)
+    gate = None if parts.gate is None else _read_layer(parts.gate, parameters)
     pool: Any = parts.pool
     window = None if pool is None else tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
     frozen = any(layer.norm is not None and _is_frozen_norm(layer.norm) for layer in parts.weight_layers)
-    return Reading(make(layers, parts.residual, projection, window, memory), parameters, frozen=frozen)
+    return Reading(make(layers, parts.residual, projection, window, memory, gate), parameters, frozen=frozen)

@@ -268,7 +268,7 @@ def promotes(reading: Reading, x: Tensor) -> bool:
     if not isinstance(x, Tensor) or not _autocasts(x):
         return False
     spec = reading.chain
-    identity = spec is not None and spec.residual and spec.projection is None
+    identity = spec is not None and spec.residual and (spec.projection is None or not spec.projection.weights)
     return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))
 
 

@@ -208,8 +208,9 @@ class Launch(HashedOnce):
     """One kernel launch.
 
     Attributes:
-        kind: ``conv``; ``bn_add_relu`` and ``max_pool`` behind it; ``bn_add_relu_backward``, ``max_pool_backward``, ``dgrad``,
-            ``wgrad`` for gradients; ``sync_statistics``, ``sync_sums`` between the ranks of a SyncBatchNorm.
+        kind: ``conv``; ``bn_add_relu``, ``gate`` and ``max_pool`` behind it; ``zero_pad`` in a shortcut; each of these with
+            ``_backward``, ``dgrad`` and ``wgrad`` for gradients; ``sync_statistics``, ``sync_sums`` between the ranks of a
+            SyncBatchNorm.
         layer: name of the weight layer it belongs to, for people and for tuning tables.
         geometry: sizes of the convolution (or pooling) the launch is about; for dgrad and wgrad those of the forward.
         dtype: element type of activations and filters. Accumulation is always in fp32 (fp64 for fp64).

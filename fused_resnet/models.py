@@ -1,14 +1,21 @@
-"""Builders of the ResNet family with fused blocks: torchvision's names, arguments and state_dicts."""
+"""Builders of networks with fused blocks.
+
+The ResNet family has torchvision's names, arguments and state_dicts. What He et al. 2016 compares it with is built by name:
+``build("cifar_resnet56")``, ``build("cifar_plain56")``, ``build("resnet50", stride_in="1x1")``.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from . import backends
-from .blocks import BasicBlock, Bottleneck, Fused, ResNet
+from torch import nn
 
-_Block = type[BasicBlock] | type[Bottleneck]
+from . import backends
+from .blocks import BasicBlock, Bottleneck, CifarResNet, Fused, HighwayBlock, ResNet
+
+_Block = type[BasicBlock] | type[Bottleneck] | None
 
 
 def _verify(name: str, weights: Any) -> Any:
@@ -42,14 +49,19 @@ def _build(
         classes = len(weights.meta["categories"])
         if arguments.setdefault("num_classes", classes) != classes:
             raise ValueError(f"num_classes must be {classes} for weights={weights}, got {arguments['num_classes']}")
-    model = ResNet(block, layers, **arguments)
+    model = _on(backend, ResNet(block, layers, **arguments))
+    if weights is not None:
+        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+
+def _on(backend: str | None, model: Any) -> Any:
+    """The model, each of whose fused modules runs on ``backend``."""
     if backend is not None:
         backends.check_name(backend)
         for module in model.modules():
             if isinstance(module, Fused):
                 module.fused_backend = backend
-    if weights is not None:
-        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     return model
 
 
@@ -107,3 +119,124 @@ MODELS: dict[str, Callable[..., ResNet]] = {
         resnext101_64x4d,
     )
 }
+
+
+# ------------------------------------------------------------------------------------------------- the paper's comparisons
+
+#: Depths of the networks for CIFAR in the paper, section 4.2 and table 6.
+CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
+
+
+def plain18(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """The plain network of 18 layers: ResNet-18 without its shortcuts. Arguments as :func:`cifar_plain`'s, but the depth."""
+    return _on(backend, ResNet(None, [2, 2, 2, 2], **arguments))
+
+
+def plain34(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """The plain network of 34 layers (He et al. 2016, figure 3, middle). Arguments as :func:`cifar_plain`'s, but the depth."""
+    return _on(backend, ResNet(None, [3, 4, 6, 3], **arguments))
+
+
+def highway18(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """ResNet-18 with gated shortcuts. Arguments as :class:`fused_resnet.ResNet`'s."""
+    return _on(backend, ResNet(HighwayBlock, [2, 2, 2, 2], **arguments))
+
+
+def highway34(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """ResNet-34 with gated shortcuts. Arguments as :class:`fused_resnet.ResNet`'s."""
+    return _on(backend, ResNet(HighwayBlock, [3, 4, 6, 3], **arguments))
+
+
+def cifar_resnet(depth: int, *, shortcut: str = "A", backend: str | None = None, **arguments: Any) -> CifarResNet:
+    """A residual network of 6n + 2 layers for images of 32x32 (He et al. 2016, section 4.2), with fused blocks.
+
+    Args:
+        depth: 6n + 2.
+        shortcut: ``"A"`` (the paper's: zeros where channels are added), ``"B"`` (projections there) or ``"C"`` (everywhere).
+        backend: see :func:`fused_resnet.backend`.
+        **arguments: ``num_classes`` (10), ``norm_layer``.
+
+    Raises:
+        ValueError: another depth, an unknown shortcut or backend.
+    """
+    return _on(backend, CifarResNet(BasicBlock, depth, shortcut=shortcut, **arguments))
+
+
+def cifar_plain(depth: int, *, backend: str | None = None, **arguments: Any) -> CifarResNet:
+    """The same layers as :func:`cifar_resnet`'s without shortcuts; each stage is one chain of launches.
+
+    Args:
+        depth: 6n + 2.
+        backend: see :func:`fused_resnet.backend`.
+        **arguments: ``num_classes`` (10), ``norm_layer``.
+
+    Raises:
+        ValueError: another depth, an unknown backend.
+    """
+    return _on(backend, CifarResNet(None, depth, **arguments))
+
+
+def cifar_highway(depth: int, *, shortcut: str = "A", backend: str | None = None, **arguments: Any) -> CifarResNet:
+    """The same layers as :func:`cifar_resnet`'s with gated shortcuts (:class:`fused_resnet.blocks.HighwayBlock`).
+
+    Args:
+        depth: 6n + 2; the gates are 1x1 convolutions beside them.
+        shortcut: of what the gate lets past, see :func:`cifar_resnet`.
+        backend: see :func:`fused_resnet.backend`.
+        **arguments: ``num_classes`` (10), ``norm_layer``, ``gate_bias`` (-2).
+
+    Raises:
+        ValueError: another depth, an unknown shortcut or backend.
+    """
+    return _on(backend, CifarResNet(HighwayBlock, depth, shortcut=shortcut, **arguments))
+
+
+_CIFAR: dict[str, Callable[..., CifarResNet]] = {"resnet": cifar_resnet, "plain": cifar_plain, "highway": cifar_highway}
+_OTHERS: dict[str, Callable[..., ResNet]] = {
+    **MODELS,
+    **{build.__name__: build for build in (plain18, plain34, highway18, highway34)},
+}
+
+#: Names that :func:`build` takes. (It also takes ``cifar_resnet<depth>`` of any depth 6n + 2, and an option behind a name.)
+NAMES: tuple[str, ...] = (*_OTHERS, *(f"cifar_{kind}{depth}" for kind in _CIFAR for depth in CIFAR_DEPTHS))
+
+
+def image_size(name: str) -> int:
+    """Rows and columns of the images that the network ``name`` was made for."""
+    return 32 if name.startswith("cifar_") else 224
+
+
+def build(name: str, num_classes: int | None = None, **arguments: Any) -> nn.Module:
+    """A network with fused blocks, by name.
+
+    ``resnet50``, ``plain34``, ``highway18``, ``cifar_resnet56``, ``cifar_plain56``, ``cifar_highway56`` ... (:data:`NAMES`). An
+    option of the shortcut may stand behind the name: ``cifar_resnet56_b``, ``resnet34_a``; so may the paper's own place of the
+    stride in a Bottleneck, ``resnet50_1x1``.
+
+    Args:
+        name: which network.
+        num_classes: outputs of the classifier; None for the network's own (1000, or 10 for CIFAR).
+        **arguments: the builder's: ``shortcut``, ``stride_in``, ``backend``, ``weights`` ...
+
+    Raises:
+        ValueError: no such network or option; a depth that is not 6n + 2.
+    """
+    from .specimens import unknown
+
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    base, option = name, ""
+    if name not in _OTHERS and (found := re.fullmatch(r"(.+)_([abc]|1x1|3x3)", name)):
+        base, option = found.groups()
+    given = {"stride_in": option} if "x" in option else {"shortcut": option.upper()} if option else {}
+    for key, value in given.items():
+        if arguments.setdefault(key, value) != value:
+            raise ValueError(f"{key} must be {value!r} for {name!r}, got {arguments[key]!r}")
+    if "plain" in base and arguments.pop("shortcut", None) is not None:
+        raise ValueError(f"{base!r} has no shortcuts: leave the option out, got {name!r}")
+    cifar = re.fullmatch(rf"cifar_({'|'.join(_CIFAR)})(-?\d+)", base)
+    if cifar:
+        return _CIFAR[cifar[1]](int(cifar[2]), **arguments)
+    if base not in _OTHERS:
+        raise unknown("model", name, list(NAMES))
+    return _OTHERS[base](**arguments)

@@ -6,6 +6,7 @@ Forward of a layer with given statistics, and of one with the batch's (design: d
     y_l = conv_l(act(bn_(l-1)(y_(l-1))))                     one launch, prologue bn_relu, epilogue stats: a_l is never written
     out = act(affine_L(conv_L(a_(L-1))) + shortcut)          the shortcut is added in conv_L's epilogue,
     out = act(bn_L(y_L) + shortcut)                          or, where statistics must be known first, by bn_add_relu
+    out = T * act(bn_L(y_L)) + (1 - T) * shortcut            with a gate, T = sigmoid(conv_gate(x)): by gate
 
 Backward, given ``dout`` (``dz_l`` is the gradient behind the activation's mask, ``dy_l`` that behind the BatchNorm)::
 
@@ -13,6 +14,9 @@ Backward, given ``dout`` (``dz_l`` is the gradient behind the activation's mask,
     dw_l         = wgrad(dy_l, a_(l-1))                      dy_l from dz_l, a_(l-1) from y_(l-1), both on load
     dz_(l-1)     = dgrad(dy_l, w_l) * act'                   and its sums, in the epilogue
     dx           = dgrad(dy_1, w_1) + shortcut's gradient
+
+With a gate the first is ``dz_L, dt, dside, sums = gate_backward(dout, y_L, t, shortcut)``, and the gradient of the gate's
+convolution is added to the shortcut's by its dgrad.
 
 What is kept for the backward is not written down anywhere: it is what the backward's launches read and do not make.
 """
@@ -88,7 +92,7 @@ class Plan(HashedOnce):
 
 
 _LIKE_INPUT = frozenset(("x", "dx", "a_previous", "dshortcut"))
-_LIKE_OUTPUT = frozenset(("y", "shortcut", "dz", "out", "dout", "dy"))
+_LIKE_OUTPUT = frozenset(("y", "shortcut", "dz", "out", "dout", "dy", "t", "dt", "dside"))
 
 
 def _operand_bytes(role: str, geometry: Geometry | PoolGeometry, dtype: torch.dtype) -> int:
@@ -175,8 +179,9 @@ def _geometries(chain: Chain, n: int, h: int, w: int) -> dict[str, Geometry]:
     for layer in chain.layers:
         sizes[layer.name] = layer.geometry(n, rows, columns)
         rows, columns = sizes[layer.name].P, sizes[layer.name].Q
-    if chain.projection is not None:
-        sizes[chain.projection.name] = chain.projection.geometry(n, h, w)
+    for side in (chain.projection, chain.gate):
+        if side is not None:
+            sizes[side.name] = side.geometry(n, h, w)
     return sizes
 
 
@@ -193,11 +198,13 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
         return
     side = sizes[chain.layers[0].name].x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
     shape = sizes[chain.layers[-1].name].y_shape
-    if side != shape:
-        raise RuntimeError(
-            f"the shortcut of shape {list(side)} does not match the block's output {list(shape)}: "
-            "it is added element by element and must have the same shape"
-        )
+    sides = {"shortcut": side} if chain.gate is None else {"shortcut": side, "gate": sizes[chain.gate.name].y_shape}
+    for name, side in sides.items():
+        if side != shape:
+            raise RuntimeError(
+                f"the {name} of shape {list(side)} does not match the block's output {list(shape)}: "
+                "they meet element by element and must have the same shape"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------- forward
@@ -206,7 +213,9 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
 def _conv(
     layer: Layer, geometry: Geometry, dtype: torch.dtype, x: _Input, y: str, shortcut: str | None = None, act: str = "identity"
 ) -> list[Launch]:
-    """A convolution; behind it, where ranks share the batch, the exchange of their statistics."""
+    """A convolution; behind it, where ranks share the batch, the exchange of their statistics. Or the padding in its place."""
+    if not layer.weights:
+        return [_launch("zero_pad", layer.name, geometry, dtype, x.operands, [("y", y)])]
     operands = [*x.operands, *((role, layer.slot(role)) for role in layer.parameter_roles if not layer.batch or role == "w")]
     epilogue = layer.epilogue
     if shortcut is not None:
@@ -233,7 +242,8 @@ def _conv(
     return [conv, sync]
 
 
-def _bn_add_relu(chain: Chain, geometry: Geometry, dtype: torch.dtype, out: str) -> Launch:
+def _end_operands(chain: Chain) -> list[Named]:
+    """What a launch at a block's end reads: the last convolution's output, the shortcut, and the statistics of both."""
     last, side = chain.layers[-1], chain.projection
     operands = [("y", chain.output_slot(len(chain.layers) - 1))]
     if last.batch:
@@ -242,7 +252,20 @@ def _bn_add_relu(chain: Chain, geometry: Geometry, dtype: torch.dtype, out: str)
         operands.append(("shortcut", "x" if side is None else "yd"))
         if side is not None and side.batch:
             operands += _statistics(side, "shortcut_")
-    return _launch("bn_add_relu", last.name, geometry, dtype, operands, [("out", out)], activation=last.activation)
+    return operands
+
+
+def _gate(chain: Chain, geometry: Geometry, dtype: torch.dtype) -> Launch:
+    """The end of a highway block. Without statistics of a batch the last convolution has applied its activation."""
+    last = chain.layers[-1]
+    activation = last.activation if last.batch else "identity"
+    operands = [*_end_operands(chain), ("t", "t")]
+    return _launch("gate", last.name, geometry, dtype, operands, [("out", "out")], activation=activation)
+
+
+def _bn_add_relu(chain: Chain, geometry: Geometry, dtype: torch.dtype, out: str) -> Launch:
+    last = chain.layers[-1]
+    return _launch("bn_add_relu", last.name, geometry, dtype, _end_operands(chain), [("out", out)], activation=last.activation)
 
 
 def _max_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
@@ -282,7 +305,7 @@ def forward_plan(
         shortcut = None
         late = index == len(chain.layers) - 1 and chain.normalised_late
         if index == len(chain.layers) - 1 and chain.residual:
-            shortcut = None if late else "x" if side is None else "yd"
+            shortcut = None if late or chain.gate is not None else "x" if side is None else "yd"
             if side is not None:
                 launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd", None, side.activation)
         activation = "identity" if late or layer.batch else layer.activation
@@ -290,6 +313,9 @@ def forward_plan(
             layer, sizes[layer.name], dtype, _Input.of(chain, index), chain.output_slot(index), shortcut, activation
         )
     last = sizes[chain.layers[-1].name]
+    if chain.gate is not None:
+        launches += _conv(chain.gate, sizes[chain.gate.name], dtype, _Input("x"), "t")
+        launches.append(_gate(chain, last, dtype))
     if chain.normalised_late:
         launches.append(_bn_add_relu(chain, last, dtype, "out" if chain.pool is None else chain.pooled_slot))
     if chain.pool is not None:
@@ -359,6 +385,8 @@ def _dgrad(
     shortcut_gradient: str | None = None,
 ) -> Launch:
     """Gradient of a layer's input; where there is a layer ``before``, in front of its activation, with the sums."""
+    if not layer.weights:
+        return _launch("zero_pad_backward", layer.name, geometry, dtype, [("dz", dz)], [("dx", result)])
     gradient, vectors = _gradient(layer, y, total)
     operands = [("dz", dz), ("w", layer.slot("w")), *vectors]
     outputs = [("dx", result)]
@@ -414,6 +442,20 @@ def _bn_add_relu_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype, 
     return _launch("bn_add_relu_backward", last.name, geometry, dtype, operands, outputs, activation=last.activation)
 
 
+def _gate_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype) -> Launch:
+    """Gradients in front of the last activation, of the gate in front of its sigmoid, and of the shortcut; their sums."""
+    last, side = chain.layers[-1], chain.projection
+    outputs = [("dz", "dz"), ("sum", "dz.sum"), ("dt", "dt"), ("dt_sum", "dt.sum"), ("dside", "dside")]
+    if last.batch:
+        outputs.append(("dot", last.slot("dot")))
+    if side is not None and side.weights:
+        outputs.append(("dside_sum", "dside.sum"))
+        if side.batch:
+            outputs.append(("shortcut_dot", side.slot("dot")))
+    operands = [("dout", "dout"), *_end_operands(chain), ("t", "t")]
+    return _launch("gate_backward", last.name, geometry, dtype, operands, outputs, activation=last.activation)
+
+
 def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list[Launch]:
     """With ``memory="low"``: the convolutions whose outputs were not kept."""
     if chain.memory != "low":
@@ -427,6 +469,8 @@ def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list
             operands = [*x.operands, *_parameters(layer, "w", "bias")]
             ends: dict[str, Any] = {"prologue": x.prologue, "epilogue": "bias" if layer.bias else "store"}
             launches.append(_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends))
+    if chain.gate is not None:
+        launches += _conv(chain.gate, sizes[chain.gate.name], dtype, _Input("x"), "t")
     return launches
 
 
@@ -447,7 +491,9 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
     if chain.pool is not None:
         launches.append(_behind_pool(chain, geometry, dtype))
         behind, out = "d.pool", chain.pooled_slot
-    if not chain.normalised_in_pool:
+    if chain.gate is not None:
+        launches.append(_gate_backward(chain, geometry, dtype))
+    elif not chain.normalised_in_pool:
         launches.append(_bn_add_relu_backward(chain, geometry, dtype, behind, out))
         dz = "dz" if last.activation != "identity" else behind
 
@@ -459,15 +505,24 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
         aliases.extend((f"d.{layer.slot('beta')}", total) for _ in range(layer.slot("beta") in needs))
 
     side_gradient: str | None = dz if chain.residual else None
-    if side is not None:
-        g = sizes[side.name]
+    side_total = total
+    if chain.gate is not None:
+        side_gradient, side_total = "dside", "dside.sum"
+    if side is not None and side_gradient is not None:
+        g, behind_side = sizes[side.name], side_gradient
         if side.batch:
-            sums_of(side, total)
-            launches += _sync_sums(side, g, dtype, total)
-        launches += _wgrad(side, g, dtype, _Input("x"), "yd", dz, total, needs)
+            sums_of(side, side_total)
+            launches += _sync_sums(side, g, dtype, side_total)
+        launches += _wgrad(side, g, dtype, _Input("x"), "yd", behind_side, side_total, needs)
         if "x" in needs:
             side_gradient = "d.shortcut"
-            launches.append(_dgrad(side, g, dtype, "yd", dz, total, side_gradient))
+            launches.append(_dgrad(side, g, dtype, "yd", behind_side, side_total, side_gradient))
+    if chain.gate is not None:
+        g = sizes[chain.gate.name]
+        launches += _wgrad(chain.gate, g, dtype, _Input("x"), "t", "dt", "dt.sum", needs)
+        if "x" in needs:
+            launches.append(_dgrad(chain.gate, g, dtype, "t", "dt", "dt.sum", "d.gate", shortcut_gradient=side_gradient))
+            side_gradient = "d.gate"
 
     for index in range(len(chain.layers) - 1, -1, -1):
         layer, g = chain.layers[index], sizes[chain.layers[index].name]

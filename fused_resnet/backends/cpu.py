@@ -13,6 +13,7 @@ backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -246,6 +247,42 @@ def _listed(launch: Launch, made: dict[str, Tensor]) -> Tensor | tuple[Tensor, .
     return outputs if len(outputs) > 1 else outputs[0]
 
 
+def _mixed(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gate mixes: the branch behind its activation, the shortcut, and how far the gate is open. The branch is ours."""
+    y, side = operands["y"], operands["shortcut"]
+    h = _normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
+    if "shortcut_mean" in operands:
+        side = _normalised(side, operands, "shortcut_")
+    return (h.relu_() if launch.activation == "relu" else h), side, torch.sigmoid(operands["t"])
+
+
+def _gate(launch: Launch, operands: Operands) -> Tensor:
+    if launch.dtype != torch.float32:  # operators of their own would round in between
+        return reference.gate(launch, operands)
+    h, side, opened = _mixed(launch, operands)
+    return h.mul_(opened).addcmul_(opened.neg_().add_(1), side)
+
+
+def _gate_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+    if launch.dtype != torch.float32:
+        return reference.gate_backward(launch, operands)
+    h, side, opened = _mixed(launch, operands)
+    dout = operands["dout"]
+    dz = dout * opened
+    dside = dout - dz
+    dt = (h - side).mul_(opened.neg_().add_(1)).mul_(dz)  # dout * (h - side) * T * (1 - T)
+    dz = _masked(dz, h, dz) if launch.activation == "relu" else dz
+    made = {"dz": dz, "dt": dt, "dside": dside, "dt_sum": dt.sum((0, 2, 3))}
+    slots = dict(launch.outputs)
+    ends = (("dz", "y", "", "sum", "dot"), ("dside", "shortcut", "shortcut_", "dside_sum", "shortcut_dot"))
+    for gradient, role, prefix, total, dot in ends:
+        if dot in slots:
+            shared[slots[dot]], made[dot], made[total] = _behind_norm(made[gradient], operands[role], operands, prefix)
+        elif total in slots:
+            made[total] = made[gradient].sum((0, 2, 3))
+    return _listed(launch, made)
+
+
 def _output_gradient(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
     """Gradient behind the convolution (where statistics are given, but for a factor per filter)."""
     if launch.gradient != "bn_backward":
@@ -323,8 +360,6 @@ def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Te
     return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot"),))})
 
 
-_KINDS = frozenset(("conv", "bn_add_relu", "max_pool", "bn_add_relu_backward", "max_pool_backward", "dgrad", "wgrad"))
-
 #: :func:`run` takes what launches of one plan share.
 shares = True
 
@@ -351,14 +386,22 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
         if g.N == 0:
             return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
         return _max_pool(launch, g, operands)
-    if launch.kind == "bn_add_relu":
-        return _bn_add_relu(launch, operands)
+    if launch.kind in _ELEMENTWISE:
+        return _ELEMENTWISE[launch.kind](launch, operands)
     return _BACKWARD[launch.kind](launch, operands, shared)
 
 
+_ELEMENTWISE: dict[str, Callable[[Launch, Operands], Tensor]] = {
+    "bn_add_relu": _bn_add_relu,
+    "gate": _gate,
+    "zero_pad": reference.zero_pad,
+    "zero_pad_backward": reference.zero_pad_backward,
+}
 _BACKWARD = {
     "bn_add_relu_backward": _bn_add_relu_backward,
+    "gate_backward": _gate_backward,
     "max_pool_backward": _max_pool_backward,
     "dgrad": _dgrad,
     "wgrad": _wgrad,
 }
+_KINDS = frozenset(("conv", "max_pool", *_ELEMENTWISE, *_BACKWARD))

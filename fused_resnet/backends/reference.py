@@ -195,6 +195,62 @@ def bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
     return ACTIVATIONS[launch.activation](z).to(launch.dtype)
 
 
+def _gate_inputs(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """What is mixed, behind their BatchNorms: the branch in front of its activation, and the shortcut; and the open gate."""
+    dtype = accumulation_dtype(launch.dtype)
+    z, side = operands["y"].to(dtype), operands["shortcut"].to(dtype)
+    if "mean" in operands:
+        z = normalised(z, operands)
+    if "shortcut_mean" in operands:
+        side = normalised(side, operands, "shortcut_")
+    return z, side, torch.sigmoid(operands["t"].to(dtype))
+
+
+def gate(launch: Launch, operands: Operands) -> Tensor:
+    """``T * activation(bn(y)) + (1 - T) * shortcut``, ``T = sigmoid(t)``; the shortcut may be behind a BatchNorm too."""
+    z, side, opened = _gate_inputs(launch, operands)
+    return (opened * ACTIVATIONS[launch.activation](z) + (1 - opened) * side).to(launch.dtype)
+
+
+def gate_backward(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
+    """Gradients of what :func:`gate` mixes, and sums over the pixels.
+
+    ``dz`` in front of the activation, ``dt`` in front of the sigmoid, ``dside`` of the shortcut behind its BatchNorm. Without
+    statistics of a batch ``y`` is what the activation gave.
+    """
+    dtype = accumulation_dtype(launch.dtype)
+    z, side, opened = _gate_inputs(launch, operands)
+    h = ACTIVATIONS[launch.activation](z) if "mean" in operands else z
+    dout = operands["dout"].to(dtype)
+    dz = activation_backward(dout * opened, h, launch.activation).to(launch.dtype)
+    dt = (dout * (h - side) * (opened * (1 - opened))).to(launch.dtype)
+    dside = (dout * (1 - opened)).to(launch.dtype)
+    made = {"dz": dz, "dt": dt, "dside": dside, "dt_sum": dt.to(dtype).sum((0, 2, 3))}
+    sums = _sums(dz, [(operands["y"], "")] if "mean" in operands else [], operands, dtype)
+    made.update(zip(("sum", "dot"), sums, strict=False))
+    sums = _sums(dside, [(operands["shortcut"], "shortcut_")] if "shortcut_mean" in operands else [], operands, dtype)
+    made.update(zip(("dside_sum", "shortcut_dot"), sums, strict=False))
+    return tuple(made[role] for role, _ in launch.outputs)
+
+
+def zero_pad(launch: Launch, operands: Operands) -> Tensor:
+    """Every stride-th pixel of x, and channels of zeros behind those it has."""
+    g, x = launch.geometry, operands["x"]
+    assert isinstance(g, Geometry)
+    y = torch.zeros(g.y_shape, dtype=launch.dtype, device=x.device).to(memory_format=torch.channels_last)
+    y[:, : g.C] = x[:, :, :: g.stride[0], :: g.stride[1]]
+    return y
+
+
+def zero_pad_backward(launch: Launch, operands: Operands) -> Tensor:
+    """The gradient of the channels that were there, at the pixels that were taken."""
+    g, dz = launch.geometry, operands["dz"]
+    assert isinstance(g, Geometry)
+    dx = torch.zeros(g.x_shape, dtype=launch.dtype, device=dz.device).to(memory_format=torch.channels_last)
+    dx[:, :, :: g.stride[0], :: g.stride[1]] = dz[:, : g.C]
+    return dx
+
+
 def max_pool(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
     """Max-pooling, floor mode, of what the prologue gives; and which place of each window it is, ``r * S + s``, in a byte."""
     g = launch.geometry
@@ -420,6 +476,10 @@ _KINDS: dict[str, Callable[[Launch, Operands], Tensor | tuple[Tensor, ...]]] = {
     for function in (
         conv,
         bn_add_relu,
+        gate,
+        gate_backward,
+        zero_pad,
+        zero_pad_backward,
         max_pool,
         max_pool_backward,
         bn_add_relu_backward,

@@ -12,16 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from .. import blocks, plain
+from .. import blocks, plain, plain_paper
 from ..describe import Parts, refusal
 
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
 _TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
 _PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
+    plain_paper.HighwayBlock: blocks.FusedHighway,  # in front of the class it is made from
     plain.BasicBlock: blocks.FusedResidual,
     plain.Bottleneck: blocks.FusedResidual,
     plain.Stem: blocks.FusedStem,
     plain.ResNet: blocks.FusedResNet,
+    plain_paper.CifarResNet: blocks.FusedCifarResNet,
 }
 
 
@@ -40,7 +42,8 @@ def _same_forward(kind: type[Any], known: type[Any]) -> bool:
 
 def _is_stage(module: nn.Sequential) -> bool:
     """Two residual blocks in a row."""
-    residual = [isinstance(child, blocks.FusedResidual) or fused_forward(child)[0] is blocks.FusedResidual for child in module]
+    kinds = [type(child) if isinstance(child, blocks.Fused) else fused_forward(child)[0] for child in module]
+    residual = [kind is not None and issubclass(kind, blocks.FusedResidual) for kind in kinds]
     return any(first and second for first, second in pairwise(residual))
 
 

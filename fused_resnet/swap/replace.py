@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import backends, blocks, plain
+from .. import backends, blocks, plain, plain_paper
 from ..describe import check_memory
 from .recognise import fused_forward
 
@@ -24,6 +24,8 @@ _OURS: dict[type[nn.Module], type[blocks.Fused]] = {
     plain.Bottleneck: blocks.Bottleneck,
     plain.Stem: blocks.Stem,
     plain.ResNet: blocks.ResNet,
+    plain_paper.HighwayBlock: blocks.HighwayBlock,
+    plain_paper.CifarResNet: blocks.CifarResNet,
 }
 
 
