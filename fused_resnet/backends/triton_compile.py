@@ -8,14 +8,10 @@ process without TRITON_INTERPRET.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..launch import Geometry, Launch
 from ..tuning import Tile
 from ..tuning.tile import Strip
-from .triton import GRADIENTS, bind, plan_start
+from . import triton_apart
+from .cubin import read_cubins
+from .triton import GRADIENTS, bind, plan_start, supports
 from .triton_start import Start, outputs_of
 
 _DTYPES = {
@@ -121,6 +119,11 @@ class Prepared:
         return hashlib.sha256(key.encode()).hexdigest()
 
 
+def unsupported(launch: Launch) -> str | None:
+    """None, or why there is no kernel for a launch, or a piece of one."""
+    return None if launch.kind in triton_apart.KINDS else supports(launch)
+
+
 def prepare(
     launch: Launch,
     target: str,
@@ -164,27 +167,46 @@ def compile_launch(
 
 def compile_prepared(prepared: Prepared, target: str) -> CompiledLaunch:
     """Compile what :func:`prepare` made for ``target``."""
-    gpu, start = prepared.gpu, prepared.start
-    with _as_if_on(gpu):
-        compiled = triton.compile(prepared.source, target=gpu, options=dict(prepared.options))
-    if gpu.backend == "cuda":
-        registers, spills, assembly = _read_cubin(compiled.asm["cubin"])
+    return read_built([(prepared, build(prepared))], target)[0]
+
+
+def build(prepared: Prepared) -> Any:
+    """Triton's compiled kernel, not read yet."""
+    with _as_if_on(prepared.gpu):
+        return triton.compile(prepared.source, target=prepared.gpu, options=dict(prepared.options))
+
+
+def read_built(built: Sequence[tuple[Prepared, Any]], target: str) -> list[CompiledLaunch]:
+    """Read what :func:`build` made, all for one target."""
+    if target.startswith("sm_"):
+        read = [
+            (cubin.registers, cubin.stack, cubin.assembly) for cubin in read_cubins([c.asm["cubin"] for _, c in built], target)
+        ]
     else:
-        assembly = compiled.asm["amdgcn"]
-        registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
-        spills = _field(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
-    return CompiledLaunch(
-        target=target,
-        registers=registers,
-        spills=spills,
-        shared=compiled.metadata.shared,
-        num_warps=start.num_warps,
-        num_stages=start.num_stages,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        assembly=assembly,
-        ttgir=compiled.asm["ttgir"],
-        start=start,
-    )
+        read = [_read_amd(compiled.asm["amdgcn"]) for _, compiled in built]
+    return [
+        CompiledLaunch(
+            target=target,
+            registers=registers,
+            spills=spills,
+            shared=compiled.metadata.shared,
+            num_warps=prepared.start.num_warps,
+            num_stages=prepared.start.num_stages,
+            tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+            assembly=assembly,
+            ttgir=compiled.asm["ttgir"],
+            start=prepared.start,
+        )
+        for (prepared, compiled), (registers, spills, assembly) in zip(built, read, strict=True)
+    ]
+
+
+def _read_amd(assembly: str) -> tuple[int, int, str]:
+    """Registers and bytes of scratch of a thread, and the assembly, which states both."""
+    numbers = [re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size")]
+    assert all(numbers), "registers and scratch are not in the compiler's output"
+    registers, scratch = (int(number[1]) for number in numbers if number)
+    return registers, scratch, assembly
 
 
 @dataclass(frozen=True)
@@ -214,6 +236,10 @@ def _start_of(
 ) -> tuple[Start, dict[str, Any]]:
     """The start of a launch and its arguments, on tensors without memory."""
     operands, meta = weightless_operands(launch, parameters), torch.device("meta")
+    if launch.kind in triton_apart.KINDS:
+        assert tile is None or isinstance(tile, Strip)
+        apart = triton_apart.plan_start(launch, target, tile)
+        return apart, triton_apart.bind(apart, launch, operands, outputs_of(launch, meta), apart.workspace(meta))
     if launch.kind in GRADIENTS:
         from . import triton_gradients as gradients
 
@@ -245,7 +271,7 @@ def weightless_operands(launch: Launch, parameters: torch.dtype) -> dict[str, Te
     """The operands of a launch as tensors without memory."""
     g = launch.geometry
     shapes = {role: g.x_shape for role in ("x", "a_previous", "dshortcut")}
-    shapes |= {role: g.y_shape for role in ("y", "dy", "dz", "dout", "out", "shortcut", "indices")}
+    shapes |= {role: g.y_shape for role in ("y", "dy", "dz", "dout", "out", "shortcut", "indices", "raw")}
     if isinstance(g, Geometry):
         shapes["w"] = g.w_shape
 
@@ -297,26 +323,3 @@ def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> 
         else:
             types[name] = describe(arguments[name], (i,))
     return ASTSource(kernel, types, constants, attributes)
-
-
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """Registers and bytes of stack of a thread, and the SASS, by the tools in Triton's wheel.
-
-    Without the disassembler's analysis of the data flow: branches have their labels all the same, in half the time.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-        return _field(usage, r"REG:(\d+)"), _field(usage, r"STACK:(\d+)"), _tool("nvdisasm", "-ndf", "-c", str(path))
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _field(text: str, pattern: str) -> int:
-    match = re.search(pattern, text)
-    assert match, f"{pattern!r} is not in the compiler's output"
-    return int(match[1])

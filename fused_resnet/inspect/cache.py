@@ -18,7 +18,7 @@ from .facts import Facts
 
 _PACKAGE = Path(__file__).parents[1]
 #: What turns a compile into facts.
-_READERS = ("inspect/assembly.py", "inspect/facts.py", "backends/triton_compile.py")
+_READERS = ("inspect/assembly.py", "inspect/facts.py", "backends/triton_compile.py", "backends/cubin.py")
 
 
 def default_folder() -> Path:

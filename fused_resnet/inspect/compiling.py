@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from ..launch import Launch
@@ -17,6 +18,10 @@ from .facts import Facts, facts_of
 
 if TYPE_CHECKING:
     from ..tuning.tile import Strip, Tile
+
+
+#: Kernels that a process compiles, then reads with one call of the disassembler.
+HANDFUL = 8
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,11 @@ def interpreting() -> bool:
 
 def plan(jobs: Sequence[Job]) -> list[Planned | str]:
     """How each job is started, or why it is not. Not in a process that interprets."""
-    from ..backends.triton import supports
-    from ..backends.triton_compile import prepare, tile_of
+    from ..backends.triton_compile import prepare, tile_of, unsupported
 
     planned: list[Planned | str] = []
     for job in jobs:
-        if reason := supports(job.launch):
+        if reason := unsupported(job.launch):
             planned.append(reason)
             continue
         prepared = prepare(job.launch, job.arch, tf32=job.tf32)
@@ -103,16 +107,26 @@ def plan(jobs: Sequence[Job]) -> list[Planned | str]:
     return planned
 
 
-def compile_one(job: Job, assembly: bool = False) -> tuple[Facts, str | None] | str:
-    """Compile a job: facts, and the assembly if it is asked for; or the first line of the compiler's complaint."""
-    from ..backends.triton_compile import compile_launch
+#: What came of one compile: facts, and the assembly if it was asked for; or the first line of the compiler's complaint.
+Compiled = tuple[Facts, "str | None"] | str
 
-    try:
-        compiled = compile_launch(job.launch, job.arch, tf32=job.tf32)
-    except Exception as error:  # whatever Triton, LLVM or ptxas raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return facts_of(compiled), compiled.assembly if assembly else None
+
+def compile_some(jobs: Sequence[Job], assembly: bool = False) -> list[Compiled]:
+    """Compile jobs of one architecture, then read all that came out with one call of the disassembler."""
+    from ..backends.triton_compile import build, prepare, read_built
+
+    results: dict[int, Compiled] = {}
+    built = {}
+    for number, job in enumerate(jobs):
+        try:
+            prepared = prepare(job.launch, job.arch, tf32=job.tf32)
+            built[number] = prepared, build(prepared)
+        except Exception as error:  # whatever Triton, LLVM or ptxas raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            results[number] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    for number, compiled in zip(built, read_built(list(built.values()), jobs[0].arch) if built else (), strict=True):
+        results[number] = facts_of(compiled), compiled.assembly if assembly else None
+    return [results[number] for number in range(len(jobs))]
 
 
 def compile_all(
@@ -129,7 +143,7 @@ def compile_all(
         jobs: launches and architectures.
         cache: of facts; by default the user's.
         assembly: also return assembly.
-        progress: called with the number of kernels done, and of all that have to be compiled.
+        progress: called with the number of kernels done, and of all that have to be compiled; a handful at a time.
         executor: processes of :func:`pool`; by default they are started where they are needed.
 
     Raises:
@@ -147,7 +161,7 @@ def compile_all(
 
     try:
         planned = processes().submit(plan, jobs).result() if interpreting() else plan(jobs)
-        done: dict[str, tuple[Facts, str | None] | str] = {}
+        done: dict[str, Compiled] = {}
         missing: dict[str, Job] = {}
         for job, how in zip(jobs, planned, strict=True):
             if isinstance(how, str) or how.key in done or how.key in missing:
@@ -157,14 +171,17 @@ def compile_all(
                 missing[how.key] = job
             else:
                 done[how.key] = (facts, text)
-        futures: dict[Future[tuple[Facts, str | None] | str], str] = {}
+        futures: dict[Future[list[Compiled]], list[str]] = {}
         progress(0, len(missing))
-        for key, job in missing.items():
-            futures[processes().submit(compile_one, job, assembly)] = key
-        for number, future in enumerate(as_completed(futures), 1):
-            result = done[futures[future]] = future.result()
-            if not isinstance(result, str):
-                cache.keep(futures[future], *result)
+        for keys in _handfuls(missing):
+            futures[processes().submit(compile_some, [missing[key] for key in keys], assembly)] = keys
+        number = 0
+        for future in as_completed(futures):
+            for key, result in zip(futures[future], future.result(), strict=True):
+                done[key] = result
+                if not isinstance(result, str):
+                    cache.keep(key, *result)
+            number += len(futures[future])
             progress(number, len(missing))
     except BrokenProcessPool as error:
         raise RuntimeError("a process that compiles was ended from outside (out of memory?)") from error
@@ -174,7 +191,16 @@ def compile_all(
     return [_outcome(how, done) for how in planned]
 
 
-def _outcome(how: Planned | str, done: dict[str, tuple[Facts, str | None] | str]) -> Outcome:
+def _handfuls(missing: Mapping[str, Job]) -> Iterator[list[str]]:
+    """Keys of a few jobs of one architecture at a time, enough for all processes."""
+    size = min(HANDFUL, ceil(len(missing) / workers()))
+    for arch in dict.fromkeys(job.arch for job in missing.values()):
+        keys = [key for key, job in missing.items() if job.arch == arch]
+        for first in range(0, len(keys), size):
+            yield keys[first : first + size]
+
+
+def _outcome(how: Planned | str, done: Mapping[str, Compiled]) -> Outcome:
     if isinstance(how, str):
         return Outcome(error=how)
     result = done[how.key]

@@ -19,12 +19,16 @@ import torch
 from .. import __version__, counts
 from ..launch import Geometry, Launch
 from ..models import MODELS
-from ..network import Use, network, uses
+from ..network import Use, distinct, launches, network
 from ..swap import unfuse
 from ..tuning.choice import eager_seconds
 from ..tuning.devices import Device, devices, limits
 from ..tuning.model import predict, resident, roofline_seconds
 from .compiling import Job, Outcome
+from .started import started
+
+#: Columns of tensor memory that the programs of a multiprocessor share (sm_100).
+TENSOR_MEMORY = 512
 
 #: Of the document. A reader refuses others.
 SCHEMA = 1
@@ -65,25 +69,33 @@ def architectures() -> list[str]:
     return list(dict.fromkeys(device.arch for device in devices().values()))
 
 
-def wanted(request: Request) -> list[Use]:
-    """The distinct launches asked for.
+#: The distinct launches that start a kernel, architecture by architecture.
+Wanted = Mapping[str, Sequence[Use]]
+
+
+def wanted(request: Request) -> Wanted:
+    """What is asked for.
 
     Raises:
         ValueError: no such model, no layer of that name, or a batch that has no statistics.
         RuntimeError: images too small for the network.
     """
-    found = uses(request.model, request.batch, request.size, request.dtype, request.mode)
-    if request.layer is None:
-        return found
-    chosen = []
-    for use in found:
-        layers = tuple(layer for layer in use.layers if matches(layer, request.layer))
-        if layers:
-            chosen.append(Use(use.launch, layers))
-    if not chosen:
-        names = list(dict.fromkeys(layer for use in found for layer in use.layers))
-        raise ValueError(f"no layer matches {request.layer!r}: {request.model} has {', '.join(names[:4])} ... {names[-1]}")
-    return chosen
+    named = launches(network(request.model), request.batch, request.size, request.dtype, request.mode)
+    if request.layer is not None:
+        names = list(dict.fromkeys(layer for layer, _ in named))
+        matching = {layer for layer in names if matches(layer, request.layer)}
+        if not matching:
+            raise ValueError(f"no layer matches {request.layer!r}: {request.model} has {', '.join(names[:4])} ... {names[-1]}")
+    else:
+        matching = {layer for layer, _ in named}
+    return {
+        arch: distinct((layer, launch) for layer, launch in started(named, arch, _tf32(request, arch)) if layer in matching)
+        for arch in request.devices
+    }
+
+
+def _tf32(request: Request, arch: str) -> bool:
+    return request.tf32 and arch.startswith("sm_")
 
 
 def matches(layer: str, pattern: str) -> bool:
@@ -93,9 +105,9 @@ def matches(layer: str, pattern: str) -> bool:
     return fnmatchcase(layer, pattern)
 
 
-def jobs(request: Request, chosen: Sequence[Use]) -> list[Job]:
-    """All launches for all architectures, architecture by architecture."""
-    return [Job(use.launch, arch, request.tf32 and arch.startswith("sm_")) for arch in request.devices for use in chosen]
+def jobs(request: Request, chosen: Wanted) -> list[Job]:
+    """All launches, architecture by architecture."""
+    return [Job(use.launch, arch, _tf32(request, arch)) for arch, part in chosen.items() for use in part]
 
 
 def label(launch: Launch) -> str:
@@ -103,7 +115,7 @@ def label(launch: Launch) -> str:
     g = launch.geometry
     if not isinstance(g, Geometry):
         size = f"{g.kernel[0]}x{g.kernel[1]}/{g.stride[0]} {g.C} {g.H}x{g.W}"
-    elif launch.kind.startswith("bn_add_relu"):
+    elif launch.kind.startswith("bn_add_relu") or launch.kind == "output_gradient":
         size = f"{g.K} {g.P}x{g.Q}"
     else:
         size = f"{g.R}x{g.S}{f'/{g.stride[0]}' if max(g.stride) > 1 else ''} {g.C}>{g.K} {g.H}x{g.W}"
@@ -117,7 +129,7 @@ def label(launch: Launch) -> str:
     return " ".join(filter(None, (launch.kind, size, "+".join(ends))))
 
 
-def make(request: Request, chosen: Sequence[Use], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def make(request: Request, chosen: Wanted, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The document.
 
     Args:
@@ -128,15 +140,13 @@ def make(request: Request, chosen: Sequence[Use], outcomes: Sequence[Outcome]) -
     whole = request.layer is None
     eager, outside = _beside(request) if whole else ([], [])
     of_arch = {}
-    for number, (arch, device) in enumerate(request.devices.items()):
-        part = outcomes[number * len(chosen) : (number + 1) * len(chosen)]
-        rows = {
-            use.launch.signature: _row(use, outcome, arch, device, request.tf32)
-            for use, outcome in zip(chosen, part, strict=True)
-        }
-        totals = _totals(chosen, rows, device, request)
+    left = iter(outcomes)
+    for arch, device in request.devices.items():
+        tf32 = _tf32(request, arch)
+        rows = {use.launch.signature: _row(use, next(left), arch, device, tf32) for use in chosen[arch]}
+        totals = _totals(chosen[arch], rows, device, tf32)
         if whole:
-            totals |= _network(totals, eager, outside, device, request)
+            totals |= _network(totals, eager, outside, device, request.dtype, tf32)
         of_arch[arch] = {"device": device.name, "launches": rows, "totals": totals}
     return {
         "schema": SCHEMA,
@@ -152,16 +162,6 @@ def make(request: Request, chosen: Sequence[Use], outcomes: Sequence[Outcome]) -
             "tf32": request.tf32,
         },
         "versions": {"fused_resnet": __version__, "torch": torch.__version__, "triton": triton_version()},
-        "launches": [
-            {
-                "signature": use.launch.signature,
-                "label": label(use.launch),
-                "kind": use.launch.kind,
-                "layers": list(use.layers),
-                "counted": {"flops": use.launch.flops, "bytes": use.launch.bytes},
-            }
-            for use in chosen
-        ],
         "architectures": of_arch,
     }
 
@@ -174,10 +174,20 @@ def triton_version() -> str:
 def _row(use: Use, outcome: Outcome, arch: str, device: Device, tf32: bool) -> dict[str, Any]:
     """One launch on one architecture."""
     launch, facts = use.launch, outcome.facts
-    row: dict[str, Any] = {"error": outcome.error, "compiled": None, "tile": None}
+    row: dict[str, Any] = {
+        "label": label(launch),
+        "kind": launch.kind,
+        "layers": list(use.layers),
+        "counted": {"flops": launch.flops, "bytes": launch.bytes},
+        "error": outcome.error,
+        "compiled": None,
+        "tile": None,
+    }
     if facts is not None:
         limit = limits(arch)
         held, what = resident(limit, facts.registers, facts.shared, facts.num_warps)
+        if facts.tensor_memory * held > TENSOR_MEMORY:
+            held, what = TENSOR_MEMORY // facts.tensor_memory, "tensor memory"
         occupancy = {"programs": held, "warps": held * facts.num_warps / limit.warps, "limited_by": what}
         row["compiled"] = {**facts.as_json(), "occupancy": occupancy}
     if outcome.planned is not None and outcome.planned.tile is not None:
@@ -193,13 +203,13 @@ def _row(use: Use, outcome: Outcome, arch: str, device: Device, tf32: bool) -> d
     return row
 
 
-def _totals(chosen: Sequence[Use], rows: Mapping[str, dict[str, Any]], device: Device, request: Request) -> dict[str, Any]:
+def _totals(chosen: Sequence[Use], rows: Mapping[str, dict[str, Any]], device: Device, tf32: bool) -> dict[str, Any]:
     """What the launches add up to."""
     compiled = [row["compiled"] for row in rows.values() if row["compiled"] is not None]
     each = [(use, rows[use.launch.signature]) for use in chosen]
 
     def roofline(launch: Launch) -> float:
-        return roofline_seconds(launch.flops, launch.bytes, device, launch.dtype, request.tf32)
+        return roofline_seconds(launch.flops, launch.bytes, device, launch.dtype, tf32)
 
     return {
         "counted": {
@@ -238,12 +248,13 @@ def _network(
     eager: Sequence[counts.Kernel],
     outside: Sequence[counts.Kernel],
     device: Device,
-    request: Request,
+    dtype: torch.dtype,
+    tf32: bool,
 ) -> dict[str, Any]:
     """The totals with the rest of the network and eager PyTorch beside them."""
 
     def seconds(kernels: Sequence[counts.Kernel]) -> float:
-        return sum(eager_seconds(kernel, device, request.dtype, request.tf32) for kernel in kernels)
+        return sum(eager_seconds(kernel, device, dtype, tf32) for kernel in kernels)
 
     fused = totals["predicted"]["launches_seconds"] + seconds(outside)
     return {

@@ -6,7 +6,7 @@ Written by hand: a few lines of SVG need no library.
 from __future__ import annotations
 
 from html import escape
-from math import ceil, floor, log10, sqrt
+from math import atan2, ceil, degrees, floor, log10, sqrt
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def svg(report: dict[str, Any]) -> str:
     Raises:
         ValueError: there is none, or nothing to draw.
     """
-    parts = [(arch, part) for arch, part in report["architectures"].items() if _points(report, part)]
+    parts = [(arch, part) for arch, part in report["architectures"].items() if _points(part)]
     if not parts:
         raise ValueError("nothing to draw: no launch with FLOPs has a prediction")
     height = _HEIGHT * len(parts)
@@ -39,17 +39,15 @@ def svg(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _points(report: dict[str, Any], part: dict[str, Any]) -> list[dict[str, Any]]:
+def _points(part: dict[str, Any]) -> list[dict[str, Any]]:
     """Launches with FLOPs, what was counted and what is predicted of each together."""
-    rows = []
-    for launch in report["launches"]:
-        predicted, counted = part["launches"][launch["signature"]]["predicted"], launch["counted"]
-        if counted["flops"] and launch["kind"] in _KINDS:
+    points = []
+    for row in part["launches"].values():
+        predicted, counted = row["predicted"], row["counted"]
+        if counted["flops"] and row["kind"] in _KINDS:
             intensity = counted["flops"] / max(predicted["memory_bytes"], 1)
-            rows.append(
-                {**launch, **counted, "times": len(launch["layers"]), "predicted": {**predicted, "intensity": intensity}}
-            )
-    return rows
+            points.append({**row, **counted, "times": len(row["layers"]), "predicted": {**predicted, "intensity": intensity}})
+    return points
 
 
 class _Scale:
@@ -80,7 +78,7 @@ def _panel(report: dict[str, Any], arch: str, part: dict[str, Any]) -> list[str]
     types = {"fp16": torch.float16, "bf16": torch.bfloat16}
     rate = device.rate(types.get(request["dtype"], torch.float32), request["tf32"]) / 1e12
     bandwidth = device.bandwidth / 1e12
-    points = _points(report, part)
+    points = _points(part)
     whole = part["totals"]["predicted"]["launches_seconds"]
     places = [(row["predicted"]["intensity"], row["flops"] / row["predicted"]["seconds"] / 1e12) for row in points]
     ridge = rate / bandwidth
@@ -118,8 +116,6 @@ def _panel(report: dict[str, Any], arch: str, part: dict[str, Any]) -> list[str]
 
 
 def _angle(across: _Scale, up: _Scale, x: float, bandwidth: float) -> float:
-    from math import atan2, degrees
-
     return degrees(atan2(up(x * bandwidth) - up(2 * x * bandwidth), across(2 * x) - across(x)))
 
 

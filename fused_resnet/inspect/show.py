@@ -53,24 +53,24 @@ def pages(document: Mapping[str, Any]) -> Iterator[str]:
     """The text, a page an architecture."""
     yield title(document)
     for arch, part in document["architectures"].items():
-        yield "\n".join(_page(document, arch, part))
+        yield "\n".join(_page(arch, part))
 
 
-def _page(document: Mapping[str, Any], arch: str, part: Mapping[str, Any]) -> Iterator[str]:
-    launches, rows = document["launches"], part["launches"]
+def _page(arch: str, part: Mapping[str, Any]) -> Iterator[str]:
+    rows = list(part["launches"].values())
     yield f"\n{arch}, COMPILED: read off the compiler's output, nothing ran"
-    yield table(_COMPILED, [_compiled(launch, rows[launch["signature"]]) for launch in launches])
+    yield table(_COMPILED, [_compiled(row) for row in rows])
     yield _compiled_total(part["totals"])
     yield f"\n{arch}, PREDICTED for one {part['device']} by a model of its published limits, not measured; the longest first"
     whole = part["totals"]["predicted"]["launches_seconds"]
-    order = sorted(launches, key=lambda launch: -spent(launch, rows))
-    yield table(_PREDICTED, [_predicted(launch, rows[launch["signature"]], whole) for launch in order])
+    order = sorted(rows, key=lambda row: -spent(row))
+    yield table(_PREDICTED, [_predicted(row, whole) for row in order])
     yield _predicted_total(part["totals"])
 
 
-def spent(launch: Mapping[str, Any], rows: Mapping[str, Any]) -> float:
+def spent(row: Mapping[str, Any]) -> float:
     """Seconds of all runs of a launch."""
-    return float(len(launch["layers"]) * rows[launch["signature"]]["predicted"]["seconds"])
+    return float(len(row["layers"]) * row["predicted"]["seconds"])
 
 
 def stages(facts: Mapping[str, Any]) -> str:
@@ -79,18 +79,18 @@ def stages(facts: Mapping[str, Any]) -> str:
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-def _compiled(launch: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+def _compiled(row: Mapping[str, Any]) -> list[str]:
     facts = row["compiled"]
     if facts is None:
-        return [launch["label"], str(len(launch["layers"])), f"no kernel: {row['error']}", *[""] * (len(_COMPILED) - 3)]
+        return [row["label"], str(len(row["layers"])), f"no kernel: {row['error']}", *[""] * (len(_COMPILED) - 3)]
     reading, occupancy, loop = facts["reading"], facts["occupancy"], facts["reading"]["loop"]
     mix = other = "-"
     if loop:
         mix = "/".join(str(loop[name]) for name in ("matrix", "load", "barrier", "other"))
         other = f"{loop['other'] / max(sum(loop[name] for name in ('matrix', 'load', 'barrier', 'other')), 1):.0%}"
     return [
-        launch["label"],
-        str(len(launch["layers"])),
+        row["label"],
+        str(len(row["layers"])),
         str(facts["registers"]),
         str(facts["spills"]),
         f"{facts['shared'] / 1024:.0f}",
@@ -110,15 +110,15 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _predicted(launch: Mapping[str, Any], row: Mapping[str, Any], whole: float) -> list[str]:
-    guess, runs = row["predicted"], len(launch["layers"])
+def _predicted(row: Mapping[str, Any], whole: float) -> list[str]:
+    guess, runs = row["predicted"], len(row["layers"])
     l2 = guess.get("l2_bytes")
     return [
-        launch["label"],
+        row["label"],
         str(runs),
-        f"{launch['counted']['flops'] / 1e9:,.1f}",
+        f"{row['counted']['flops'] / 1e9:,.1f}",
         f"{guess['memory_bytes'] / 1e6:,.1f}",
-        f"{launch['counted']['flops'] / max(guess['memory_bytes'], 1):,.0f}",
+        f"{row['counted']['flops'] / max(guess['memory_bytes'], 1):,.0f}",
         _number(None if l2 is None else l2 / 1e6, ",.0f"),
         _number(guess.get("rim"), ".0%"),
         _number(guess.get("programs"), ",d"),
@@ -168,8 +168,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         if arch not in old or arch not in new:
             lines += ["", f"{arch}: only {'after' if arch in new else 'before'}"]
             continue
-        labels = {launch["signature"]: launch["label"] for launch in (*before["launches"], *after["launches"])}
-        cells = list(_changes(old[arch]["launches"], new[arch]["launches"], labels))
+        cells = list(_changes(old[arch]["launches"], new[arch]["launches"]))
         lines += ["", f"{arch}, compiled and predicted (loop: matrix/load/barrier/other)"]
         lines.append(table(["launch", "what", "before", "after"], cells) if cells else "  nothing changed")
         was, now = (part[arch]["totals"]["predicted"]["launches_seconds"] for part in (old, new))
@@ -177,7 +176,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[list[str]]:
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[list[str]]:
+    labels = {signature: row["label"] for signature, row in (*old.items(), *new.items())}
     for signature in dict.fromkeys([*old, *new]):
         if signature not in old or signature not in new:
             yield [labels[signature], f"only {'after' if signature in new else 'before'}", "", ""]
