@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
-import importlib.util
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .. import counts, specimens
+from .. import counts, importing, specimens
 from ..measure import relative_error
 from ..swap import explain, fuse
 from .arguments import (
@@ -67,23 +62,6 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _import(source: str) -> ModuleType:
-    """A module by its dotted name (from the working folder, too) or by its file."""
-    if not source.endswith(".py"):
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        return importlib.import_module(source)
-    path = Path(source)
-    if not path.is_file():
-        raise CommandError(f"no file {source!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def load(what: str) -> nn.Module:
     """The model that ``MODEL`` names, in eval mode.
 
@@ -94,16 +72,7 @@ def load(what: str) -> nn.Module:
         if what.endswith(".py"):
             raise CommandError(f"{what!r} names a file but no function: expected {what}:FUNCTION")
         return eager_model(what)
-    source, _, name = what.rpartition(":")
-    try:
-        module = _import(source)
-    except CommandError:
-        raise
-    except Exception as error:  # the code of others: whatever it raises
-        raise CommandError(f"cannot import {source!r}: {type(error).__name__}: {one_line(error)}") from error
-    function = getattr(module, name, None)
-    if function is None:
-        raise CommandError(f"{source!r} has no function {name!r}")
+    function = refusing(lambda: importing.load(what), ValueError)
     model = function
     if not isinstance(function, nn.Module):
         if not callable(function):

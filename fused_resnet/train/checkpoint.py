@@ -1,0 +1,73 @@
+"""Checkpoints: one file with everything a run needs to go on, written whole or not at all, read with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import files
+from .errors import TrainingError, UsageError
+
+#: Raised when a reader of the old file would misread the new one.
+SCHEMA = 1
+FORMAT = "fused_resnet.checkpoint"
+NAME = "checkpoint.pt"
+BEST = "best.pt"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint. It is made in memory first, so that all that can fail on the disk is one write.
+
+    Raises:
+        OSError: it could not be written; an older one is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "schema": SCHEMA, **state}, buffer)
+    files.replace(path, buffer.getbuffer())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, tensors on the CPU.
+
+    Raises:
+        UsageError: no such file, not a checkpoint, or one of a newer version.
+        TrainingError: it cannot be read.
+    """
+    state = tensors(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a checkpoint of fused-resnet train")
+    if state["schema"] > SCHEMA:
+        raise UsageError(f"{path}: written by a newer version (schema {state['schema']}, this one reads up to {SCHEMA})")
+    return state
+
+
+def tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote, of tensors and plain data only.
+
+    Raises:
+        UsageError: no such file, or other objects in it.
+        TrainingError: it is cut off or damaged.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # of the unpickler, the archive or the tensors' sizes
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UsageError(f"{path}: holds more than tensors and plain data, and is not loaded") from error
+        raise TrainingError(f"{path}: cut off or damaged, cannot be read") from error
+
+
+def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
+    """Where two pieces of plain data differ: ``recipe.lr 0.1 -> 0.05``."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        found = []
+        for key in sorted(saved.keys() | wanted.keys()):
+            found += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if saved == wanted else [f"{name} {saved!r} -> {wanted!r}"]

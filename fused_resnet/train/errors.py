@@ -1,0 +1,11 @@
+"""What can go wrong, each told in one line: wrong input, and a run that cannot go on."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """Wrong input: the command ends with exit code 2."""
+
+
+class TrainingError(RuntimeError):
+    """A run or an evaluation that cannot go on: exit code 1. What was saved before is whole."""

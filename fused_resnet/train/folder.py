@@ -1,0 +1,167 @@
+"""Folders of images: decoded, changed and cut by worker processes, one image at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import augment, seeds
+from .data import Batch, Data, Draw
+from .errors import TrainingError, UsageError
+from .recipe import Recipe
+
+#: Mean and standard deviation of ImageNet's channels, as torchvision's weights expect them.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: A decoded image to uint8 [C, H, W], or to several of them: [V, C, H, W].
+View = Callable[[Any], Tensor]
+
+
+def pixels(image: Any) -> Tensor:
+    """A PIL image as uint8 [3, H, W]."""
+    from torchvision.transforms.v2 import functional as T
+
+    return T.pil_to_tensor(image)
+
+
+def centre(size: int) -> View:
+    """The shorter side to 256 / 224 of ``size``, then the crop in the centre."""
+
+    def view(image: Any) -> Tensor:
+        from torchvision.transforms.v2 import functional as T
+
+        return pixels(T.center_crop(T.resize(image, [round(size * 256 / 224)], antialias=True), [size, size]))
+
+    return view
+
+
+class _Images(Dataset[Any]):
+    """Key (index, seed) -> (pixels, label), or (None, path, reason). Lives in the workers."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]], steps: Sequence[dict[str, Any]], view: View) -> None:
+        self.samples, self.steps, self.view = samples, steps, view
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Any, ...]:
+        from torchvision.datasets.folder import pil_loader
+
+        index, seed = key
+        path, label = self.samples[index]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata; what cannot be decoded raises
+                image = pil_loader(path)
+        except Exception as error:  # a damaged file makes a decoder raise whatever comes to it
+            return None, path, f"{type(error).__name__}: {error}".splitlines()[0]
+        if seed is None:
+            return self.view(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.mix(seed, index))
+            return pixels(augment.image(image, self.steps)), label
+
+
+def _together(items: list[tuple[Any, ...]]) -> tuple[Tensor | None, Tensor, list[tuple[str, str]]]:
+    good = [item for item in items if item[0] is not None]
+    bad = [(item[1], item[2]) for item in items if item[0] is None]
+    x = torch.stack([item[0] for item in good]) if good else None
+    return x, torch.tensor([item[1] for item in good], dtype=torch.int64), bad
+
+
+class Folder:
+    """A split of files, each with its label."""
+
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], steps: Sequence[dict[str, Any]], view: View, on_corrupt: str
+    ) -> None:
+        self.samples, self.steps, self.view, self.on_corrupt = samples, steps, view, on_corrupt
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(self, draws: Iterable[Draw], workers: int = 0) -> Iterator[Batch]:
+        """A batch of uint8 for each draw, augmented where it has a seed. What is random in an image comes from the draw's seed
+        and the image's number, whichever worker decodes it.
+
+        Raises:
+            TrainingError: an image cannot be read and ``on_corrupt`` is ``stop``; or none of a batch can.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            _Images(self.samples, self.steps, self.view),
+            batch_sampler=_Keys(draws),
+            num_workers=workers,
+            collate_fn=_together,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or a new iterator would draw from the run's random numbers
+        )
+        for x, labels, bad in loader:
+            if bad and self.on_corrupt == "stop":
+                raise TrainingError(f"{bad[0][0]}: cannot be read as an image ({bad[0][1]}); --on-corrupt skip leaves such out")
+            if x is None:
+                raise TrainingError(f"{bad[0][0]} and the rest of its batch: cannot be read as images ({bad[0][1]})")
+            yield Batch(x, labels, tuple(path for path, _ in bad))
+
+
+class _Keys:
+    """Draws as the keys of :class:`_Images`."""
+
+    def __init__(self, draws: Iterable[Draw]) -> None:
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[Any]:
+        for draw in self.draws:
+            yield [(index, draw.seed) for index in draw.indices]
+
+
+def _samples(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise UsageError(f"data 'folder': {folder}: {str(error).splitlines()[0]}") from error
+    return list(found.classes), list(found.samples)
+
+
+def load(folder: Path, recipe: Recipe, on_corrupt: str) -> Data:
+    """``folder/train/CLASS/*`` and ``folder/val/CLASS/*``.
+
+    Raises:
+        UsageError: they are not there, have other classes, or the recipe gives no size.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise UsageError("data 'folder' needs torchvision: pip install 'fused_resnet[train]'") from error
+    augment.check(recipe.augment, augment.NAMES, "images of a folder")
+    sizes = [step["size"] for step in recipe.augment if step["name"] in augment.SIZED]
+    if not sizes:
+        raise UsageError(
+            f"recipe {recipe.name!r} is not for a folder: its augment has none of {', '.join(augment.SIZED)}, which cut images "
+            "of any size to one"
+        )
+    if recipe.normalise != "channels":
+        raise UsageError(f"recipe {recipe.name!r} is not for a folder: normalise must be 'channels', got {recipe.normalise!r}")
+    for part in ("train", "val"):
+        if not (folder / part).is_dir():
+            raise UsageError(
+                f"data 'folder': there is no {folder / part}: bring a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, one "
+                "subfolder a class, and name it by --data-dir"
+            )
+    classes, train = _samples(folder / "train")
+    others, test = _samples(folder / "val")
+    if classes != others:
+        only = sorted(set(classes) ^ set(others))[0]
+        where = "train" if only in classes else "val"
+        raise UsageError(f"data 'folder': class {only!r} is only in {folder / where}")
+    view = centre(sizes[-1])
+    mean, std = (255 * torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    splits = Folder(train, recipe.augment, view, on_corrupt), Folder(test, (), view, on_corrupt)
+    return Data("folder", classes, *splits, mean, std, sizes[-1])

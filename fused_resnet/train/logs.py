@@ -1,0 +1,118 @@
+"""What a run writes down: rows of a CSV file, and the same for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        step: steps done.
+        epoch: the same in epochs.
+        split: ``train`` (the mean since the row before, in training mode) or ``test``.
+        loss: mean cross-entropy.
+        error: part of the images whose top-1 answer is wrong, 0 to 1.
+        lr: learning rate of the last step.
+        images_per_second: of all processes together.
+    """
+
+    step: int
+    epoch: float
+    split: str
+    loss: float
+    error: float
+    lr: float
+    images_per_second: float
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def _line(values: Any) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+def _format(row: Row) -> str:
+    return _line(astuple(row))  # floats so that they are read back exactly
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file. A last line that was cut off is left out.
+
+    Raises:
+        UsageError: a file with other columns.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if not lines or not lines[0].endswith("\n"):
+        return []
+    if tuple(lines[0].strip().split(",")) != COLUMNS:
+        raise UsageError(f"{path}: expected the columns {','.join(COLUMNS)}")
+    rows = []
+    for values in csv.reader(line for line in lines[1:] if line.endswith("\n")):
+        step, epoch, split, *numbers = values
+        rows.append(Row(int(step), float(epoch), split, *map(float, numbers)))
+    return rows
+
+
+class Log:
+    """The CSV file of a run, ``log.csv``, and TensorBoard's events if wanted.
+
+    Args:
+        folder: the run's.
+        step: steps done. Rows behind it, of a run that was killed after its last checkpoint, are taken out.
+        tensorboard: write events into ``folder/tensorboard`` too.
+
+    Raises:
+        UsageError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        path = folder / "log.csv"
+        self.rows = [row for row in read(path) if row.step <= step]
+        files.replace(path, (_line(COLUMNS) + "".join(map(_format, self.rows))).encode())
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UsageError("--tensorboard needs the package tensorboard: pip install 'fused_resnet[train]'") from error
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Row) -> None:
+        """One row, in the file when this returns."""
+        self.rows.append(row)
+        self._file.write(_format(row))
+        self._file.flush()
+        if self._board is not None:
+            for name in ("loss", "error", "lr", "images_per_second"):
+                if name != "lr" or row.split == "train":
+                    self._board.add_scalar(f"{name}/{row.split}", getattr(row, name), row.step)
+
+    def sync(self) -> None:
+        """Onto the disk: a checkpoint is never ahead of its rows."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """End it."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,63 @@
+"""How far a run is, on stderr: a bar where a terminal shows it, and a line at each evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from .logs import Row
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Progress:
+    """The bar and the lines.
+
+    Args:
+        total: steps of the run.
+        done: steps that were done before.
+        show: False for nothing at all.
+    """
+
+    def __init__(self, total: int, done: int, show: bool, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.total, self.first, self.show = total, done, show
+        self.terminal = show and self.stream.isatty()
+        self.began = time.monotonic()
+
+    def left(self, step: int) -> str:
+        """Time left, at the speed so far."""
+        done = step - self.first
+        if done < 1:
+            return "?"
+        return duration((time.monotonic() - self.began) / done * (self.total - step))
+
+    def bar(self, row: Row) -> None:
+        """The bar after a row of the log."""
+        if self.terminal:
+            filled = round(20 * row.step / self.total)
+            numbers = (
+                f"loss {row.loss:.4f}  error {row.error:.2%}  {row.images_per_second:,.0f} images/s  {self.left(row.step)} left"
+            )
+            text = f"[{'#' * filled}{'.' * (20 - filled)}] step {row.step}/{self.total}  {numbers}"
+            print(f"\r\033[K{text}", end="", file=self.stream, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.show:
+            start = "\r\033[K" if self.terminal else ""
+            print(f"{start}{text}", file=self.stream, flush=True)
+
+    def tested(self, train: Row | None, test: Row) -> None:
+        """A line after an evaluation."""
+        speed = ""
+        if train is not None:
+            speed = f"train loss {train.loss:.4f} error {train.error:.2%}, {train.images_per_second:,.0f} images/s; "
+        text = f"epoch {test.epoch:.4g}, step {test.step}/{self.total}: {speed}test loss {test.loss:.4f} error {test.error:.2%}"
+        self.say(f"{text}; {self.left(test.step)} left")

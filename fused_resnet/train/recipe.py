@@ -1,0 +1,169 @@
+"""Recipes: how a network is trained, as data. The named ones are the JSON files in ``recipes/``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..specimens import unknown
+from .errors import UsageError
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+UNITS = ("steps", "epochs")
+NORMALISE = ("pixel_mean", "channels")
+SCHEDULES = ("steps", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A smaller learning rate at the start.
+
+    Attributes:
+        length: in the recipe's unit.
+        factor: of the recipe's rate, at the start.
+        shape: ``constant``: the factor until the end of the warm-up; ``linear``: from the factor to 1.
+    """
+
+    length: float
+    factor: float = 0.1
+    shape: str = "linear"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        name, about: for people.
+        data, model: what it is meant for; both can be chosen otherwise.
+        batch: images in a step, of all processes together.
+        length, unit: of the run, in ``steps`` or ``epochs``; milestones and warm-up are in the same unit.
+        lr, momentum, nesterov, weight_decay: of SGD.
+        decay_all: also decay the vectors: gamma and beta of BatchNorms, biases.
+        schedule: ``steps`` (times ``factor`` at each milestone), ``cosine`` (to 0 at the end) or ``constant``.
+        label_smoothing: of the cross-entropy (Szegedy et al. 2016, section 7).
+        ema: decay of an exponential moving average of weights and statistics, which is then what is evaluated; or None.
+        augment: steps of :mod:`fused_resnet.train.augment`, each a name with its arguments, in order.
+        normalise: by the training set's ``pixel_mean`` (the mean image, one standard deviation) or ``channels`` (of a folder:
+            ImageNet's).
+    """
+
+    name: str
+    data: str
+    model: str
+    batch: int
+    length: float
+    unit: str
+    lr: float
+    about: str = ""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_all: bool = True
+    schedule: str = "steps"
+    milestones: tuple[float, ...] = ()
+    factor: float = 0.1
+    warm_up: WarmUp | None = None
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    augment: tuple[dict[str, Any], ...] = field(default_factory=tuple)
+    normalise: str = "pixel_mean"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("unit", UNITS), ("schedule", SCHEDULES), ("normalise", NORMALISE)):
+            if getattr(self, name) not in choices:
+                raise UsageError(
+                    f"{name} of recipe {self.name!r} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("batch", "length", "lr"):
+            if not (isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) < math.inf):
+                raise UsageError(f"{name} of recipe {self.name!r} must be a number above 0, got {getattr(self, name)!r}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UsageError(f"ema of recipe {self.name!r} must be at least 0 and below 1, got {self.ema}")
+        if self.warm_up is not None and self.warm_up.shape not in ("constant", "linear"):
+            raise UsageError(f"warm_up.shape of recipe {self.name!r} must be constant or linear, got {self.warm_up.shape!r}")
+
+    def lasting(self, length: float, unit: str) -> Recipe:
+        """The same recipe for a run of another length: milestones and warm-up stay at the same parts of it."""
+        scale = length / self.length
+        warm_up = self.warm_up and dataclasses.replace(self.warm_up, length=self.warm_up.length * scale)
+        milestones = tuple(mark * scale for mark in self.milestones)
+        return dataclasses.replace(self, length=length, unit=unit, milestones=milestones, warm_up=warm_up)
+
+    def steps(self, length: float, steps_per_epoch: int) -> int:
+        """A length of this recipe in steps."""
+        return round(length if self.unit == "steps" else length * steps_per_epoch)
+
+    def data_dict(self) -> dict[str, Any]:
+        """As plain data, for checkpoints and comparisons."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of step ``step``, counted from 0. It depends on nothing else: there is no state to save."""
+    warm = recipe.warm_up
+    warm_steps = recipe.steps(warm.length, steps_per_epoch) if warm else 0
+    if warm is not None and step < warm_steps:
+        if warm.shape == "constant":
+            return recipe.lr * warm.factor
+        return recipe.lr * (warm.factor + (1 - warm.factor) * step / warm_steps)
+    total = recipe.steps(recipe.length, steps_per_epoch)
+    if recipe.schedule == "cosine":
+        part = (step - warm_steps) / max(1, total - warm_steps)
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * part))
+    if recipe.schedule == "steps":
+        return recipe.lr * recipe.factor ** sum(step >= recipe.steps(mark, steps_per_epoch) for mark in recipe.milestones)
+    return recipe.lr
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+def load(name: str) -> Recipe:
+    """A recipe by its name, or from a JSON file.
+
+    Raises:
+        UsageError: no such recipe or file, or not a recipe.
+    """
+    path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
+    if not path.is_file():
+        if name.endswith(".json"):
+            raise UsageError(f"recipe {name}: no such file")
+        raise UsageError(str(unknown("recipe", name, names())))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"recipe {path}: {error}") from error
+    return from_data(data, str(path))
+
+
+def from_data(data: Any, where: str) -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        UsageError: a field is missing, unknown or of a wrong value.
+    """
+    if not isinstance(data, dict):
+        raise UsageError(f"recipe {where}: expected a JSON object, got a {type(data).__name__}")
+    known = {entry.name for entry in dataclasses.fields(Recipe)}
+    for key in data:
+        if key not in known:
+            raise UsageError(f"recipe {where}: {unknown('field', key, sorted(known))}")
+    try:
+        warm_up = WarmUp(**data["warm_up"]) if data.get("warm_up") else None
+        changed = {
+            "warm_up": warm_up,
+            "augment": tuple(data.get("augment", ())),
+            "milestones": tuple(data.get("milestones", ())),
+        }
+        return Recipe(**{**data, **changed})
+    except TypeError as error:
+        raise UsageError(f"recipe {where}: {error}") from error

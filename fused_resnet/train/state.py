@@ -1,0 +1,99 @@
+"""All that changes in the course of a run, to and from plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import seeds
+from .distributed import World, whole, write
+from .ema import Average, tensors
+from .errors import UsageError
+from .metrics import Window
+
+
+@dataclass
+class State:
+    """A run at one moment.
+
+    Attributes:
+        model: the network itself, without what is wrapped around it.
+        optimizer, scaler, average: of it.
+        step: steps done. Learning rate, order of the images and augmentation follow from it.
+        window: sums for the next row of the log.
+        best: smallest test error so far.
+        bad: files that could not be read.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: Average | None
+    step: int = 0
+    window: Window = field(default_factory=Window)
+    best: float = float("inf")
+    bad: list[str] = field(default_factory=list)
+
+    def save(self, world: World) -> dict[str, Any]:
+        """As plain data; all processes have to call, and all get it."""
+        momenta = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    momenta[f"{name}/{key}"] = whole(value)
+        window = self.window
+        return {
+            "step": self.step,
+            "model": {name: whole(value) for name, value in tensors(self.model).items()},
+            "ema": self.average and {name: whole(value) for name, value in self.average.values.items()},
+            "optimizer": momenta,
+            "scaler": self.scaler.state_dict(),
+            "window": world.gather([window.loss, window.wrong, window.images, window.seconds, window.waited]),
+            "random": world.gather(seeds.states(world.device)),
+            "best": self.best,
+            "bad": sorted({path for bad in world.gather(self.bad) for path in bad}),
+        }
+
+    def load(self, saved: dict[str, Any], world: World) -> None:
+        """Put :meth:`save`'s data back.
+
+        Raises:
+            UsageError: of another model.
+        """
+        own = tensors(self.model)
+        load_tensors(own, saved["model"])
+        if self.average is not None:
+            load_tensors(self.average.values, saved["ema"])
+        parameters = dict(self.model.named_parameters())
+        for place, value in saved["optimizer"].items():
+            name, _, key = place.rpartition("/")
+            fresh = torch.zeros_like(parameters[name])
+            write(fresh, value)
+            self.optimizer.state[parameters[name]][key] = fresh
+        self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.best, self.bad = saved["step"], saved["best"], list(saved["bad"])
+        if len(saved["random"]) == world.size:
+            self.window = Window(*saved["window"][world.rank])
+            seeds.restore(saved["random"][world.rank], world.device)
+        else:  # another number of processes
+            if world.first:
+                self.window = Window(*(sum(values) for values in zip(*saved["window"])))
+            seeds.seed_everything("resumed", self.step, world.rank)
+
+
+def load_tensors(into: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+    """Write tensors by name.
+
+    Raises:
+        UsageError: the names or sizes are another model's.
+    """
+    for name in into.keys() ^ saved.keys():
+        raise UsageError(f"the weights are of another model: {name!r} is only in {'the model' if name in into else 'the file'}")
+    for name, value in saved.items():
+        if value.shape != into[name].shape:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(into[name].shape)} in the model"
+            raise UsageError(f"the weights are of another model: {name!r} is {shapes}")
+        write(into[name], value)

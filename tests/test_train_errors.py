@@ -1,0 +1,162 @@
+"""What goes wrong in training: one clear line, exit code 2 for wrong input and 1 for failure, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import training
+
+from fused_resnet.cli import main
+from fused_resnet.train import TrainingError, UsageError, WarmUp, fit
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps({**training.recipe().data_dict(), "name": "short", "length": 6}))
+    return path
+
+
+def train(recipe: Path, out: Path, *more: str) -> int:
+    return main(["train", "--recipe", str(recipe), "--out", str(out), "--device", "cpu", "--checkpoint-every", "2", *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
+    """One line on stderr, which says this."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fused-resnet: error: ") and says in lines[0], lines
+
+
+def test_a_whole_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command: files, the last line, and that a finished run is left as it is."""
+    out = tmp_path / "run"
+    assert train(recipe, out, "--log-every", "2", "--tensorboard") == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("6 steps; test error ") and "test loss" in said.err
+    lines = (out / "log.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,split,loss,error,lr,images_per_second"
+    assert [line.split(",")[0::2][:2] for line in lines[1:]] == [["2", "train"], ["4", "train"], ["6", "train"], ["6", "test"]]
+    assert {path.name for path in out.iterdir()} == {"log.csv", "checkpoint.pt", "best.pt", "tensorboard"}
+    assert list((out / "tensorboard").iterdir())
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    assert train(recipe, out, "--resume") == 0
+    assert "6 steps; test error " in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in out.glob("*.*")}
+    assert train(recipe, out) == 2
+    refused(capsys, "checkpoint.pt is there already: --resume goes on behind it, another --out starts anew")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--recipe", "paper"], "unknown recipe 'paper'"),
+        (["--model", "resnet19"], "unknown model 'resnet19'; did you mean resnet18"),
+        (["--model", "nowhere.py:net"], "model nowhere.py:net: no file 'nowhere.py'"),
+        (["--data", "mnist"], "unknown data set 'mnist'"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "bring cifar-10-python.tar.gz from https"),
+        (["--batch", "2000"], "batch must be at most the 1433 training images, got 2000"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "1", "--steps", "5"], "--steps: not allowed with argument --epochs"),
+        (["--backend", "cudnn"], "--backend"),
+        (["--device", "toaster"], "device must be auto, cpu, cuda or cuda:N, got 'toaster'"),
+        (["--amp", "fp8"], "--amp"),
+        (["--workers", "-1"], "--workers"),
+    ],
+)
+def test_wrong_input(arguments: list[str], says: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(recipe, tmp_path / "run", *arguments) == 2
+    refused(capsys, says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_going_on_with_something_else(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(recipe, out) == 0
+    before = (out / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    for more, says in (
+        (["--lr", "0.01"], "recipe.lr 0.05 -> 0.01"),
+        (["--steps", "9"], "recipe.length 6 -> 9"),
+        (["--seed", "4", "--amp", "bf16"], "amp 'off' -> 'bf16'; seed 0 -> 4"),
+        (["--model", training.OTHER], "model "),
+    ):
+        assert train(recipe, out, "--resume", *more) == 2
+        refused(capsys, says)
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+    torch.save({**saved, "schema": 99}, out / "checkpoint.pt")
+    assert train(recipe, out, "--resume") == 2
+    refused(capsys, "written by a newer version (schema 99, this one reads up to 1)")
+    other = {name: value for name, value in saved["model"].items() if "bias" not in name}
+    torch.save({**saved, "model": other}, out / "checkpoint.pt")
+    assert train(recipe, out, "--resume") == 2
+    refused(capsys, "the weights are of another model: ")
+    for content, code, says in (
+        (before[: len(before) // 2], 1, "cut off or damaged"),
+        (b"", 1, "cut off or damaged"),
+        (b"step,epoch\n", 1, "cut off or damaged"),
+    ):
+        (out / "checkpoint.pt").write_bytes(content)
+        assert train(recipe, out, "--resume") == code
+        assert says in capsys.readouterr().err
+
+
+def test_nothing_but_tensors_is_unpickled(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "touched",))
+
+    (tmp_path / "run").mkdir()
+    torch.save({"format": "fused_resnet.checkpoint", "schema": 1, "model": Evil()}, tmp_path / "run" / "checkpoint.pt")
+    assert train(recipe, tmp_path / "run", "--resume") == 2
+    refused(capsys, "holds more than tensors and plain data")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("rate", [1e38, 1e4])
+def test_a_loss_that_is_not_finite(rate: float, tmp_path: Path) -> None:
+    """The step is named, and the checkpoint that is left is of finite weights; the rate rises behind step 3."""
+    wild = training.recipe(
+        lr=rate, schedule="constant", warm_up=WarmUp(3, 1e-3 / rate, "constant"), weight_decay=0.0, length=40
+    )
+    config = training.config(tmp_path / "run", recipe=wild, backend="cpu", checkpoint_every=3)
+    with pytest.raises(TrainingError, match=r"stopped: .*the last good checkpoint is .*checkpoint.pt, of step (\d+)") as error:
+        fit(config)
+    assert "step" in str(error.value) and "\n" not in str(error.value)
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert f"of step {saved['step']}" in str(error.value)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The checkpoint before is whole, nothing half-written is left, and with room again the run ends as if nothing had been."""
+    config = training.config(tmp_path / "run", backend="cpu", recipe=training.recipe(length=12), resume=True)
+    fit(replace(config, stop_after=3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "run" / "checkpoint.pt").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # as ENOSPC, for one process: a write fails midway
+    try:
+        with pytest.raises(
+            TrainingError, match=r"stopped: the disk is full at step 6; the last good checkpoint is .*of step 3"
+        ):
+            fit(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.csv", "checkpoint.pt"}
+    fit(config)
+    fit(replace(config, out=tmp_path / "whole"))
+    weights = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("run", "whole")]
+    assert training.same(*weights) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        fit(training.config(tmp_path / "file" / "run"))

@@ -1,0 +1,153 @@
+"""The parts of training that are pure functions: rates, order, augmentation, averages, recipes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import training
+
+from fused_resnet.train import UsageError, WarmUp, augment, data, recipe, sampler
+from fused_resnet.train.ema import Average
+from fused_resnet.train.loop import parameter_groups
+
+
+def rates(name: str, *steps: int) -> list[float]:
+    return [recipe.learning_rate(recipe.load(name), step, 391) for step in steps]
+
+
+def test_the_papers_rates() -> None:
+    """0.1, divided by 10 at 32k and 48k of 64k steps; for deep networks 0.01 at first (He et al. 2016, section 4.2)."""
+    paper = recipe.load("cifar-paper")
+    assert (paper.batch, paper.length, paper.unit, paper.momentum, paper.weight_decay) == (128, 64000, "steps", 0.9, 1e-4)
+    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert rates("cifar-paper", 0, 31999, 32000, 47999, 48000, 63999) == pytest.approx(expected)
+    assert rates("cifar-paper-deep", 0, 399, 400, 32000) == pytest.approx([0.01, 0.01, 0.1, 0.01])
+    assert rates("imagenet-paper", 0, 150000, 599999) == pytest.approx([0.1, 0.01, 0.0001])
+
+
+def test_a_cosine_behind_a_warm_up() -> None:
+    short = training.recipe(length=10, unit="epochs", lr=2.0, warm_up=WarmUp(1, 0.25))
+    got = [recipe.learning_rate(short, step, 8) for step in range(80)]
+    assert got[:8] == pytest.approx([2 * (0.25 + 0.75 * step / 8) for step in range(8)])
+    assert got[8:] == pytest.approx([1 + math.cos(math.pi * step / 72) for step in range(72)])
+    assert recipe.learning_rate(training.recipe(schedule="constant", lr=0.5), 7, 8) == 0.5
+
+
+def test_another_length_stretches_the_schedule() -> None:
+    short = recipe.load("cifar-paper-deep").lasting(640, "steps")
+    assert (short.milestones, short.warm_up) == ((320, 480), WarmUp(4, 0.1, "constant"))
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_loads(name: str) -> None:
+    found = recipe.load(name)
+    assert found.name == name and found.about and found.data in data.DATA
+    assert recipe.from_data(json.loads(json.dumps(found.data_dict())), "again") == found
+    augment.check(found.augment, augment.NAMES, "a test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"colour": 1}, "unknown field 'colour'"),
+        ({"unit": "years"}, "unit of recipe 'test' must be one of steps, epochs, got 'years'"),
+        ({"lr": -1}, "lr of recipe 'test' must be a number above 0"),
+        ({"ema": 1.5}, "ema of recipe 'test'"),
+        ({"warm_up": {"length": 1, "shape": "square"}}, "warm_up.shape"),
+        ({"warm_up": {"lenth": 1}}, "lenth"),
+    ],
+)
+def test_a_recipe_that_is_none(changes: dict, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**training.recipe().data_dict(), **changes}))
+    with pytest.raises(UsageError, match=says):
+        recipe.load(str(path))
+    path.write_text("{")
+    with pytest.raises(UsageError, match=r"mine\.json"):
+        recipe.load(str(path))
+    with pytest.raises(UsageError, match="did you mean cifar-paper"):
+        recipe.load("cifar-papr")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_image_once_an_epoch(world: int) -> None:
+    """Ranks share a batch; epochs differ; what is left over at an epoch's end is fewer than a batch."""
+    images, batch = 43, 8
+    ranks = [list(sampler.draws(3, images, batch, range(15), rank, world)) for rank in range(world)]
+    alone = list(sampler.draws(3, images, batch, range(15)))
+    for step in range(15):
+        parts = [index for rank in ranks for index in rank[step].indices]
+        assert sorted(parts) == sorted(alone[step].indices) and len(parts) == batch
+    epochs = [[index for draw in alone[start : start + 5] for index in draw.indices] for start in (0, 5, 10)]
+    assert all(len(set(epoch)) == 40 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert len({draw.seed for rank in ranks for draw in rank}) == 15 * world
+    assert list(sampler.draws(3, images, batch, range(7, 15))) == alone[7:]
+    tests = [index for rank in range(world) for draw in sampler.in_order(images, batch, rank, world) for index in draw.indices]
+    assert sorted(tests) == list(range(images))
+
+
+def test_pad_crop_is_a_window_of_the_padded_image() -> None:
+    x = torch.randn(64, 3, 5, 7)
+    y = augment.pad_crop(x, torch.Generator().manual_seed(0), 2)
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    places = set()
+    for image, whole in zip(y, padded):
+        found = [(r, c) for r in range(5) for c in range(5) if torch.equal(image, whole[:, r : r + 5, c : c + 7])]
+        assert len(found) == 1
+        places.add(found[0])
+    assert len(places) > 20, "nearly all of the 25 windows"
+
+
+def test_flip_mirrors_about_half() -> None:
+    x = torch.randn(100, 1, 2, 5)
+    y = augment.flip(x, torch.Generator().manual_seed(0))
+    mirrored = [torch.equal(b, a.flip(2)) for a, b in zip(x, y)]
+    assert all(m or torch.equal(a, b) for m, a, b in zip(mirrored, x, y)) and 30 < sum(mirrored) < 70
+
+
+def test_digits() -> None:
+    """All 1797 images once, every class in both splits, a fifth for the test; the mean image is gone after normalising."""
+    found = data.load("digits", None, training.recipe(augment=()))
+    assert (len(found.train), len(found.test), found.size) == (1433, 364, 32)
+    train = next(found.train.batches([data.Draw(list(range(1433)), 1)]))
+    test = next(found.test.batches([data.Draw(list(range(364)))]))
+    assert train.x.shape == (1433, 3, 32, 32) and train.x.dtype == torch.float32
+    assert train.x.mean(0).abs().max() < 1e-4 and train.x.square().mean() == pytest.approx(1, abs=1e-3)
+    for label in range(10):
+        inside, outside = (test.labels == label).sum(), (train.labels == label).sum()
+        assert inside == math.ceil((inside + outside) / 5)
+    together = torch.cat([train.x, test.x]).flatten(1)
+    assert len(torch.unique(together, dim=0)) == 1797
+
+
+def test_average_of_weights() -> None:
+    """Against the recursion in float64; counts of batches are copied; the context puts the model's own back."""
+    model = training.small(10)
+    average = Average(model, 0.8)
+    truth = {name: value.double() for name, value in model.state_dict().items()}
+    for step in range(1, 60):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn(value.shape)) if value.is_floating_point() else value.add_(1)
+        average.update(model, step)
+        decay = min(0.8, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            truth[name] = decay * truth[name] + (1 - decay) * value.double()
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    with average.in_place_of(model):
+        for name, value in model.state_dict().items():
+            expected = truth[name] if value.is_floating_point() else torch.tensor(59)
+            torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    assert training.same(own, model.state_dict()) == []
+
+
+def test_vectors_that_do_not_decay() -> None:
+    model = training.small(10)
+    decaying, free = parameter_groups(model, 0.1, decay_all=False)
+    assert {p.ndim for p in decaying["params"]} == {2, 4} and {p.ndim for p in free["params"]} == {1}
+    assert (decaying["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert len(decaying["params"]) + len(free["params"]) == len(parameter_groups(model, 0.1, True)[0]["params"])

@@ -1,0 +1,71 @@
+"""A run that is interrupted, in whatever way and moment, ends at the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training
+
+from fused_resnet.train import Row, WarmUp, fit, logs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run, without the times in it."""
+    saved: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["window"] = [sums[:3] for sums in saved["window"]]
+    return saved
+
+
+def rows(folder: Path) -> list[Row]:
+    """The log of a run, without the times in it."""
+    return [replace(row, images_per_second=0.0) for row in logs.read(folder / "log.csv")]
+
+
+def check_same(folder: Path, whole: Path) -> None:
+    assert training.same(contents(folder), contents(whole)) == []
+    best = [torch.load(path / "best.pt", weights_only=True) for path in (folder, whole)]
+    assert training.same(*best) == []
+    assert rows(folder) == rows(whole)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_in_pieces(backend: str, tmp_path: Path) -> None:
+    """Ends between rows of the log and between checkpoints' turns, with weights' average, momenta, warm-up and dropout."""
+    steps = training.recipe(length=12, warm_up=WarmUp(4, 0.2))
+    whole = training.config(tmp_path / "whole", recipe=steps, backend=backend)
+    fit(whole)
+    pieces = replace(whole, out=tmp_path / "pieces")
+    for stop in (4, 7, 0):
+        torch.manual_seed(stop)  # a new process does not start with the old one's random state
+        history = fit(replace(pieces, stop_after=stop, resume=stop != 4))
+        assert (history.step, history.finished) == (stop or 12, stop == 0)
+    check_same(tmp_path / "pieces", tmp_path / "whole")
+
+
+def kill(folder: Path, backend: str, moments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(folder), backend, *moments]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for index in range(len(moments)):
+        check_same(folder / str(index), folder / "whole")
+
+
+def test_killed(tmp_path: Path) -> None:
+    """Before the third file is in its place (the log, then two checkpoints), after the second, and at a moment by chance."""
+    kill(tmp_path, "cpu", ["before:3", "after:2", f"{torch.rand(()):.3f}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_killed_at_twenty_moments(backend: str, tmp_path: Path) -> None:
+    kill(tmp_path, backend, [f"{(index + torch.rand(())) / 20:.3f}" for index in range(20)])
