@@ -24,7 +24,7 @@ from tolerances import assert_close, assert_no_worse, relative_error
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import count_launches, plain
+from fused_resnet import count_launches, plain_paper
 from fused_resnet.activations import ACTIVATIONS, from_output
 from fused_resnet.chain import Chain
 from fused_resnet.functional import chain
@@ -258,7 +258,7 @@ def test_a_sequential_is_one_chain(activation: nn.Module, training: bool) -> Non
 @pytest.mark.parametrize("training", [False, True])
 def test_a_highway_block(activation: nn.Module, memory: str, training: bool) -> None:
     """The gate mixes in what is behind the activation; from z or its output, kept or computed again."""
-    eager = randomise(plain.HighwayBlock(4, 6, 2, projection(4, 6, 2))).double().train(training)
+    eager = randomise(plain_paper.HighwayBlock(4, 6, 2, projection(4, 6, 2))).double().train(training)
     eager.relu = activation
     nn.init.uniform_(eager.gate.bias, -1, 1)
     fused = fused_resnet.fuse(copy.deepcopy(eager), backend="reference", memory=memory)
