@@ -194,8 +194,8 @@ class FusedCifarResNet(Fused):
 def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts | nn.Module]]:
     """Cut the children of a Sequential into chains and modules that run on their own.
 
-    A chain is as many ``Conv2d [BatchNorm2d] [ReLU]`` as follow each other, with a MaxPool2d behind them if there is one. A
-    convolution alone has nothing to be fused with.
+    A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with a MaxPool2d behind them if there is one.
+    A convolution alone has nothing to be fused with.
     """
     index = 0
     while index < len(children):
@@ -211,7 +211,7 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
                 layer.activation = children[index][1]
                 index += 1
             layers.append(layer)
-        if any(layer.norm is not None or layer.activation is not None for layer in layers):
+        if any(layer.norm is not None or type(layer.activation) not in (type(None), nn.Identity) for layer in layers):
             parts = Parts(layers)
             if index < len(children) and type(children[index][1]) is nn.MaxPool2d:
                 parts.pool = children[index][1]
@@ -224,7 +224,7 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
 
 
 class FusedSequential(Fused):
-    """A Sequential in which runs of convolutions, BatchNorms and ReLUs are chains."""
+    """A Sequential in which runs of convolutions, BatchNorms and activations are chains."""
 
     @classmethod
     def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:

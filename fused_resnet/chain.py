@@ -2,9 +2,8 @@
 
 A chain is ``out = pool(act(norm_L(conv_L(... act(norm_1(conv_1(x))) ...)) + shortcut(x)))`` where the normalisations,
 activations, the shortcut and the pooling may each be absent; or, with a gate, ``T * act(norm_L(...)) + (1 - T) * shortcut(x)``
-with ``T = sigmoid(gate(x))``. He et al. 2016, section 3, draws the blocks; every block of a
-ResNet, its stem, and any ``Sequential`` of convolutions, BatchNorms and ReLUs is one. :mod:`fused_resnet.plan` turns a chain
-into launches.
+with ``T = sigmoid(gate(x))``. He et al. 2016, section 3, draws the blocks; every block of a ResNet, its stem, and any
+``Sequential`` of convolutions, BatchNorms and activations is one. :mod:`fused_resnet.plan` turns a chain into launches.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .activations import from_output
 from .launch import Geometry, HashedOnce, Pair, PoolGeometry, accumulation_dtype, output_size
 
 #: What training may keep for the backward: what it reads, or less, computing the last convolution and the projection again.
@@ -37,6 +37,7 @@ class Layer:
         tracked: running statistics are updated; ``counted``: so is the number of batches.
         momentum: of the update; None is the cumulative average.
         group: name of the process group that shares the batch (SyncBatchNorm), or empty.
+        activation: a key of :data:`fused_resnet.activations.ACTIVATIONS`; ``slope``: LeakyReLU's, 0 for all others.
         weights: False for a shortcut without parameters: every ``stride``-th pixel, zeros for the channels added (option A).
     """
 
@@ -58,6 +59,7 @@ class Layer:
     counted: bool = False
     momentum: float | None = 0.0
     group: str = ""
+    slope: float = 0.0
     weights: bool = True
 
     @property
@@ -67,12 +69,13 @@ class Layer:
         numbers = ",".join([f"{size}" for size in sizes])
         flags = f"{self.weights};{self.bias};{self.norm};{self.affine};{self.batch};{self.tracked};{self.counted}"
         momentum = "" if self.momentum is None else float(self.momentum).hex()
-        return f"{numbers};{flags};{float(self.eps).hex()};{momentum};{self.activation};{self.group};{self.name}"
+        activation = f"{self.activation};{float(self.slope).hex()}"
+        return f"{numbers};{flags};{float(self.eps).hex()};{momentum};{activation};{self.group};{self.name}"
 
     @staticmethod
     def parse(token: str) -> Layer:
         """The layer that a :attr:`token` stands for."""
-        numbers, *words, eps, momentum, activation, group, name = token.split(";", 12)
+        numbers, *words, eps, momentum, activation, slope, group, name = token.split(";", 13)
         filters, channels, *windows, groups = [int(number) for number in numbers.split(",")]
         kernel, stride, padding, dilation = zip(windows[::2], windows[1::2], strict=True)
         weights, bias, norm, affine, batch, tracked, counted = [word == "True" for word in words]
@@ -95,6 +98,7 @@ class Layer:
             counted,
             float.fromhex(momentum) if momentum else None,
             group,
+            float.fromhex(slope),
             weights,
         )
 
@@ -118,6 +122,11 @@ class Layer:
     def epilogue(self) -> str:
         """The epilogue without a shortcut (a key of :data:`fused_resnet.launch.EPILOGUES`)."""
         return "stats" if self.batch else "affine" if self.norm else "bias" if self.bias else "store"
+
+    @property
+    def masked_by_output(self) -> bool:
+        """Whether the gradient in front of the activation follows from the activation's output."""
+        return from_output(self.activation, self.slope)
 
     def geometry(self, n: int, h: int, w: int) -> Geometry:
         """Sizes of its convolution on ``n`` images of ``h`` x ``w`` pixels."""
@@ -194,6 +203,22 @@ class Chain(HashedOnce):
         """Whether the pooling applies the last BatchNorm on load."""
         return self.pool is not None and self.layers[-1].batch and not self.normalised_late
 
+    @property
+    def activated_in_pool(self) -> bool:
+        """Whether the pooling applies the last activation on load, at least where a backward follows."""
+        return self.pool is not None and (self.normalised_in_pool or self.pre_activation(-1) is not None)
+
+    def pre_activation(self, index: int) -> str | None:
+        """What plans call ``layers[index]`` in front of its activation, where a backward reads that instead of its output.
+
+        That is so with given statistics and an activation such as SiLU, whose derivative the output does not tell. (With the
+        batch's statistics it is computed again from ``y``.) A forward with such a slot to keep writes it in the place of the
+        activation, which the next launch applies on load.
+        """
+        late = index in (-1, len(self.layers) - 1) and self.normalised_late
+        layer = self.layers[index]
+        return None if layer.batch or late or layer.masked_by_output else f"z{index % len(self.layers) + 1}"
+
     def output_slot(self, index: int) -> str:
         """What plans call what the convolution of ``layers[index]`` writes: ``a`` behind the activation, ``y`` in front."""
         last = index == len(self.layers) - 1
@@ -225,7 +250,9 @@ class Chain(HashedOnce):
             slots["t"] = ((n, self.gate.filters, *behind(self.gate, h, w)), dtype)
         for index, layer in enumerate(self.layers):
             h, w = behind(layer, h, w)
-            slots[self.output_slot(index)] = ((n, layer.filters, h, w), dtype)
+            for slot in (self.output_slot(index), self.pre_activation(index)):
+                if slot is not None:
+                    slots[slot] = ((n, layer.filters, h, w), dtype)
         filters = self.layers[-1].filters
         if self.pool is not None:
             slots[self.pooled_slot] = ((n, filters, h, w), dtype)

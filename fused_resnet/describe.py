@@ -18,7 +18,16 @@ from .plain import ZeroPad
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Identity: "identity"}
+#: Class of an activation -> its name in :mod:`.activations` (not those of subclasses, which may compute something else).
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Hardswish: "hardswish",
+}
 _TENSORS = (nn.Parameter, Tensor)
 
 
@@ -39,7 +48,7 @@ def _is_frozen_norm(module: nn.Module) -> bool:
 
 def is_activation(module: nn.Module) -> bool:
     """An activation that exists as an epilogue."""
-    return type(module) is nn.ReLU
+    return type(module) in _ACTIVATIONS
 
 
 @dataclass
@@ -156,7 +165,8 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
         if reason is None and layer.norm is not None:
             reason = _refuse_norm(layer.name, layer.norm)
         if reason is None and layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
-            reason = f"the activation behind {layer.name} is a {type(layer.activation).__name__}, not a ReLU"
+            known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
+            reason = f"the activation behind {layer.name} is a {type(layer.activation).__name__}, none of {known}"
         if reason is not None:
             return reason
     pool: Any = parts.pool
@@ -193,12 +203,29 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 _NO_NORM: tuple[Any, ...] = (False, False, 0.0, False, False, False, 0.0, "")
 
 
-def _layer(name: str, shape: tuple[int, ...], windows: tuple[Any, ...], bias: bool, norm: tuple[Any, ...], act: str) -> Layer:
+def _activation(module: Any) -> tuple[str, float]:
+    """Name and slope of an activation, a key of :data:`.activations.ACTIVATIONS`."""
+    name = "identity" if module is None else _ACTIVATIONS[type(module)]
+    if name == "gelu" and module.approximate == "tanh":
+        name = "gelu_tanh"
+    return name, float(module.negative_slope) if name == "leaky_relu" else 0.0
+
+
+def _layer(
+    name: str,
+    shape: tuple[int, ...],
+    windows: tuple[Any, ...],
+    bias: bool,
+    norm: tuple[Any, ...],
+    activation: str,
+    slope: float,
+) -> Layer:
     stride, padding, dilation, groups = windows
     kernel = (shape[2], shape[3])
     present, affine, eps, *statistics = norm
     where = (stride, padding, dilation, groups)
-    return Layer(name, shape[0], shape[1] * groups, kernel, *where, bias, present, affine, eps, act, *statistics)
+    state = (present, affine, eps, activation, *statistics, slope)
+    return Layer(name, shape[0], shape[1] * groups, kernel, *where, bias, *state)
 
 
 def _sync_group(norm: Any) -> str:
@@ -241,10 +268,9 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     if bias is not None:
         parameters.append(bias)
     state = _read_norm(layer.norm, parameters)
-    activation = "identity" if layer.activation is None else _ACTIVATIONS[type(layer.activation)]
     windows = (conv.stride, _padding(conv), conv.dilation, conv.groups)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them
-    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, activation)
+    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *_activation(layer.activation))
 
 
 def _chain(

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .activations import ACTIVATIONS as _ACTIVATIONS
+
 Pair = tuple[int, int]
 
 
@@ -157,12 +159,17 @@ class PoolGeometry:
         return 0
 
 
+#: Functions applied last, after the shortcut: :mod:`fused_resnet.activations`, and their twins in the kernels.
+ACTIVATIONS: tuple[str, ...] = tuple(_ACTIVATIONS)
+
 #: Prologue of a ``conv``, ``wgrad`` or ``max_pool`` -> the roles of the vectors [C] it reads besides ``x``. ``bn`` is BatchNorm
-#: with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``; gamma and beta may be absent.
+#: with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``; gamma and beta may be absent. ``bn_relu`` is an
+#: activation behind it, ``relu`` the activation alone; so for all of them.
 PROLOGUES: dict[str, tuple[str, ...]] = {
     "identity": (),
     "bn": ("x_mean", "x_invstd", "x_gamma", "x_beta"),
-    "bn_relu": ("x_mean", "x_invstd", "x_gamma", "x_beta"),
+    **{f"bn_{name}": ("x_mean", "x_invstd", "x_gamma", "x_beta") for name in ACTIVATIONS if name != "identity"},
+    **{name: () for name in ACTIVATIONS if name != "identity"},
 }
 
 #: Epilogue of a ``conv`` -> the roles of the operands it reads besides the accumulator. Per filter unless the role is
@@ -189,18 +196,15 @@ GRADIENTS: dict[str, tuple[str, ...]] = {
 }
 
 #: Epilogue of a ``dgrad`` -> roles read. ``mask`` and ``bn_mask`` end in front of the previous layer's activation, from its
-#: output ``a_previous`` or from its convolution's output ``x`` and the batch's statistics; both make the sum over the pixels,
-#: ``bn_mask`` also ``dot``, the sum of ``dx * (x - x_mean) * x_invstd``.
+#: output ``a_previous`` or its input ``z_previous``, or from its convolution's output ``x`` and the batch's statistics; both
+#: make the sum over the pixels, ``bn_mask`` also ``dot``, the sum of ``dx * (x - x_mean) * x_invstd``.
 DGRAD_EPILOGUES: dict[str, tuple[str, ...]] = {
     "store": ("dshortcut",),
-    "mask": ("a_previous",),
+    "mask": ("a_previous", "z_previous"),
     "bn_mask": ("x", "x_mean", "x_invstd", "x_gamma", "x_beta"),
 }
 
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-#: Functions applied last, after the shortcut. Each is a two-line twin in the reference executor and in the kernels.
-ACTIVATIONS: tuple[str, ...] = ("identity", "relu")
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ class Launch(HashedOnce):
         gradient: key of :data:`GRADIENTS`, applied to ``dz``.
         epilogue: key of :data:`EPILOGUES` (``conv``) or :data:`DGRAD_EPILOGUES` (``dgrad``).
         activation: one of :data:`ACTIVATIONS`; of a dgrad, that of the layer in front of it.
+        slope: of a LeakyReLU that ``activation`` is; ``x_slope``: of one that ``prologue`` ends in.
         eps: BatchNorm's, where an epilogue or the backward needs it.
         momentum: BatchNorm's; None is the cumulative average.
         group: name of the process group of a SyncBatchNorm.
@@ -238,6 +243,8 @@ class Launch(HashedOnce):
     eps: float = 0.0
     momentum: float | None = 0.0
     group: str = ""
+    slope: float = 0.0
+    x_slope: float = 0.0
     #: Bytes of each operand and output by role, each counted once (the algorithmic traffic).
     sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 
@@ -248,6 +255,11 @@ class Launch(HashedOnce):
     def roles(self) -> frozenset[str]:
         """Roles of the operands present."""
         return frozenset(role for role, _ in self.operands)
+
+    @property
+    def x_activation(self) -> str:
+        """The activation in the prologue, a key of :data:`ACTIVATIONS`."""
+        return self.prologue.removeprefix("bn").removeprefix("_") or "identity"
 
     @property
     def flops(self) -> int:

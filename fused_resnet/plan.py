@@ -8,6 +8,11 @@ Forward of a layer with given statistics, and of one with the batch's (design: d
     out = act(bn_L(y_L) + shortcut)                          or, where statistics must be known first, by bn_add_relu
     out = T * act(bn_L(y_L)) + (1 - T) * shortcut            with a gate, T = sigmoid(conv_gate(x)): by gate
 
+A backward that wants z_l, in front of an activation behind given statistics (:meth:`.Chain.pre_activation`)::
+
+    z_l = affine_l(conv_l(act(z_(l-1))))                     kept in the place of a_l: the next launch applies act on load
+    out = act(z_L)                                           by bn_add_relu, z_L with the shortcut in it
+
 Backward, given ``dout`` (``dz_l`` is the gradient behind the activation's mask, ``dy_l`` that behind the BatchNorm)::
 
     dz_L, sums   = bn_add_relu_backward(dout, out, y_L)
@@ -23,7 +28,7 @@ What is kept for the backward is not written down anywhere: it is what the backw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -91,7 +96,7 @@ class Plan(HashedOnce):
         return tuple(dict.fromkeys(slot for launch in self.launches for _, slot in launch.operands if slot not in made))
 
 
-_LIKE_INPUT = frozenset(("x", "dx", "a_previous", "dshortcut"))
+_LIKE_INPUT = frozenset(("x", "dx", "a_previous", "z_previous", "dshortcut"))
 _LIKE_OUTPUT = frozenset(("y", "shortcut", "dz", "out", "dout", "dy", "t", "dt", "dside"))
 
 
@@ -126,9 +131,11 @@ def _launch(
     eps: float = 0.0,
     momentum: float | None = 0.0,
     group: str = "",
+    slope: float = 0.0,
+    x_slope: float = 0.0,
 ) -> Launch:
     sizes = tuple((role, _operand_bytes(role, geometry, dtype)) for role, _ in (*operands, *outputs))
-    ends = (prologue, gradient, epilogue, activation, eps, momentum, group, sizes)
+    ends = (prologue, gradient, epilogue, activation, eps, momentum, group, slope, x_slope, sizes)
     return Launch(kind, name, geometry, dtype, tuple(operands), tuple(outputs), *ends)
 
 
@@ -148,7 +155,7 @@ def _statistics(layer: Layer, prefix: str) -> list[Named]:
 
 def _normalisation(layer: Layer) -> str:
     """The prologue that makes a layer's activation from its convolution's output."""
-    return "bn_relu" if layer.activation == "relu" else "bn"
+    return "bn" if layer.activation == "identity" else f"bn_{layer.activation}"
 
 
 @dataclass(frozen=True)
@@ -158,14 +165,21 @@ class _Input:
     slot: str
     prologue: str = "identity"
     vectors: tuple[Named, ...] = ()
+    x_slope: float = 0.0
 
     @staticmethod
-    def of(chain: Chain, index: int) -> _Input:
+    def of(chain: Chain, index: int, keep: Collection[str] | None = None) -> _Input:
+        """``keep``: slots that a forward keeps; None in a backward, which has all it reads."""
         if index == 0:
             return _Input("x")
         before = chain.layers[index - 1]
-        slot = chain.output_slot(index - 1)
-        return _Input(slot, _normalisation(before), tuple(_statistics(before, "x_"))) if before.batch else _Input(slot)
+        if before.batch:
+            vectors = tuple(_statistics(before, "x_"))
+            return _Input(chain.output_slot(index - 1), _normalisation(before), vectors, before.slope)
+        z = chain.pre_activation(index - 1)
+        if z is not None and (keep is None or z in keep):
+            return _Input(z, before.activation, (), before.slope)
+        return _Input(chain.output_slot(index - 1))
 
     @property
     def operands(self) -> list[Named]:
@@ -211,9 +225,18 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
 
 
 def _conv(
-    layer: Layer, geometry: Geometry, dtype: torch.dtype, x: _Input, y: str, shortcut: str | None = None, act: str = "identity"
+    layer: Layer,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    x: _Input,
+    y: str,
+    shortcut: str | None = None,
+    activated: bool = False,
 ) -> list[Launch]:
-    """A convolution; behind it, where ranks share the batch, the exchange of their statistics. Or the padding in its place."""
+    """A convolution; behind it, where ranks share the batch, the exchange of their statistics. Or the padding in its place.
+
+    ``activated``: with the layer's activation, which statistics of the batch come in front of.
+    """
     if not layer.weights:
         return [_launch("zero_pad", layer.name, geometry, dtype, x.operands, [("y", y)])]
     operands = [*x.operands, *((role, layer.slot(role)) for role in layer.parameter_roles if not layer.batch or role == "w")]
@@ -221,31 +244,35 @@ def _conv(
     if shortcut is not None:
         operands.append(("shortcut", shortcut))
         epilogue = "add" if epilogue == "store" else f"{epilogue}_add"
+    how: dict[str, Any] = {"prologue": x.prologue, "x_slope": x.x_slope, "eps": layer.eps}
     if not layer.batch:
-        how: dict[str, Any] = {"prologue": x.prologue, "epilogue": epilogue, "activation": act, "eps": layer.eps}
+        how |= {"epilogue": epilogue}
+        how |= {"activation": layer.activation, "slope": layer.slope} if activated else {}
         return [_launch("conv", layer.name, geometry, dtype, operands, [("y", y)], **how)]
     operands += _parameters(layer, "bias")
     running = _parameters(layer, *UPDATED)
     made = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd"))]
-    ends: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum}
+    how |= {"epilogue": "stats"}
     if not layer.group:
         outputs = [("y", y), *made]
-        ends |= {"prologue": x.prologue, "epilogue": "stats"}
-        return [_launch("conv", layer.name, geometry, dtype, [*operands, *running], outputs, **ends)]
+        return [_launch("conv", layer.name, geometry, dtype, [*operands, *running], outputs, momentum=layer.momentum, **how)]
     local = [("mean", layer.slot("local_mean")), ("var", layer.slot("local_var"))]
-    conv = _launch(
-        "conv", layer.name, geometry, dtype, operands, [("y", y), *local], prologue=x.prologue, epilogue="stats", eps=layer.eps
-    )
+    conv = _launch("conv", layer.name, geometry, dtype, operands, [("y", y), *local], **how)
     outputs = [*made, ("count", layer.slot("count"))]
-    ends |= {"group": layer.group}
+    ends: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum, "group": layer.group}
     sync = _launch("sync_statistics", layer.name, geometry, dtype, [*local, *running], outputs, **ends)
     return [conv, sync]
 
 
-def _end_operands(chain: Chain) -> list[Named]:
-    """What a launch at a block's end reads: the last convolution's output, the shortcut, and the statistics of both."""
+def _end_operands(chain: Chain, z: str | None = None) -> list[Named]:
+    """What a launch at a block's end reads: the last convolution's output, the shortcut, and the statistics of both.
+
+    ``z``: what is in front of the last activation, if it was kept; the shortcut is in it, unless a gate mixes it in.
+    """
     last, side = chain.layers[-1], chain.projection
-    operands = [("y", chain.output_slot(len(chain.layers) - 1))]
+    operands = [("y", z or chain.output_slot(len(chain.layers) - 1))]
+    if z is not None and chain.gate is None:
+        return operands
     if last.batch:
         operands += _statistics(last, "")
     if chain.residual:
@@ -255,29 +282,36 @@ def _end_operands(chain: Chain) -> list[Named]:
     return operands
 
 
-def _gate(chain: Chain, geometry: Geometry, dtype: torch.dtype) -> Launch:
-    """The end of a highway block. Without statistics of a batch the last convolution has applied its activation."""
+def _gate(chain: Chain, geometry: Geometry, dtype: torch.dtype, z: str | None) -> Launch:
+    """The end of a highway block. Behind given statistics the convolution has applied its activation, unless z is kept."""
     last = chain.layers[-1]
-    activation = last.activation if last.batch else "identity"
-    operands = [*_end_operands(chain), ("t", "t")]
-    return _launch("gate", last.name, geometry, dtype, operands, [("out", "out")], activation=activation)
+    how: dict[str, Any] = {"activation": last.activation, "slope": last.slope} if last.batch or z is not None else {}
+    operands = [*_end_operands(chain, z), ("t", "t")]
+    return _launch("gate", last.name, geometry, dtype, operands, [("out", "out")], **how)
 
 
 def _bn_add_relu(chain: Chain, geometry: Geometry, dtype: torch.dtype, out: str) -> Launch:
     last = chain.layers[-1]
-    return _launch("bn_add_relu", last.name, geometry, dtype, _end_operands(chain), [("out", out)], activation=last.activation)
+    how: dict[str, Any] = {"activation": last.activation, "slope": last.slope}
+    return _launch(
+        "bn_add_relu", last.name, geometry, dtype, _end_operands(chain, chain.pre_activation(-1)), [("out", out)], **how
+    )
 
 
-def _max_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
+def _max_pool(chain: Chain, last: Geometry, dtype: torch.dtype, keep: tuple[str, ...]) -> Launch:
     assert chain.pool is not None
-    layer = chain.layers[-1]
+    layer, z = chain.layers[-1], chain.pre_activation(-1)
     geometry = chain.pool.geometry(last.N, last.P, last.Q, last.K)
     operands, outputs, prologue = [("x", chain.pooled_slot)], [("y", "out")], "identity"
     if chain.normalised_in_pool:
         prologue = _normalisation(layer)
         operands += _statistics(layer, "x_")
+    elif z is not None and z in keep:
+        prologue, operands = layer.activation, [("x", z)]
+    if chain.normalised_in_pool or "indices" in keep:
         outputs.append(("indices", "indices"))
-    return _launch("max_pool", "pool", geometry, dtype, operands, outputs, prologue=prologue)
+    x_slope = layer.slope if prologue != "identity" else 0.0
+    return _launch("max_pool", "pool", geometry, dtype, operands, outputs, prologue=prologue, x_slope=x_slope)
 
 
 @lru_cache(maxsize=4096)
@@ -307,19 +341,20 @@ def forward_plan(
         if index == len(chain.layers) - 1 and chain.residual:
             shortcut = None if late or chain.gate is not None else "x" if side is None else "yd"
             if side is not None:
-                launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd", None, side.activation)
-        activation = "identity" if late or layer.batch else layer.activation
-        launches += _conv(
-            layer, sizes[layer.name], dtype, _Input.of(chain, index), chain.output_slot(index), shortcut, activation
-        )
+                launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd")
+        z = chain.pre_activation(index)
+        held = z is not None and z in keep
+        y = z if z is not None and held else chain.output_slot(index)
+        x = _Input.of(chain, index, keep)
+        launches += _conv(layer, sizes[layer.name], dtype, x, y, shortcut, activated=not late and not held)
     last = sizes[chain.layers[-1].name]
     if chain.gate is not None:
         launches += _conv(chain.gate, sizes[chain.gate.name], dtype, _Input("x"), "t")
-        launches.append(_gate(chain, last, dtype))
-    if chain.normalised_late:
+        launches.append(_gate(chain, last, dtype, z if held else None))
+    elif chain.normalised_late or (held and chain.pool is None):
         launches.append(_bn_add_relu(chain, last, dtype, "out" if chain.pool is None else chain.pooled_slot))
     if chain.pool is not None:
-        launches.append(_max_pool(chain, last, dtype))
+        launches.append(_max_pool(chain, last, dtype, keep))
     return Plan(tuple(launches), ("out",), keep, donated)
 
 
@@ -368,7 +403,8 @@ def _wgrad(
         operands += _parameters(layer, "bias", "gamma", "mean", "var")
     outputs = [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted]
     prologue = x.prologue if contracts else "identity"
-    ends: dict[str, Any] = {"prologue": prologue, "gradient": gradient, "eps": layer.eps}
+    x_slope = x.x_slope if contracts else 0.0
+    ends: dict[str, Any] = {"prologue": prologue, "x_slope": x_slope, "gradient": gradient, "eps": layer.eps}
     return [_launch("wgrad", layer.name, geometry, dtype, operands, outputs, **ends)]
 
 
@@ -390,9 +426,9 @@ def _dgrad(
     gradient, vectors = _gradient(layer, y, total)
     operands = [("dz", dz), ("w", layer.slot("w")), *vectors]
     outputs = [("dx", result)]
-    epilogue, activation = "store", "identity"
+    epilogue, activation, slope = "store", "identity", 0.0
     if before is not None and x is not None:
-        activation = before.activation
+        activation, slope = before.activation, before.slope
         outputs.append(("sum_previous", f"{result}.sum"))
         if before.batch:
             epilogue = "bn_mask"
@@ -400,46 +436,55 @@ def _dgrad(
             outputs.append(("dot_previous", before.slot("dot")))
         else:
             epilogue = "mask"
-            operands.append(("a_previous", x.slot))
+            operands.append(("a_previous" if before.masked_by_output else "z_previous", x.slot))
     if shortcut_gradient is not None:
         operands.append(("dshortcut", shortcut_gradient))
-    ends: dict[str, Any] = {"gradient": gradient, "epilogue": epilogue, "activation": activation, "eps": layer.eps}
+    ends: dict[str, Any] = {"gradient": gradient, "epilogue": epilogue, "eps": layer.eps}
+    ends |= {"activation": activation, "slope": slope}
     return _launch("dgrad", layer.name, geometry, dtype, operands, outputs, **ends)
 
 
 def _behind_pool(chain: Chain, last: Geometry, dtype: torch.dtype) -> Launch:
-    """Gradient of the pooling; where it normalised what it read, in front of the activation, with the sums."""
+    """Gradient of the pooling; where the activation was in its prologue, in front of that, with the sums."""
     assert chain.pool is not None
-    layer = chain.layers[-1]
+    layer, z = chain.layers[-1], chain.pre_activation(-1)
     geometry = chain.pool.geometry(last.N, last.P, last.Q, last.K)
-    operands = [("dy", "dout"), ("x", chain.pooled_slot)]
-    if not chain.normalised_in_pool:
+    if not chain.activated_in_pool:
+        operands = [("dy", "dout"), ("x", chain.pooled_slot)]
         return _launch("max_pool_backward", "pool", geometry, dtype, operands, [("dx", "d.pool")])
-    operands += [("indices", "indices"), *_statistics(layer, "x_")]
-    if layer.activation != "identity":
+    operands = [("dy", "dout"), ("x", chain.pooled_slot if z is None else z), ("indices", "indices")]
+    outputs = [("dx", "dz"), ("sum", "dz.sum")]
+    if layer.batch:
+        operands += _statistics(layer, "x_")
+        outputs.append(("dot", layer.slot("dot")))
+    if layer.activation != "identity" and layer.masked_by_output:
         operands.append(("out", "out"))  # of what the pooling chose: its mask without normalising all of x again
-    outputs = [("dx", "dz"), ("sum", "dz.sum"), ("dot", layer.slot("dot"))]
-    return _launch("max_pool_backward", "pool", geometry, dtype, operands, outputs, activation=layer.activation)
+    ends: dict[str, Any] = {"activation": layer.activation, "slope": layer.slope}
+    return _launch("max_pool_backward", "pool", geometry, dtype, operands, outputs, **ends)
 
 
 def _bn_add_relu_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype, dout: str, out: str) -> Launch:
     """The gradient in front of the last activation, and its sums. Without an activation it is ``dout`` itself.
 
+    From the activation's output where that suffices, else from its input, added up again.
     gamma is for executors that make the gradient behind the BatchNorm on the way.
     """
     last, side = chain.layers[-1], chain.projection
     operands, outputs = [("dout", dout)], []
     if last.activation != "identity":
-        operands.append(("out", out))
         outputs.append(("dz", "dz"))
+        operands += [("out", out)] if last.masked_by_output else _end_operands(chain, chain.pre_activation(-1))
     outputs.append(("sum", "dz.sum"))
     if last.batch:
-        operands += [("y", chain.output_slot(len(chain.layers) - 1)), *_statistics(last, "")[:3]]
+        if last.masked_by_output:
+            operands += [("y", chain.output_slot(len(chain.layers) - 1)), *_statistics(last, "")[:3]]
         outputs.append(("dot", last.slot("dot")))
     if side is not None and side.batch:
-        operands += [("shortcut", "yd"), *_statistics(side, "shortcut_")[:3]]
+        if last.masked_by_output:
+            operands += [("shortcut", "yd"), *_statistics(side, "shortcut_")[:3]]
         outputs.append(("shortcut_dot", side.slot("dot")))
-    return _launch("bn_add_relu_backward", last.name, geometry, dtype, operands, outputs, activation=last.activation)
+    ends: dict[str, Any] = {"activation": last.activation, "slope": last.slope}
+    return _launch("bn_add_relu_backward", last.name, geometry, dtype, operands, outputs, **ends)
 
 
 def _gate_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype) -> Launch:
@@ -452,23 +497,30 @@ def _gate_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype) -> Laun
         outputs.append(("dside_sum", "dside.sum"))
         if side.batch:
             outputs.append(("shortcut_dot", side.slot("dot")))
-    operands = [("dout", "dout"), *_end_operands(chain), ("t", "t")]
-    return _launch("gate_backward", last.name, geometry, dtype, operands, outputs, activation=last.activation)
+    operands = [("dout", "dout"), *_end_operands(chain, chain.pre_activation(-1)), ("t", "t")]
+    ends: dict[str, Any] = {"activation": last.activation, "slope": last.slope}
+    return _launch("gate_backward", last.name, geometry, dtype, operands, outputs, **ends)
 
 
 def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list[Launch]:
     """With ``memory="low"``: the convolutions whose outputs were not kept."""
     if chain.memory != "low":
         return []
-    layers = [(chain.layers[-1], _Input.of(chain, len(chain.layers) - 1), chain.output_slot(len(chain.layers) - 1))]
-    if chain.projection is not None:
-        layers.append((chain.projection, _Input("x"), "yd"))
-    launches = []
-    for layer, x, y in layers:
-        if layer.batch:
-            operands = [*x.operands, *_parameters(layer, "w", "bias")]
-            ends: dict[str, Any] = {"prologue": x.prologue, "epilogue": "bias" if layer.bias else "store"}
-            launches.append(_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends))
+    index, side = len(chain.layers) - 1, chain.projection
+    last = chain.layers[-1]
+
+    def conv(layer: Layer, x: _Input, y: str, shortcut: str | None = None) -> list[Launch]:
+        if not layer.batch:  # only where the last activation is differentiated at its input
+            return [] if last.masked_by_output else _conv(layer, sizes[layer.name], dtype, x, y, shortcut)
+        operands = [*x.operands, *_parameters(layer, "w", "bias")]
+        ends: dict[str, Any] = {"prologue": x.prologue, "x_slope": x.x_slope, "epilogue": "bias" if layer.bias else "store"}
+        return [_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends)]
+
+    launches = [] if side is None else conv(side, _Input("x"), "yd")
+    shortcut = None
+    if chain.residual and not chain.normalised_late and chain.gate is None:
+        shortcut = "x" if side is None else "yd"
+    launches += conv(last, _Input.of(chain, index), chain.pre_activation(index) or chain.output_slot(index), shortcut)
     if chain.gate is not None:
         launches += _conv(chain.gate, sizes[chain.gate.name], dtype, _Input("x"), "t")
     return launches
@@ -493,7 +545,7 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
         behind, out = "d.pool", chain.pooled_slot
     if chain.gate is not None:
         launches.append(_gate_backward(chain, geometry, dtype))
-    elif not chain.normalised_in_pool:
+    elif not chain.activated_in_pool:
         launches.append(_bn_add_relu_backward(chain, geometry, dtype, behind, out))
         dz = "dz" if last.activation != "identity" else behind
 

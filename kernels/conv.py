@@ -152,6 +152,7 @@ def conv_forward(
     EPILOGUE: tl.constexpr,
     epilogue_args,
     ACTIVATION: tl.constexpr,
+    slope,
     AFTER: tl.constexpr,
     after_args,
     PIXELS: tl.constexpr,
@@ -172,6 +173,7 @@ def conv_forward(
         y: pointer to [N, P, Q, K].
         sizes: :class:`Sizes`.
         exact: pointers (x, w) where a tile may have to be (re)computed by :func:`direct`, else None.
+        ACTIVATION, slope: function of activations.py and its second argument.
         AFTER: function of epilogues.py that goes on behind the store, or None.
         PIXELS, FILTERS: loaders of boxes.py; ``None`` for both means :func:`direct` alone.
         TAPS: :class:`Taps`.
@@ -220,7 +222,7 @@ def conv_forward(
     offsets = (pixels * sizes.K)[:, None] + filters[None, :]
     mask = lanes.inside[:, None] & (filters < sizes.K)[None, :]
     at = At(pixels, filters, lanes.inside, filters < sizes.K, offsets, mask)
-    z = rounded(ACTIVATION(EPILOGUE(acc, at, *epilogue_args)), y.dtype.element_ty)
+    z = rounded(ACTIVATION(EPILOGUE(acc, at, *epilogue_args), slope), y.dtype.element_ty)
     tl.store(y + offsets, z, mask=mask)
     if AFTER is not None:
         AFTER(z.to(tl.float32), at, tile_index(sizes, TILE), *after_args)

@@ -235,7 +235,7 @@ def dgrad(
     gradient_args,
     EPILOGUE: tl.constexpr,
     epilogue_args,
-    RELU: tl.constexpr,
+    BACKWARD: tl.constexpr,
     LOAD: tl.constexpr,
     FILTERS: tl.constexpr,
     TAPS: tl.constexpr,
@@ -257,7 +257,8 @@ def dgrad(
         exact: pointers (dz, y, w) where a tile may have to be (re)computed by :func:`direct`, else None.
         outputs: pointers to fp32 [C]: nothing, or the sum of dx over the pixels, and of dx times the epilogue's factor.
         sums: :class:`Sums`, or None without outputs.
-        COEFFICIENTS, GRADIENT, EPILOGUE: functions of gradients.py. RELU: the previous layer's activation.
+        COEFFICIENTS, GRADIENT, EPILOGUE: functions of gradients.py.
+        BACKWARD: of activations.py, for the previous layer's activation; None for none.
         LOAD: loader of gradients.py, ``FILTERS``: of boxes.py; ``None`` for both means :func:`direct` alone.
         TAPS: :class:`.boxes.Taps`. PERIODS: distance of a class's taps along each axis.
         TILE: extents, powers of two.
@@ -345,7 +346,7 @@ def dgrad(
     exists = channels < sizes.C
     mask = lanes.inside[:, None] & exists[None, :]
     at = At(pixels, channels, lanes.inside, exists, offsets, mask)
-    acc, factor = EPILOGUE(acc, at, RELU, *epilogue_args)
+    acc, factor = EPILOGUE(acc, at, BACKWARD, *epilogue_args)
     stored = rounded(acc, dx.dtype.element_ty)
     tl.store(dx + offsets, stored, mask=mask)
     if sums is not None:

@@ -7,7 +7,7 @@ pixels by ``CHANNELS`` channels; all tensors are read once, whole sectors at a t
                                    +--> ACTIVATION --> out
     shortcut  [N * P * Q, K] --bn--+
 
-    dout --masked by out--> dz --+--> sum of dz, of dz * xhat(y), of dz * xhat(shortcut), over the pixels of each channel
+    dout --BACKWARD(out)--> dz --+--> sum of dz, of dz * xhat(y), of dz * xhat(shortcut), over the pixels of each channel
 """
 
 import triton
@@ -26,6 +26,21 @@ def strip_index(K, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def added_up(y, y_bn, shortcut, shortcut_bn, channels, exists):
+    """``bn(y) + bn(shortcut)``, fp32, of tiles [M, C]; the shortcut, and the vectors of either BatchNorm, may be None."""
+    if y_bn is not None:
+        z = batch_norm(y, channels, exists, None, *y_bn)
+    else:
+        z = y.to(tl.float32)
+    if shortcut is not None:
+        if shortcut_bn is not None:
+            z = z + batch_norm(shortcut, channels, exists, None, *shortcut_bn)
+        else:
+            z = z + shortcut.to(tl.float32)
+    return z
+
+
+@triton.jit
 def bn_add_relu(
     y,
     y_bn,
@@ -35,6 +50,7 @@ def bn_add_relu(
     pixels,
     K,
     ACTIVATION: tl.constexpr,
+    slope,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -47,6 +63,7 @@ def bn_add_relu(
         shortcut: pointer like y, or None.
         shortcut_bn: as y_bn, for the shortcut.
         out: pointer like y.
+        ACTIVATION, slope: function of activations.py and its second argument.
         WIDE: 64-bit offsets.
     """
     strip, channel_tile, _ = strip_index(K, CHANNELS)
@@ -57,17 +74,11 @@ def bn_add_relu(
     exists = channels < K
     mask = (pixel < pixels)[:, None] & exists[None, :]
     offsets = (pixel * K)[:, None] + channels[None, :]
-    z = tl.load(y + offsets, mask=mask, other=0.0)
-    if y_bn is not None:
-        z = batch_norm(z, channels, exists, None, *y_bn)
-    else:
-        z = z.to(tl.float32)
+    side = None
     if shortcut is not None:
         side = tl.load(shortcut + offsets, mask=mask, other=0.0)
-        if shortcut_bn is not None:
-            side = batch_norm(side, channels, exists, None, *shortcut_bn)
-        z = z + side.to(tl.float32)
-    tl.store(out + offsets, rounded(ACTIVATION(z), out.dtype.element_ty), mask=mask)
+    z = added_up(tl.load(y + offsets, mask=mask, other=0.0), y_bn, side, shortcut_bn, channels, exists)
+    tl.store(out + offsets, rounded(ACTIVATION(z, slope), out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -91,6 +102,8 @@ def bn_add_relu_backward(
     group,
     partials,
     counters,
+    BACKWARD: tl.constexpr,
+    slope,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -100,12 +113,14 @@ def bn_add_relu_backward(
 
     Args:
         dout: pointer to [pixels, K].
-        out: pointer like dout: what a ReLU gave, or None where there is none.
-        y, y_bn: pointer like dout, and pointers (mean, invstd); None where its sum is not asked for.
+        out: pointer like dout: what the activation gave, or None where there is none or its output does not tell.
+        y, y_bn: pointer like dout, and pointers (mean, invstd, gamma, beta), the last two only needed without ``out``. y is
+            None where neither its sum nor the activation's input is asked for, y_bn where it is not behind a BatchNorm.
         shortcut, shortcut_bn: likewise.
         dz: pointer like dout, or None. The sums are of what is stored.
         sums: pointers to fp32 [K]: of dz, of dz * xhat(y), of dz * xhat(shortcut); None for those not asked for.
         group, partials, counters: see :class:`.finish.Column`; counters for each tile of channels.
+        BACKWARD, slope: function of activations.py, None without an activation, and its third argument.
     """
     strip, channel_tile, channel_tiles = strip_index(K, CHANNELS)
     channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
@@ -121,19 +136,28 @@ def bn_add_relu_backward(
         mask = (pixel < pixels)[:, None] & exists[None, :]
         offsets = (pixel * K)[:, None] + channels[None, :]
         gradient = tl.load(dout + offsets, mask=mask, other=0.0)
-        if out is not None:
-            # A NaN is not below zero: it lets the gradient pass, as in PyTorch.
-            gradient = tl.where(tl.load(out + offsets, mask=mask, other=0.0) <= 0, 0.0, gradient)
+        value = None
+        side = None
+        if y is not None:
+            value = tl.load(y + offsets, mask=mask, other=0.0)
+        if shortcut is not None:
+            side = tl.load(shortcut + offsets, mask=mask, other=0.0)
+        if BACKWARD is not None:
+            if out is not None:
+                seen = tl.load(out + offsets, mask=mask, other=0.0).to(tl.float32)
+            else:
+                seen = added_up(value, y_bn, side, shortcut_bn, channels, exists)
+            made = BACKWARD(gradient.to(tl.float32), seen, slope)
+            gradient = rounded(tl.where(mask, made, 0.0), dout.dtype.element_ty)
         if dz is not None:
             tl.store(dz + offsets, gradient, mask=mask)
         gradient = gradient.to(tl.float32)
         total += gradient
-        if y is not None:
-            value = tl.load(y + offsets, mask=mask, other=0.0)
-            dot += tl.where(mask, gradient * standardised(value, channels, exists, *y_bn), 0.0)
-        if shortcut is not None:
-            value = tl.load(shortcut + offsets, mask=mask, other=0.0)
-            shortcut_dot += tl.where(mask, gradient * standardised(value, channels, exists, *shortcut_bn), 0.0)
+        if y_bn is not None:
+            dot += tl.where(mask, gradient * standardised(value, channels, exists, y_bn[0], y_bn[1]), 0.0)
+        if shortcut_bn is not None:
+            xhat = standardised(side, channels, exists, shortcut_bn[0], shortcut_bn[1])
+            shortcut_dot += tl.where(mask, gradient * xhat, 0.0)
     if sums is not None:
         strips = tl.num_programs(0) // channel_tiles
         own = counters + channel_tile * (tl.cdiv(strips, group) + 1)

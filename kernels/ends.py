@@ -64,6 +64,7 @@ def conv_end(
     EPILOGUE: tl.constexpr,
     epilogue_args,
     ACTIVATION: tl.constexpr,
+    slope,
     AFTER: tl.constexpr,
     after_args,
     PIXELS: tl.constexpr,
@@ -73,7 +74,7 @@ def conv_end(
     """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw stays."""
     at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
-    z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args)), acc.dtype)
+    z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args), slope), acc.dtype)
     if y is not None:
         tl.store(y + at.offsets, z, mask=at.mask)
     if AFTER is not None:
@@ -92,7 +93,7 @@ def dgrad_end(
     counters,
     EPILOGUE: tl.constexpr,
     epilogue_args,
-    RELU: tl.constexpr,
+    BACKWARD: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -100,7 +101,7 @@ def dgrad_end(
     """What :func:`.dgrad.dgrad` does behind its main loop. ``K``: channels; ``group``: None where nothing is summed."""
     at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
-    made, factor = EPILOGUE(acc.to(tl.float32), at, RELU, *epilogue_args)
+    made, factor = EPILOGUE(acc.to(tl.float32), at, BACKWARD, *epilogue_args)
     stored = rounded(made, acc.dtype)
     tl.store(dx + at.offsets, stored, mask=at.mask)
     if group is not None:

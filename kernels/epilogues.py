@@ -225,17 +225,3 @@ AFTERS = {
 
 #: Operands that a kernel updates in place.
 IN_PLACE = ("running_mean", "running_var", "batches")
-
-
-@triton.jit
-def identity(z):
-    return z
-
-
-@triton.jit
-def relu(z):
-    """As PyTorch's, a NaN stays one (the hardware's maximum would drop it)."""
-    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-ACTIVATIONS = {"identity": identity, "relu": relu}

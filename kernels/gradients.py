@@ -18,8 +18,9 @@ Loaders of a tile of dz or y, ``LOAD(tensor, place, lanes, dp, dq, k, sizes, TIL
 starts at row ``place.p + dp`` and column ``place.q + dq``, filters from ``k`` on. ``box`` by a descriptor of ``[N, P, Q, K]``,
 ``gather`` by pointers and masks. There is no stride in them: dgrad's pixels of one parity walk dy step by step.
 
-An epilogue of dgrad, ``EPILOGUE(acc, at, RELU, *epilogue_args) -> (dx, factor)``, gets the accumulator ``[M, C]`` and where it
-lies (:class:`.epilogues.At`, whose ``filters`` are channels here). ``factor`` is what the stored dx is multiplied by for the
+An epilogue of dgrad, ``EPILOGUE(acc, at, BACKWARD, *epilogue_args) -> (dx, factor)``, gets the accumulator ``[M, C]`` and where
+it lies (:class:`.epilogues.At`, whose ``filters`` are channels here), and the gradient of the activation in front of which it
+ends (a function of activations.py, or None). ``factor`` is what the stored dx is multiplied by for the
 second sum over the pixels, or None.
 """
 
@@ -131,33 +132,35 @@ GRADIENTS = {
 
 
 @triton.jit
-def store(acc, at, RELU: tl.constexpr, dshortcut):
+def store(acc, at, BACKWARD: tl.constexpr, dshortcut):
     if dshortcut is not None:
         acc = acc + per_pixel(dshortcut, at)
     return acc, None
 
 
 @triton.jit
-def mask(acc, at, RELU: tl.constexpr, a_previous):
-    """Zero where the previous activation's output is; where that is a NaN, eager lets the gradient pass."""
-    if RELU:
-        acc = tl.where(per_pixel(a_previous, at) <= 0, 0.0, acc)
+def mask(acc, at, BACKWARD: tl.constexpr, slope, a_previous, z_previous):
+    """In front of the previous activation, from its output or, where that does not tell, its input."""
+    if BACKWARD is not None:
+        if z_previous is not None:
+            acc = BACKWARD(acc, per_pixel(z_previous, at), slope)
+        else:
+            acc = BACKWARD(acc, per_pixel(a_previous, at), slope)
     return acc, None
 
 
 @triton.jit
-def bn_mask(acc, at, RELU: tl.constexpr, x, x_mean, x_invstd, x_gamma, x_beta):
-    """The same, the output computed again from what its BatchNorm read; the factor is ``(x - mean) * invstd``."""
+def bn_mask(acc, at, BACKWARD: tl.constexpr, slope, x, x_mean, x_invstd, x_gamma, x_beta):
+    """The same, the input computed again from what its BatchNorm read; the factor is ``(x - mean) * invstd``."""
     value = tl.load(x + at.offsets, mask=at.mask, other=0.0, eviction_policy="evict_first")
-    if RELU:
-        z = batch_norm(value, at.filters, at.filters_inside, None, x_mean, x_invstd, x_gamma, x_beta)
-        acc = tl.where(z <= 0, 0.0, acc)
+    if BACKWARD is not None:
+        acc = BACKWARD(acc, batch_norm(value, at.filters, at.filters_inside, None, x_mean, x_invstd, x_gamma, x_beta), slope)
     return acc, (value.to(tl.float32) - per_filter(x_mean, at)) * per_filter(x_invstd, at)
 
 
-#: Name in a launch -> (function, names of its arguments: roles of operands).
+#: Name in a launch -> (function, names of its arguments: ``slope`` or roles of operands).
 EPILOGUES = {
     "store": (store, ("dshortcut",)),
-    "mask": (mask, ("a_previous",)),
-    "bn_mask": (bn_mask, ("x", "x_mean", "x_invstd", "x_gamma", "x_beta")),
+    "mask": (mask, ("slope", "a_previous", "z_previous")),
+    "bn_mask": (bn_mask, ("slope", "x", "x_mean", "x_invstd", "x_gamma", "x_beta")),
 }

@@ -109,7 +109,8 @@ def max_pool_backward(
     partials,
     counters,
     PROLOGUE: tl.constexpr,
-    RELU: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    slope,
     TAPS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -124,10 +125,10 @@ def max_pool_backward(
         indices: pointer to uint8 [N, P, Q, C]; None: the maxima are found again in x.
         x_bn: pointers (mean, invstd, gamma, beta), the last two may be None; None where x was pooled as it is.
         dx: pointer like x.
-        sums: pointers to fp32 [C]: of dx, and of dx * xhat(x); None without x_bn.
+        sums: pointers to fp32 [C]: of dx, and of dx * xhat(x), which is None without x_bn; None where none is asked for.
         group, partials, counters: see :class:`.finish.Column`; counters for each tile of channels.
         PROLOGUE: the identity.
-        RELU: whether one is behind x_bn.
+        BACKWARD, slope: function of activations.py, None without an activation, and its third argument.
     """
     strip, channel_tile, channel_tiles = strip_index(sizes.C, CHANNELS)
     channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
@@ -158,19 +159,21 @@ def max_pool_backward(
                 _, index = window_maximum(x, Lanes(own.n, p, q, inside), channels, sizes, PROLOGUE, (), TAPS, True)
             value = tl.load(dy + window, mask=there & (index == tap), other=0.0)
             gradient += value.to(tl.float32)
-        if x_bn is not None:
+        if sums is not None:
             value = tl.load(x + offsets, mask=mask, other=0.0)
-            if RELU:
-                # Rounded, as what was pooled; a NaN lets the gradient pass. In fp32: the form for 16 bits spills here (sm_90).
-                z = batch_norm(value.to(tl.float32), channels, exists, None, *x_bn)
-                a = rounded(z, value.dtype).to(tl.float32)
-                gradient = tl.where(a <= 0, 0.0, gradient)
+            if BACKWARD is not None:
+                z = value.to(tl.float32)
+                if x_bn is not None:
+                    # Rounded, as what was pooled. In fp32: the form for 16 bits spills here (sm_90).
+                    z = rounded(batch_norm(z, channels, exists, None, *x_bn), value.dtype).to(tl.float32)
+                gradient = tl.where(mask, BACKWARD(gradient, z, slope), 0.0)
         gradient = rounded(gradient, dx.dtype.element_ty)
         tl.store(dx + offsets, gradient, mask=mask)
         if sums is not None:
             gradient = gradient.to(tl.float32)
             total += gradient
-            dot += tl.where(mask, gradient * standardised(value, channels, exists, x_bn[0], x_bn[1]), 0.0)
+            if x_bn is not None:
+                dot += tl.where(mask, gradient * standardised(value, channels, exists, x_bn[0], x_bn[1]), 0.0)
     if sums is not None:
         strips = tl.num_programs(0) // channel_tiles
         counter = counters + channel_tile * (tl.cdiv(strips, group) + 1)

@@ -8,13 +8,14 @@ A prologue is a function ``PROLOGUE(pixels, channels, inside, *prologue_args) ->
   does not map 0 to 0 must put the zeros of the padding back, since a convolution pads what it reads *after* the
   normalisation, not before.
 
-To add one: a function here, a row in :data:`PROLOGUES`, its twin in the reference executor.
+To add one: a function here, a row in :data:`PROLOGUES`, its twin in the reference executor. Of an activation it is a function
+of two lines, which stands for the one behind a BatchNorm and, without the BatchNorm's vectors, for the activation alone.
 """
 
 import triton
 import triton.language as tl
 
-from .epilogues import relu
+from . import activations as act
 from .numerics import rounded
 
 
@@ -67,21 +68,69 @@ def batch_norm(x, channels, exists, inside, mean, invstd, gamma, beta):
 
 
 @triton.jit
+def activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, ACTIVATION: tl.constexpr, slope):
+    if x_invstd is None:
+        z = pixels.to(tl.float32)
+    else:
+        z = batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta)
+    return rounded(ACTIVATION(z, slope), pixels.dtype)
+
+
+@triton.jit
 def bn(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return rounded(batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta), pixels.dtype)
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.identity, None)
 
 
 @triton.jit
 def bn_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    z = batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta)
-    return rounded(relu(z), pixels.dtype)
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.relu, None)
+
+
+@triton.jit
+def bn_relu6(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.relu6, None)
+
+
+@triton.jit
+def bn_leaky_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_slope):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.leaky_relu, x_slope)
+
+
+@triton.jit
+def bn_silu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.silu, None)
+
+
+@triton.jit
+def bn_gelu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.gelu, None)
+
+
+@triton.jit
+def bn_gelu_tanh(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.gelu_tanh, None)
+
+
+@triton.jit
+def bn_hardswish(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.hardswish, None)
 
 
 _VECTORS = ("C", "x_mean", "x_invstd", "x_gamma", "x_beta")
+_ACTIVATED = {
+    "relu": (bn_relu, _VECTORS),
+    "relu6": (bn_relu6, _VECTORS),
+    "leaky_relu": (bn_leaky_relu, (*_VECTORS, "x_slope")),
+    "silu": (bn_silu, _VECTORS),
+    "gelu": (bn_gelu, _VECTORS),
+    "gelu_tanh": (bn_gelu_tanh, _VECTORS),
+    "hardswish": (bn_hardswish, _VECTORS),
+}
 
-#: Name in a launch -> (function, names of its arguments: ``C`` or roles of operands).
+#: Name in a launch -> (function, names of its arguments: ``C``, ``x_slope`` or roles of operands).
 PROLOGUES = {
     "identity": (identity, ()),
     "bn": (bn, _VECTORS),
-    "bn_relu": (bn_relu, _VECTORS),
+    **{f"bn_{name}": row for name, row in _ACTIVATED.items()},
+    **_ACTIVATED,
 }

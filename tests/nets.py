@@ -183,6 +183,15 @@ def in_training(spec: Chain, every: int = 1, first: int = 0, memory: str = "defa
     return replace(spec, layers=tuple(made), projection=side, memory=memory)
 
 
+def with_activation(spec: Chain, name: str, slope: float = 0.0) -> Chain:
+    """The chain with another activation in the place of each ReLU."""
+
+    def changed(layer: Layer) -> Layer:
+        return replace(layer, activation=name, slope=slope) if layer.activation == "relu" else layer
+
+    return replace(spec, layers=tuple(changed(layer) for layer in spec.layers))
+
+
 def _norms(spec: Chain) -> int:
     return sum(layer.norm for layer in spec.weight_layers)
 
@@ -253,6 +262,19 @@ def _plain_layer(layer: Layer, x: Tensor, tensors: dict[str, Tensor], layout: to
     return F.batch_norm(y, mean, var, gamma, beta, training=False, eps=layer.eps)
 
 
+#: Name -> the function as torch.nn.functional has it, with LeakyReLU's slope.
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda z, slope: z,
+    "relu": lambda z, slope: F.relu(z),
+    "relu6": lambda z, slope: F.relu6(z),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda z, slope: F.silu(z),
+    "gelu": lambda z, slope: F.gelu(z),
+    "gelu_tanh": lambda z, slope: F.gelu(z, approximate="tanh"),
+    "hardswish": lambda z, slope: F.hardswish(z),
+}
+
+
 def plain_chain(
     spec: Chain, x: Tensor, parameters: Sequence[Tensor], layout: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
@@ -268,8 +290,7 @@ def plain_chain(
         y = _plain_layer(layer, y, tensors, layout)
         if spec.residual and index == len(spec.layers) - 1:
             y = y + (x if spec.projection is None else _plain_layer(spec.projection, x, tensors, layout))
-        if layer.activation == "relu":
-            y = F.relu(y)
+        y = PLAIN_ACTIVATIONS[layer.activation](y, layer.slope)
     if spec.pool is not None:
         y = F.max_pool2d(y, spec.pool.kernel, spec.pool.stride, spec.pool.padding, spec.pool.dilation)
     return y

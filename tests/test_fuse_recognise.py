@@ -69,10 +69,10 @@ def _with(change: str) -> nn.Module:
             parametrizations.spectral_norm(block.conv2)
         case "pruned":
             prune.random_unstructured(block.conv2, "weight", 0.5)
-        case "gelu":
-            block.relu = nn.GELU()
-        case "relu6":
-            block.relu = nn.ReLU6()
+        case "mish":
+            block.relu = nn.Mish()
+        case "elu":
+            block.relu = nn.ELU()
         case "reflect":
             block.conv1 = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False)
         case "same, even kernel":
@@ -94,7 +94,7 @@ def _with(change: str) -> nn.Module:
 
 REASONS = {
     "group norm": "GroupNorm", "weight norm": "Parametrized", "old weight norm": "hook", "spectral norm": "Parametrized",
-    "pruned": "hook", "gelu": "GELU", "relu6": "ReLU6", "reflect": "reflect", "same, even kernel": "unequally",
+    "pruned": "hook", "mish": "Mish", "elu": "ELU", "reflect": "reflect", "same, even kernel": "unequally",
     "subclass of a convolution": "Standardised", "instance norm": "InstanceNorm2d",
     "average shortcut": "shortcut", "shortcut with relu": "ReLU", "shortcut of its own": "AvgPool2d",
 }  # fmt: skip

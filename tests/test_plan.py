@@ -63,7 +63,7 @@ def test_slots_are_made_before_they_are_read_and_dropped_after(name: str, backwa
 OPTIONAL = {
     "affine": {"gamma", "beta", "bias"}, "affine_add": {"gamma", "beta", "bias"},
     "stats": {"bias", "running_mean", "running_var", "batches"},
-    "bn": {"x_gamma", "x_beta"}, "bn_relu": {"x_gamma", "x_beta"},
+    "bn": {"x_gamma", "x_beta"}, "bn_relu": {"x_gamma", "x_beta"}, "mask": {"a_previous", "z_previous"},
     "scale": {"gamma"}, "bn_backward": {"gamma", "count"}, "store": {"dshortcut"}, "bn_mask": {"x_gamma", "x_beta"},
 }  # fmt: skip
 

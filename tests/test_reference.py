@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import PLAIN_ACTIVATIONS
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
+from fused_resnet.activations import from_output
 from fused_resnet.backends import reference
 from fused_resnet.launch import ACTIVATIONS, EPILOGUES, PROLOGUES, Geometry, Launch, PoolGeometry
 
@@ -55,7 +57,7 @@ def truth(g: Geometry, epilogue: str, activation: str, t: dict[str, Tensor], eps
         y = F.batch_norm(y, t["mean"], t["var"], t.get("gamma"), t.get("beta"), eps=eps)
     if "add" in epilogue:
         y = y + t["shortcut"]
-    return F.relu(y) if activation == "relu" else y
+    return PLAIN_ACTIVATIONS[activation](y, 0.0)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -124,17 +126,17 @@ def test_max_pooling_and_its_backward(g: PoolGeometry) -> None:
 def test_bn_add_relu_backward(activation: str) -> None:
     g = GEOMETRIES["3x3"]
     z = torch.randn(g.y_shape, dtype=F64, requires_grad=True)
-    out = F.relu(z) if activation == "relu" else z * 1
+    out = PLAIN_ACTIVATIONS[activation](z * 1, 0.0)
     dout = torch.randn(g.y_shape, dtype=F64)
-    roles = ["dout", "out"] if activation == "relu" else ["dout"]
-    launch = make("bn_add_relu_backward", g, roles, ["dz", "sum"], activation=activation)
-    dz, total = reference.run(launch, {"dout": dout, "out": out.detach()} if activation == "relu" else {"dout": dout})
+    read = {"dout": dout, **({"out": out.detach()} if from_output(activation, 0.0) else {"y": z.detach()})}
+    launch = make("bn_add_relu_backward", g, [*read], ["dz", "sum"], activation=activation)
+    dz, total = reference.run(launch, read)
     expected = torch.autograd.grad(out, z, dout)[0]
     assert torch.equal(dz, expected)
     assert relative_error(total, expected.sum((0, 2, 3))) < 1e-13
 
 
-@pytest.mark.parametrize("behind", ["nothing", "relu", "identity"])
+@pytest.mark.parametrize("behind", ["nothing", *ACTIVATIONS])
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_dgrad(name: str, affine: bool, behind: str) -> None:
@@ -142,7 +144,7 @@ def test_dgrad(name: str, affine: bool, behind: str) -> None:
     g = GEOMETRIES[name]
     t = tensors(g)
     z = torch.randn(g.x_shape, dtype=F64, requires_grad=True)
-    a = F.relu(z) if behind == "relu" else z * 1
+    a = PLAIN_ACTIVATIONS["identity" if behind == "nothing" else behind](z * 1, 0.0)
     y = convolve(g, a, t["w"])
     if affine:
         y = F.batch_norm(y, t["mean"], t["var"], t["gamma"], t["beta"], eps=1e-3)
@@ -155,7 +157,7 @@ def test_dgrad(name: str, affine: bool, behind: str) -> None:
         dx = reference.run(make("dgrad", g, [*given], ["dx"], **ends), given)
         assert relative_error(dx, expected + given["dshortcut"]) < 1e-13
         return
-    given["a_previous"] = a.detach()
+    given |= {"a_previous": a.detach()} if from_output(behind, 0.0) else {"z_previous": z.detach()}
     ends |= {"epilogue": "mask", "activation": behind}
     dx, total = reference.run(make("dgrad", g, [*given], ["dx", "sum_previous"], **ends), given)
     assert relative_error(dx, expected) < 1e-13
@@ -221,12 +223,13 @@ def test_every_prologue(name: str, prologue: str, affine: bool) -> None:
     t = tensors(g)
     given = {"x": t["x"], "w": t["w"]}
     a = t["x"]
-    if prologue != "identity":
+    if prologue.startswith("bn"):
         vectors = statistics(t["x"], 1e-3, "x_")
         given.update({role: v for role, v in vectors.items() if affine or role in ("x_mean", "x_invstd")})
         a = batch_norm(t["x"], given, "x_", 1e-3)
-    a = F.relu(a) if prologue == "bn_relu" else a
-    y = reference.run(make("conv", g, [*given], ["y"], prologue=prologue), given)
+    launch = make("conv", g, [*given], ["y"], prologue=prologue)
+    a = PLAIN_ACTIVATIONS[launch.x_activation](a, 0.0)
+    y = reference.run(launch, given)
     assert relative_error(y, convolve(g, a, t["w"])) < 1e-13
 
 
@@ -286,7 +289,7 @@ def test_bn_add_relu_and_its_backward(last: str, shortcut: str, activation: str)
             given["shortcut_gamma"].requires_grad_()
         z = z + (batch_norm(side, given, "shortcut_", 1e-3) if shortcut == "batch statistics" else side)
     z.retain_grad()
-    out = F.relu(z) if activation == "relu" else z * 1
+    out = PLAIN_ACTIVATIONS[activation](z * 1, 0.0)
     g = Geometry(3, 5, 6, 4, 4, 1, 1)
     with torch.no_grad():
         assert (
@@ -295,7 +298,9 @@ def test_bn_add_relu_and_its_backward(last: str, shortcut: str, activation: str)
     dout = torch.randn(shape, dtype=F64)
     out.backward(dout)
     wanted = {"dz": z.grad, "sum": z.grad.sum((0, 2, 3))}
-    read = {"dout": dout, **({"out": out.detach()} if activation == "relu" else {})}
+    read = {"dout": dout, **({"out": out.detach()} if activation != "identity" else {})}
+    if not from_output(activation, 0.0):
+        read = {"dout": dout, **{role: tensor.detach() for role, tensor in given.items()}}
     if last == "batch statistics":
         read |= {role: given[role] for role in ("y", "mean", "invstd")}
         wanted["dot"] = given["gamma"].grad
@@ -317,7 +322,7 @@ def test_gradients_through_batch_statistics_on_both_sides(name: str, affine: boo
     w = (torch.randn(g.w_shape, dtype=F64) * 0.3).requires_grad_()
     before = statistics(x, 1e-3, "x_")
     z_before = batch_norm(x, before if affine else {}, "x_", 1e-3).requires_grad_()
-    y = convolve(g, F.relu(z_before) if activation == "relu" else z_before * 1, w)
+    y = convolve(g, PLAIN_ACTIVATIONS[activation](z_before * 1, 0.0), w)
     behind = statistics(y.detach(), 1e-3, "")
     z = batch_norm(y, behind if affine else {}, "", 1e-3)
     dz = torch.randn_like(z)
@@ -336,7 +341,7 @@ def test_gradients_through_batch_statistics_on_both_sides(name: str, affine: boo
     assert (total - dx.sum((0, 2, 3))).abs().max() < 1e-13 * scale
     assert (dot - (dx * normal).sum((0, 2, 3))).abs().max() < 1e-13 * scale
     del given["w"]
-    prologue = "bn_relu" if activation == "relu" else "bn"
+    prologue = "bn" if activation == "identity" else f"bn_{activation}"
     launch = make("wgrad", g, [*given], ["dw", "dbias"], prologue=prologue, gradient="bn_backward", eps=1e-3)
     actual, bias = reference.run(launch, given)
     assert relative_error(actual, dw) < 1e-12
@@ -350,15 +355,15 @@ def test_pooling_of_what_it_normalises(g: PoolGeometry, activation: str) -> None
     x = (torch.randn(g.x_shape, dtype=F64) * 2).round() / 2
     vectors = statistics(x, 1e-3, "x_")
     z = batch_norm(x, vectors, "x_", 1e-3).requires_grad_()
-    expected = F.max_pool2d(F.relu(z) if activation == "relu" else z * 1, g.kernel, g.stride, g.padding, g.dilation)
+    expected = F.max_pool2d(PLAIN_ACTIVATIONS[activation](z * 1, 0.0), g.kernel, g.stride, g.padding, g.dilation)
     dy = torch.randn_like(expected)
     (dz,) = torch.autograd.grad(expected, z, dy)
-    prologue = "bn_relu" if activation == "relu" else "bn"
+    prologue = "bn" if activation == "identity" else f"bn_{activation}"
     launch = make("max_pool", g, ["x", *vectors], ["y", "indices"], prologue=prologue)
     y, indices = reference.run(launch, {"x": x, **vectors})
     assert relative_error(y, expected) < 1e-13
     assert indices.dtype == torch.uint8 and int(indices.max()) < g.kernel[0] * g.kernel[1]
-    given = {"dy": dy, "x": x, "indices": indices, **vectors} | ({"out": y} if activation == "relu" else {})
+    given = {"dy": dy, "x": x, "indices": indices, **vectors} | ({"out": y} if from_output(activation, 0.0) else {})
     launch = make("max_pool_backward", g, [*given], ["dx", "sum", "dot"], activation=activation)
     dx, total, dot = reference.run(launch, given)
     assert relative_error(dx, dz) < 1e-13

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS, from_output
 from ..launch import Geometry, Launch, PoolGeometry
 from . import cpu_wgrad, reference
 from .derived import derived
@@ -53,8 +54,6 @@ def supports(launch: Launch) -> str | None:
     g = launch.geometry
     if launch.kind not in _KINDS:
         return f"the CPU executor has no {launch.kind}"
-    if launch.activation not in ("identity", "relu"):
-        return f"the CPU executor has no {launch.activation}"
     if "count" in launch.roles or launch.outputs[-1][0] == "var":
         return "ranks share the batch: the CPU executor's BatchNorm is of one process"
     if launch.kind in ("max_pool", "max_pool_backward") and launch.prologue == "identity" and "indices" not in launch.roles:
@@ -113,7 +112,7 @@ def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: fro
         if shortcut is not None:  # faster than oneDNN's sum into a third tensor (ResNet-50, batch 8: 356 against 379 ms)
             y.add_(shortcut)
     # Not oneDNN's own ReLU: it turns NaN into 0 (in PyTorch 2.11 and 2.14), and a diverged network must be seen to be one.
-    return y.relu_() if launch.activation == "relu" else y
+    return ACTIVATIONS[launch.activation].in_place(y, launch.slope)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -134,19 +133,21 @@ def _normalised(x: Tensor, operands: Operands, prefix: str) -> Tensor:
     return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, 0.0, False)
 
 
-def _activated(launch: Launch, operands: Operands, relu: bool, shared: Shared) -> Tensor:
-    """The activation that a prologue makes of ``x``; kept for the next launch that reads it."""
+def _activated(launch: Launch, operands: Operands, activation: str, slope: float, shared: Shared) -> Tensor:
+    """The activation of ``x``, behind a BatchNorm where its vectors are there; kept for the next launch that reads it."""
     slot = dict(launch.operands)["x"]
     if slot not in shared:
-        a = _normalised(operands["x"], operands, "x_")
-        shared[slot] = a.relu_() if relu else a
+        if "x_mean" in operands:
+            shared[slot] = ACTIVATIONS[activation].in_place(_normalised(operands["x"], operands, "x_"), slope)
+        else:
+            shared[slot] = ACTIVATIONS[activation].function(operands["x"], slope)
     return shared[slot]
 
 
 def _input(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
     if launch.prologue == "identity":
         return operands["x"]
-    return _activated(launch, operands, launch.prologue == "bn_relu", shared)
+    return _activated(launch, operands, launch.x_activation, launch.x_slope, shared)
 
 
 @lru_cache(maxsize=1024)
@@ -189,23 +190,26 @@ def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shar
     if not alone:
         z = reference.EPILOGUES[launch.epilogue](y, operands, launch.eps)
         y = z.to(launch.dtype)
-    return y.relu_() if launch.activation == "relu" else y
+    return ACTIVATIONS[launch.activation].in_place(y, launch.slope)
 
 
 def _bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
+    return ACTIVATIONS[launch.activation].in_place(_summed(operands), launch.slope)
+
+
+def _summed(operands: Operands) -> Tensor:
+    """What a ``bn_add_relu`` gives its activation, in a new tensor."""
     y = operands["y"]
     z = _normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
     if "shortcut" in operands:
         shortcut = operands["shortcut"]
         z.add_(_normalised(shortcut, operands, "shortcut_") if "shortcut_mean" in operands else shortcut)
-    return z.relu_() if launch.activation == "relu" else z
+    return z
 
 
-def _masked(gradient: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient in front of a ReLU, into ``out`` if given."""
-    if out is None:
-        return torch.ops.aten.threshold_backward(gradient, output, 0)
-    return torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=out)
+def _masked(launch: Launch, gradient: Tensor, z: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient in front of the activation, from its input or, where that suffices, its output; into ``out`` if given."""
+    return ACTIVATIONS[launch.activation].backward(gradient, z, launch.slope, out)
 
 
 def _behind_norm(dz: Tensor, y: Tensor, operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +240,10 @@ def _sums(
 def _bn_add_relu_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
     dz = operands["dout"]
     if "out" in operands:
-        dz = _masked(dz, operands["out"])
+        dz = _masked(launch, dz, operands["out"])
+    elif launch.activation != "identity":
+        z = _summed(operands) if len(launch.operands) > 2 else operands["y"]
+        dz = _masked(launch, dz, z, z if z is not operands["y"] else None)
     made = _sums(launch, operands, shared, dz, (("y", "", "dot"), ("shortcut", "shortcut_", "shortcut_dot")))
     return _listed(launch, {"dz": dz, **made})
 
@@ -253,7 +260,9 @@ def _mixed(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     h = _normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
     if "shortcut_mean" in operands:
         side = _normalised(side, operands, "shortcut_")
-    return (h.relu_() if launch.activation == "relu" else h), side, torch.sigmoid(operands["t"])
+    if "mean" in operands or launch.kind == "gate":  # backward, without statistics, y is what the activation gave
+        h = ACTIVATIONS[launch.activation].in_place(h, launch.slope)
+    return h, side, torch.sigmoid(operands["t"])
 
 
 def _gate(launch: Launch, operands: Operands) -> Tensor:
@@ -264,14 +273,14 @@ def _gate(launch: Launch, operands: Operands) -> Tensor:
 
 
 def _gate_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
-    if launch.dtype != torch.float32:
+    if launch.dtype != torch.float32 or not from_output(launch.activation, launch.slope):
         return reference.gate_backward(launch, operands)
     h, side, opened = _mixed(launch, operands)
     dout = operands["dout"]
     dz = dout * opened
     dside = dout - dz
     dt = (h - side).mul_(opened.neg_().add_(1)).mul_(dz)  # dout * (h - side) * T * (1 - T)
-    dz = _masked(dz, h, dz) if launch.activation == "relu" else dz
+    dz = _masked(launch, dz, h, dz)
     made = {"dz": dz, "dt": dt, "dside": dside, "dt_sum": dt.sum((0, 2, 3))}
     slots = dict(launch.outputs)
     ends = (("dz", "y", "", "sum", "dot"), ("dside", "shortcut", "shortcut_", "dside_sum", "shortcut_dot"))
@@ -312,7 +321,7 @@ def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     if launch.gradient == "scale":
         scale = reference.given_scale(operands, launch.eps, torch.float32)
         w = (w.to(torch.float32) * scale.view(-1, 1, 1, 1)).to(launch.dtype)
-    like = next((operands[role] for role in ("x", "a_previous", "dshortcut") if role in operands), None)
+    like = next((operands[role] for role in ("x", "a_previous", "z_previous", "dshortcut") if role in operands), None)
     if like is None:  # only its shape and layout matter
         like = torch.empty(g.x_shape, dtype=launch.dtype, memory_format=torch.channels_last)
     dx = _convolution_gradient(launch, dy, like, w, 0).contiguous(memory_format=torch.channels_last)
@@ -321,13 +330,20 @@ def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     if launch.epilogue == "store":
         return dx.add_(operands["dshortcut"]) if "dshortcut" in operands else dx
     if launch.epilogue == "mask":
-        if launch.activation == "relu":
-            dx = _masked(dx, operands["a_previous"], dx)
+        dx = _masked(launch, dx, operands["a_previous" if "a_previous" in operands else "z_previous"], dx)
+        shared.pop(dict(launch.operands).get("z_previous", ""), None)
         return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, ())})
-    if launch.activation == "relu":
-        dx = _masked(dx, _activated(launch, operands, True, shared), dx)
+    if launch.activation != "identity":
+        dx = _masked(launch, dx, _differentiated_at(launch, operands, shared), dx)
     shared.pop(dict(launch.operands)["x"], None)
     return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot_previous"),))})
+
+
+def _differentiated_at(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
+    """Behind a BatchNorm what :func:`_masked` is told: the activation, which wgrad has made, or the BatchNorm's output."""
+    if from_output(launch.activation, launch.slope):
+        return _activated(launch, operands, launch.activation, launch.slope, shared)
+    return _normalised(operands["x"], operands, "x_")
 
 
 def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
@@ -355,8 +371,11 @@ def _max_pool(launch: Launch, g: PoolGeometry, operands: Operands) -> Tensor | t
 def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
-    dy = operands["dy"] if launch.activation == "identity" else _masked(operands["dy"], operands["out"])
+    dy = _masked(launch, operands["dy"], operands["out"]) if "out" in operands else operands["dy"]
     dx = reference.scattered(g, dy, operands["x"], operands["indices"])
+    if launch.activation != "identity" and "out" not in operands:
+        z = _normalised(operands["x"], operands, "x_") if "x_mean" in operands else operands["x"]
+        dx = _masked(launch, dx, z, dx)
     return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot"),))})
 
 
@@ -376,10 +395,10 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
     g = launch.geometry
     if launch.kind == "conv":
         assert isinstance(g, Geometry)
-        if launch.prologue == "identity" and launch.epilogue != "stats":
+        if "x_mean" not in operands and launch.epilogue != "stats":
             if g.N == 0:
                 return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
-            return _conv(launch, g, operands, donated)
+            return _conv(launch, g, {**operands, "x": _input(launch, operands, {})}, donated)
         return _training_conv(launch, g, operands, shared)
     if launch.kind == "max_pool":
         assert isinstance(g, PoolGeometry)

@@ -1,7 +1,7 @@
 """Every launch in plain PyTorch: the twin that the other executors are held against, and the fallback on any device and dtype.
 
-Each prologue, epilogue and activation is a function of a few lines named as in the kernels. Arithmetic is in fp32 for fp16 and
-bf16 (one rounding, at the store), else in the tensors' own precision.
+Each epilogue is a function of a few lines named as in the kernels; activations are in :mod:`..activations`. Arithmetic is in
+fp32 for fp16 and bf16 (one rounding, at the store), else in the tensors' own precision.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS, from_output
 from ..launch import Geometry, Launch, PoolGeometry, accumulation_dtype
 
 Operands = dict[str, Tensor]
@@ -78,14 +79,6 @@ def affine_add(acc: Tensor, operands: Operands, eps: float) -> Tensor:
     return add(affine(acc, operands, eps), operands, eps)
 
 
-def identity(z: Tensor) -> Tensor:
-    return z
-
-
-def relu(z: Tensor) -> Tensor:
-    return torch.relu(z)
-
-
 def normalised(x: Tensor, operands: Operands, prefix: str = "") -> Tensor:
     """BatchNorm with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``.
 
@@ -98,12 +91,14 @@ def normalised(x: Tensor, operands: Operands, prefix: str = "") -> Tensor:
     return z + per_filter(operands[f"{prefix}beta"], x.dtype) if f"{prefix}beta" in operands else z
 
 
-def bn(x: Tensor, operands: Operands) -> Tensor:
-    return normalised(x, operands, "x_")
-
-
-def bn_relu(x: Tensor, operands: Operands) -> Tensor:
-    return torch.relu(bn(x, operands))
+def prologue(launch: Launch, operands: Operands) -> Tensor:
+    """``activation(bn(x))``, either of which may be absent, rounded as a kernel that wrote it would, in the launch's type."""
+    x = operands["x"]
+    if launch.prologue == "identity":
+        return x
+    x = x.to(accumulation_dtype(launch.dtype))
+    z = normalised(x, operands, "x_") if launch.prologue.startswith("bn") else x
+    return ACTIVATIONS[launch.x_activation].function(z, launch.x_slope).to(launch.dtype)
 
 
 def stats(acc: Tensor, operands: Operands, eps: float) -> Tensor:
@@ -111,20 +106,19 @@ def stats(acc: Tensor, operands: Operands, eps: float) -> Tensor:
     return bias(acc, operands, eps) if "bias" in operands else acc
 
 
-PROLOGUES: dict[str, Callable[[Tensor, Operands], Tensor]] = {"identity": lambda x, operands: x, "bn": bn, "bn_relu": bn_relu}
 EPILOGUES: dict[str, Callable[[Tensor, Operands, float], Tensor]] = {
     function.__name__: function for function in (store, bias, affine, add, bias_add, affine_add, stats)
 }
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {function.__name__: function for function in (identity, relu)}
 
 
-def activation_backward(gradient: Tensor, output: Tensor, activation: str) -> Tensor:
-    """Gradient in front of an activation, from its output. A NaN output lets the gradient pass, as in PyTorch."""
-    if activation == "identity":
-        return gradient
-    if activation != "relu":
-        raise ValueError(f"activation {activation!r} has no backward here; known: 'identity', 'relu'")
-    return torch.where(output <= 0, torch.zeros((), dtype=gradient.dtype, device=gradient.device), gradient)
+def activated(launch: Launch, z: Tensor) -> Tensor:
+    """What a launch stores of ``z``."""
+    return ACTIVATIONS[launch.activation].function(z, launch.slope).to(launch.dtype)
+
+
+def activation_backward(launch: Launch, gradient: Tensor, z: Tensor) -> Tensor:
+    """Gradient in front of a launch's activation, from its input; or its output, where that suffices."""
+    return ACTIVATIONS[launch.activation].backward(gradient, z.to(gradient.dtype), launch.slope, None)
 
 
 def plain_strides(tensor: Tensor) -> Tensor:
@@ -142,11 +136,11 @@ def conv(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     g = launch.geometry
     assert isinstance(g, Geometry)
     dtype = accumulation_dtype(launch.dtype)
-    x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
+    x = prologue(launch, operands).to(dtype)
     w = plain_strides(operands["w"].to(dtype))
     acc = F.conv2d(plain_strides(x), w, None, g.stride, g.padding, g.dilation, g.groups)
     z = EPILOGUES[launch.epilogue](acc, operands, launch.eps)
-    y = ACTIVATIONS[launch.activation](z).to(launch.dtype)
+    y = activated(launch, z)
     return y if launch.epilogue != "stats" else (y, *batch_statistics(launch, operands, y))
 
 
@@ -184,7 +178,12 @@ def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | T
 
 
 def bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
-    """``activation(bn(y) + shortcut)``; the shortcut may be behind a BatchNorm too, or absent."""
+    """``activation(bn(y) + shortcut)``; the shortcut may be behind a BatchNorm too, or absent, and so may the BatchNorm."""
+    return activated(launch, summed(launch, operands))
+
+
+def summed(launch: Launch, operands: Operands) -> Tensor:
+    """What a ``bn_add_relu`` gives its activation."""
     dtype = accumulation_dtype(launch.dtype)
     z = operands["y"].to(dtype)
     if "mean" in operands:
@@ -192,7 +191,7 @@ def bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
     if "shortcut" in operands:
         shortcut = operands["shortcut"].to(dtype)
         z = z + (normalised(shortcut, operands, "shortcut_") if "shortcut_mean" in operands else shortcut)
-    return ACTIVATIONS[launch.activation](z).to(launch.dtype)
+    return z
 
 
 def _gate_inputs(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,20 +208,24 @@ def _gate_inputs(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Te
 def gate(launch: Launch, operands: Operands) -> Tensor:
     """``T * activation(bn(y)) + (1 - T) * shortcut``, ``T = sigmoid(t)``; the shortcut may be behind a BatchNorm too."""
     z, side, opened = _gate_inputs(launch, operands)
-    return (opened * ACTIVATIONS[launch.activation](z) + (1 - opened) * side).to(launch.dtype)
+    h = ACTIVATIONS[launch.activation].function(z, launch.slope)
+    return (opened * h + (1 - opened) * side).to(launch.dtype)
 
 
 def gate_backward(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
     """Gradients of what :func:`gate` mixes, and sums over the pixels.
 
     ``dz`` in front of the activation, ``dt`` in front of the sigmoid, ``dside`` of the shortcut behind its BatchNorm. Without
-    statistics of a batch ``y`` is what the activation gave.
+    statistics of a batch ``y`` is what the activation gave; or what it was given, where its output does not tell the gradient.
     """
     dtype = accumulation_dtype(launch.dtype)
     z, side, opened = _gate_inputs(launch, operands)
-    h = ACTIVATIONS[launch.activation](z) if "mean" in operands else z
+    masked_by_output = from_output(launch.activation, launch.slope)
+    h = z
+    if "mean" in operands or not masked_by_output:
+        h = ACTIVATIONS[launch.activation].function(z, launch.slope)
     dout = operands["dout"].to(dtype)
-    dz = activation_backward(dout * opened, h, launch.activation).to(launch.dtype)
+    dz = activation_backward(launch, dout * opened, h if masked_by_output else z).to(launch.dtype)
     dt = (dout * (h - side) * (opened * (1 - opened))).to(launch.dtype)
     dside = (dout * (1 - opened)).to(launch.dtype)
     made = {"dz": dz, "dt": dt, "dside": dside, "dt_sum": dt.to(dtype).sum((0, 2, 3))}
@@ -255,10 +258,7 @@ def max_pool(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, Tenso
     """Max-pooling, floor mode, of what the prologue gives; and which place of each window it is, ``r * S + s``, in a byte."""
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
-    x = operands["x"]
-    if launch.prologue != "identity":
-        x = PROLOGUES[launch.prologue](x.to(accumulation_dtype(launch.dtype)), operands).to(launch.dtype)
-    return pooled(launch, g, x)
+    return pooled(launch, g, prologue(launch, operands))
 
 
 def pooled(launch: Launch, g: PoolGeometry, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -298,7 +298,7 @@ def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor
 
 
 def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
-    """Gradient of max-pooling, to the element it chose; where it normalised on load, in front of the activation, with sums."""
+    """Gradient of max-pooling, to the element it chose; where its prologue did more, in front of that activation, with sums."""
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
     x, dy = operands["x"], operands["dy"].contiguous(memory_format=torch.channels_last)
@@ -307,9 +307,14 @@ def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tens
         _, flat = F.max_pool2d(x, *window, return_indices=True)
         return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, False, flat)
     dtype = accumulation_dtype(launch.dtype)
-    dy = activation_backward(dy, operands.get("out", dy), launch.activation)
-    dx = scattered(g, dy.to(dtype), x.to(dtype), operands["indices"]).to(launch.dtype)
-    return dx, *_sums(dx, [(x, "x_")], operands, dtype)
+    if "out" in operands:
+        dy = activation_backward(launch, dy, operands["out"])
+    dx = scattered(g, dy.to(dtype), x.to(dtype), operands["indices"])
+    norm = "x_mean" in operands
+    if "out" not in operands:
+        dx = activation_backward(launch, dx, normalised(x.to(dtype), operands, "x_") if norm else x)
+    dx = dx.to(launch.dtype)
+    return dx, *_sums(dx, [(x, "x_")] if norm else [], operands, dtype)
 
 
 def _sums(dz: Tensor, others: list[tuple[Tensor, str]], operands: Operands, dtype: torch.dtype) -> list[Tensor]:
@@ -326,8 +331,11 @@ def bn_add_relu_backward(launch: Launch, operands: Operands) -> Tensor | tuple[T
     """``dz = dout * activation'``, its sum over the pixels, and the sums of its products with the normalised inputs."""
     dz = operands["dout"]
     if "out" in operands:
-        dz = activation_backward(dz, operands["out"], launch.activation)
-    others = [(operands[role], prefix) for role, prefix in (("y", ""), ("shortcut", "shortcut_")) if role in operands]
+        dz = activation_backward(launch, dz, operands["out"])
+    elif launch.activation != "identity":
+        dz = activation_backward(launch, dz.to(accumulation_dtype(launch.dtype)), summed(launch, operands)).to(launch.dtype)
+    made = {role for role, _ in launch.outputs}
+    others = [(operands[role], prefix) for role, prefix in (("y", ""), ("shortcut", "shortcut_")) if f"{prefix}dot" in made]
     sums = _sums(dz, others, operands, accumulation_dtype(launch.dtype))
     return (dz, *sums) if launch.outputs[0][0] == "dz" else tuple(sums)
 
@@ -388,10 +396,11 @@ def dgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     if launch.epilogue == "store":
         return (dx + operands["dshortcut"].to(dtype) if "dshortcut" in operands else dx).to(launch.dtype)
     if launch.epilogue == "mask":
-        dx = activation_backward(dx, operands["a_previous"], launch.activation).to(launch.dtype)
+        seen = operands["a_previous" if "a_previous" in operands else "z_previous"]
+        dx = activation_backward(launch, dx, seen).to(launch.dtype)
         return dx, *_sums(dx, [], operands, dtype)
     if launch.activation != "identity":
-        dx = activation_backward(dx, bn(operands["x"].to(dtype), operands), launch.activation)
+        dx = activation_backward(launch, dx, normalised(operands["x"].to(dtype), operands, "x_"))
     dx = dx.to(launch.dtype)
     return dx, *_sums(dx, [(operands["x"], "x_")], operands, dtype)
 
@@ -420,7 +429,7 @@ def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
         g = launch.geometry
         assert isinstance(g, Geometry)
         dy = convolution_output_gradient(launch, operands, dtype)
-        x = PROLOGUES[launch.prologue](operands["x"].to(dtype), operands).to(launch.dtype).to(dtype)
+        x = prologue(launch, operands).to(dtype)
         _, raw = _convolution_gradients(launch, dy, x, dy.new_empty(1).expand(g.w_shape), (False, True))
         assert raw is not None
         gradients["dw"] = raw if scale is None else raw * scale.view(-1, 1, 1, 1)

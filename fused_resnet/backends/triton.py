@@ -16,14 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..kernels import boxes, conv, epilogues, prologues
+from ..kernels import activations, boxes, conv, epilogues, prologues
 from ..launch import Geometry, Launch
 from ..tuning import Tile, choose
 from ..tuning.pieces import dy_slot
 from ..tuning.tile import Strip
 from . import triton_elementwise, workspace
 from .derived import channels_last_filters
-from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets, outputs_of
+from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets, outputs_of, slope_of
 
 #: Launches of a plan leave tensors for each other, see :mod:`fused_resnet.backends`.
 shares = True
@@ -57,7 +57,7 @@ def supports(launch: Launch) -> str | None:
     if launch.kind in triton_elementwise.KINDS:
         return triton_elementwise.supports(launch)
     known = launch.prologue in prologues.PROLOGUES and launch.epilogue in epilogues.EPILOGUES
-    if not known or launch.activation not in epilogues.ACTIVATIONS:
+    if not known or launch.activation not in activations.ACTIVATIONS:
         return f"no Triton kernel for {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
     return None
 
@@ -261,7 +261,7 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
     constants = {
         "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],
         "EPILOGUE": epilogues.EPILOGUES[launch.epilogue][0],
-        "ACTIVATION": epilogues.ACTIVATIONS[launch.activation],
+        "ACTIVATION": activations.ACTIVATIONS[launch.activation][0],
         "AFTER": epilogues.AFTERS[launch.epilogue][0] if launch.epilogue in epilogues.AFTERS else None,
         "PIXELS": boxes.PIXELS[pixels] if pixels else None,
         "FILTERS": boxes.FILTERS[filters] if filters else None,
@@ -313,7 +313,7 @@ def bind(
     }
     named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
     named |= {"eps": launch.eps, "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
-    named |= {"counters": space[0], "partials": space[1], "group": start.group}
+    named |= {"counters": space[0], "partials": space[1], "group": start.group, "x_slope": launch.x_slope}
     constants = start.constants
     after = epilogues.AFTERS.get(launch.epilogue)
     return {
@@ -324,6 +324,7 @@ def bind(
         "exact": (x, w) if constants["SPANS"] or constants["PIXELS"] is None else None,
         "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
         "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
+        "slope": slope_of(launch),
         "after_args": tuple(named.get(name) for name in after[1]) if after else (),
         **constants,
     }

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import ends, epilogues, gradients
+from ..kernels import activations, ends, epilogues, gradients
 from ..launch import Geometry, Launch
 from ..tuning.pieces import Pieces, pieces
 from ..tuning.tile import Strip, Tile, choose_strip
 from . import triton, workspace
-from .triton_start import Start, arch_of, begin, needs_wide_offsets
+from .triton_start import Start, arch_of, begin, needs_wide_offsets, slope_of
 
 #: Kinds of launches that only stand in pieces.
 KINDS = ("output_gradient", "conv_end", "dgrad_end")
@@ -134,11 +134,11 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         constants["COEFFICIENTS"], constants["GRADIENT"], _ = gradients.GRADIENTS["bn_backward"]
     elif launch.kind == "conv_end":
         constants["EPILOGUE"] = epilogues.EPILOGUES[launch.epilogue][0]
-        constants["ACTIVATION"] = epilogues.ACTIVATIONS[launch.activation]
+        constants["ACTIVATION"] = activations.ACTIVATIONS[launch.activation][0]
         constants["AFTER"] = epilogues.AFTERS[launch.epilogue][0] if launch.epilogue in epilogues.AFTERS else None
     else:
         constants["EPILOGUE"] = gradients.EPILOGUES[launch.epilogue][0]
-        constants["RELU"] = launch.activation == "relu"
+        constants["BACKWARD"] = activations.ACTIVATIONS[launch.activation][1]
     if summed or constants.get("AFTER") is not None:
         group = workspace.group_of(strips)
         counters = channel_tiles * workspace.counters_of(strips) + 1
@@ -167,7 +167,7 @@ def bind(
         named |= {"m": float(count)}
         arguments = tuple(named.get(name) for name in gradients.GRADIENTS["bn_backward"][2])
         return {"dz": named["dz"], "y": named["y"], "dy": outputs["dy"], "gradient_args": arguments, **sized}
-    named |= {"eps": launch.eps, "K": g.K, "momentum": launch.momentum}
+    named |= {"eps": launch.eps, "K": g.K, "momentum": launch.momentum, "slope": slope_of(launch)}
     named |= {"counters": space[0], "partials": space[1], "group": start.group}
     if launch.kind == "conv_end":
         named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
@@ -177,6 +177,7 @@ def bind(
             "raw": named["raw"],
             "y": None if untouched else outputs["y"],
             "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
+            "slope": named["slope"],
             "after_args": tuple(named.get(name) for name in after[1]) if after else (),
             **sized,
         }

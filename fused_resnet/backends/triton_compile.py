@@ -270,7 +270,7 @@ def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def weightless_operands(launch: Launch, parameters: torch.dtype) -> dict[str, Tensor]:
     """The operands of a launch as tensors without memory."""
     g = launch.geometry
-    shapes = {role: g.x_shape for role in ("x", "a_previous", "dshortcut")}
+    shapes = {role: g.x_shape for role in ("x", "a_previous", "z_previous", "dshortcut")}
     shapes |= {role: g.y_shape for role in ("y", "dy", "dz", "dout", "out", "shortcut", "indices", "raw")}
     if isinstance(g, Geometry):
         shapes["w"] = g.w_shape

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from math import ceil
 from typing import Any
 
 from torch import Tensor
 
-from ..kernels import boxes, elementwise, epilogues, pool, prologues
+from ..kernels import activations, boxes, elementwise, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
-from .triton_start import Start, needs_wide_offsets
+from .triton_start import Start, needs_wide_offsets, slope_of
 
 KINDS = ("bn_add_relu", "bn_add_relu_backward", "max_pool", "max_pool_backward")
 
@@ -22,10 +21,8 @@ _VECTORS = ("mean", "invstd", "gamma", "beta")
 
 def supports(launch: Launch) -> str | None:
     """None, or why there is no kernel for the launch, which is of one of :data:`KINDS`."""
-    if launch.activation not in epilogues.ACTIVATIONS or launch.prologue not in prologues.PROLOGUES:
+    if launch.activation not in activations.ACTIVATIONS or launch.prologue not in prologues.PROLOGUES:
         return f"no Triton kernel for {launch.prologue} + {launch.kind} + {launch.activation} yet"
-    if launch.kind.endswith("_backward") and launch.activation not in ("identity", "relu"):
-        return f"the Triton kernels have no backward of {launch.activation}"
     outputs = {role for role, _ in launch.outputs}
     if isinstance(launch.geometry, PoolGeometry) and "indices" in outputs | launch.roles:
         taps = launch.geometry.kernel[0] * launch.geometry.kernel[1]
@@ -61,9 +58,10 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         constants["PROLOGUE"] = prologues.PROLOGUES[launch.prologue][0]
     if launch.kind == "max_pool_backward":
         constants["PROLOGUE"] = prologues.PROLOGUES["identity"][0]
-        constants["RELU"] = launch.activation == "relu"
     if launch.kind == "bn_add_relu":
-        constants["ACTIVATION"] = epilogues.ACTIVATIONS[launch.activation]
+        constants["ACTIVATION"] = activations.ACTIVATIONS[launch.activation][0]
+    elif launch.kind.endswith("_backward"):
+        constants["BACKWARD"] = activations.ACTIVATIONS[launch.activation][1]
     kernel = getattr(pool if isinstance(g, PoolGeometry) else elementwise, launch.kind)
     return Start(kernel, strips * channel_tiles, constants, sizes, None, None, strip.num_warps, 1, counters, partials, group)
 
@@ -87,7 +85,8 @@ def bind(
     named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
     meeting = {"group": start.group if start.counters else None, "partials": space[1], "counters": space[0]}
     if launch.kind == "max_pool":
-        arguments = tuple({**named, "C": start.sizes.C}.get(name) for name in prologues.PROLOGUES[launch.prologue][1])
+        known = {**named, "C": start.sizes.C, "x_slope": launch.x_slope}
+        arguments = tuple(known.get(name) for name in prologues.PROLOGUES[launch.prologue][1])
         return {
             "x": named["x"],
             "y": outputs["y"],
@@ -104,6 +103,7 @@ def bind(
             "x_bn": vectors(named, _VECTORS, "x_"),
             "dx": outputs["dx"],
             "sums": (outputs.get("sum"), outputs.get("dot")) if start.counters else None,
+            "slope": slope_of(launch),
             "sizes": start.sizes,
             **meeting,
             **start.constants,
@@ -117,17 +117,18 @@ def bind(
             "shortcut": named.get("shortcut"),
             "shortcut_bn": vectors(named, _VECTORS, "shortcut_"),
             "out": outputs["out"],
+            "slope": slope_of(launch),
             **pixels,
             **start.constants,
         }
-    reduced = partial(vectors, named, _VECTORS[:2])
     return {
         "dout": named["dout"],
-        "out": named["out"] if launch.activation == "relu" else None,
-        "y": named["y"] if "dot" in outputs else None,
-        "y_bn": reduced() if "dot" in outputs else None,
-        "shortcut": named["shortcut"] if "shortcut_dot" in outputs else None,
-        "shortcut_bn": reduced("shortcut_") if "shortcut_dot" in outputs else None,
+        "out": named.get("out"),
+        "y": named.get("y"),
+        "y_bn": vectors(named, _VECTORS),
+        "shortcut": named.get("shortcut"),
+        "shortcut_bn": vectors(named, _VECTORS, "shortcut_"),
+        "slope": slope_of(launch),
         "dz": outputs.get("dz"),
         "sums": tuple(outputs.get(role) for role in ("sum", "dot", "shortcut_dot")) if start.counters else None,
         **pixels,

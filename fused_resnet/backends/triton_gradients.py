@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import boxes, dgrad, gradients, prologues, wgrad
+from ..kernels import activations, boxes, dgrad, gradients, prologues, wgrad
 from ..launch import Geometry, Launch
 from ..tuning import Tile, choose
 from . import workspace
 from .derived import channels_last_filters
 from .triton import has_tma, loads, one_row, tf32_allowed
-from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets
+from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets, slope_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,7 +34,7 @@ def supports(launch: Launch) -> str | None:
         return f"no Triton kernel for {launch.kind!r} yet"
     if launch.dtype not in _DTYPES:
         return f"the Triton kernels compute in fp32, fp16 and bf16, not in {str(launch.dtype).removeprefix('torch.')}"
-    known = launch.gradient in gradients.GRADIENTS and launch.activation in ("identity", "relu")
+    known = launch.gradient in gradients.GRADIENTS and launch.activation in activations.ACTIVATIONS
     if launch.kind == "dgrad":
         known = known and launch.epilogue in gradients.EPILOGUES
     else:
@@ -211,7 +211,7 @@ def _plan_dgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
     channel_tiles = ceil(g.C / tile.channels)
     constants |= {
         "EPILOGUE": gradients.EPILOGUES[launch.epilogue][0],
-        "RELU": launch.activation == "relu",
+        "BACKWARD": activations.ACTIVATIONS[launch.activation][1],
         "LOAD": gradients.LOADS[load] if load else None,
         "FILTERS": boxes.FILTERS[filters] if filters else None,
         "TILE": tile,
@@ -349,6 +349,7 @@ def bind(
     assert isinstance(g, Geometry)
     named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
     named |= {"eps": launch.eps, "C": start.sizes.C, "m": float(g.N * g.P * g.Q)}
+    named |= {"slope": slope_of(launch), "x_slope": launch.x_slope}
     viewed = {
         role: start.views[role].of(named[role]) if role in start.views else named[role] for role in named if role in _VIEWED
     }

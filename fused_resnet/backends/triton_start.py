@@ -116,6 +116,11 @@ def gpu_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" and not triton.knobs.runtime.interpret else ""
 
 
+def slope_of(launch: Launch) -> float | None:
+    """What an activation's function is given beside z: a LeakyReLU's slope."""
+    return float(launch.slope) if launch.activation == "leaky_relu" else None
+
+
 def needs_wide_offsets(*shapes: tuple[int, ...]) -> bool:
     """Whether any tensor has 2^31 elements or more."""
     return any(prod(shape) >= 1 << 31 for shape in shapes)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..backends import reference
 from ..backends.triton_compile import weightless_operands
 from ..launch import PROLOGUES, Geometry, Launch
@@ -59,7 +60,7 @@ def _random(launch: Launch, role: str, like: Tensor, generator: torch.Generator,
         if role == "w":
             assert isinstance(g, Geometry)
             value.mul_((g.R * g.S * (g.C // g.groups)) ** -0.5)
-        return value.relu_() if role in ("out", "a_previous") else value
+        return ACTIVATIONS[launch.activation].in_place(value, launch.slope) if role in ("out", "a_previous") else value
     vector = torch.empty(like.shape, device=device)
     if role.endswith(("var", "invstd")):
         vector.uniform_(0.5, 2.0, generator=generator)
@@ -72,10 +73,13 @@ def _random(launch: Launch, role: str, like: Tensor, generator: torch.Generator,
 
 def _pooled(launch: Launch, operands: Operands) -> Operands:
     """What the max-pooling wrote whose backward ``launch`` is: its choices, and its output where that is read."""
-    prologue = ("bn_relu" if launch.activation == "relu" else "bn") if "x_mean" in operands else "identity"
+    activation = "" if launch.activation == "identity" else launch.activation
+    prologue = "_".join(filter(None, ("bn" if "x_mean" in operands else "", activation))) or "identity"
     read = tuple((role, role) for role in ("x", *PROLOGUES[prologue]) if role in operands)
     written = (("y", "y"), ("indices", "indices"))
-    forward = Launch("max_pool", launch.layer, launch.geometry, launch.dtype, read, written, prologue=prologue)
+    forward = Launch(
+        "max_pool", launch.layer, launch.geometry, launch.dtype, read, written, prologue=prologue, x_slope=launch.slope
+    )
     y, indices = reference.run(forward, {role: operands[role] for role, _ in read})
     made = {"out": y, "indices": indices}
     return {role: made[role].contiguous(memory_format=torch.channels_last) for role in made if role in operands}

@@ -122,7 +122,7 @@ def label(launch: Launch) -> str:
         size += f" g{g.groups}" if g.groups > 1 else ""
     ends = [end for end in (launch.prologue, launch.gradient) if end != "identity"]
     ends += [launch.epilogue] if launch.epilogue != "store" else []
-    ends += ["relu"] if launch.kind == "conv" and launch.activation != "identity" else []
+    ends += [launch.activation] if launch.kind == "conv" and launch.activation != "identity" else []
     ends += [name for role, name in (("dshortcut", "dshortcut"), ("shortcut_mean", "projection")) if role in launch.roles]
     if launch.kind.startswith("bn_add_relu") and "shortcut" not in launch.roles and launch.kind == "bn_add_relu":
         ends.append("no shortcut")

@@ -38,7 +38,10 @@ LOAD_CYCLES, START_CYCLES = 800, 1500
 #: Seconds between two launches of one stream.
 LAUNCH_SECONDS = 1.5e-6
 #: Instructions an element: prologues and gradients on load (convert, normalise, clamp, mask, convert back), epilogues.
-_ON_LOAD = {"identity": 0, "bn": 5, "bn_relu": 6, "scale": 3, "bn_backward": 7}
+_ACTIVATION = {"relu": 1, "relu6": 2, "leaky_relu": 3, "silu": 8, "gelu": 24, "gelu_tanh": 12, "hardswish": 5}
+_ON_LOAD = {"identity": 0, "bn": 5, "scale": 3, "bn_backward": 7}
+_ON_LOAD |= {f"bn_{name}": 5 + count for name, count in _ACTIVATION.items()}
+_ON_LOAD |= {name: 2 + count for name, count in _ACTIVATION.items()}
 _AT_END = {"store": 2, "bias": 3, "affine": 4, "add": 4, "bias_add": 5, "affine_add": 6, "stats": 12, "mask": 5, "bn_mask": 14}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ..launch import DGRAD_EPILOGUES, EPILOGUES, GRADIENTS, PROLOGUES, Geometry, Launch, tensor_bytes
 
@@ -57,7 +58,8 @@ def _normalise(launch: Launch, g: Geometry) -> Launch:
         launch.dtype,
         tuple(roles),
         (("out", f"{slots['x']} {ACTIVATION}"),),
-        activation="relu" if launch.prologue == "bn_relu" else "identity",
+        activation=launch.x_activation,
+        slope=launch.x_slope,
     )
     return _sized(made, flat)
 
@@ -102,7 +104,8 @@ def pieces(launch: Launch, how: str) -> Pieces | None:
     sizes = tuple((role, size) for role, size in launch.sizes if role not in dropped)
     # A bias in front of BatchNorm has no gradient: the executor writes the zeros, a plain wgrad would not.
     outputs = tuple((role, slot) for role, slot in launch.outputs if not (differentiates and role == "dbias"))
-    core = replace(launch, operands=kept, outputs=outputs, prologue="identity", gradient="identity", sizes=sizes)
+    plain: dict[str, Any] = {"prologue": "identity", "x_slope": 0.0, "gradient": "identity"}
+    core = replace(launch, operands=kept, outputs=outputs, sizes=sizes, **plain)
     if how == "apart":
         return Pieces(tuple(first), core)
     return Pieces(tuple(first), core, _end(core))
