@@ -126,7 +126,7 @@ def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for place in (tmp_path, tmp_path / "cifar-10-batches-py"):
         found = data.load("cifar10", place, training.recipe(augment=()))
         assert (len(found.train), len(found.test), len(found.classes), found.classes[3]) == (10, 2, 10, "cat")
-        batch = next(found.train.batches([Draw([4, 0])]))
+        batch = next(found.train.batches([Draw([4, 0], 1)]))
         assert batch.labels.tolist() == [3, 1]
         mean = pixels.astype(np.float64).mean(0)
         expected = (pixels[[4, 0]] - mean) / np.sqrt(np.square(pixels - mean).mean())

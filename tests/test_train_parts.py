@@ -120,7 +120,8 @@ def test_digits() -> None:
     for label in range(10):
         inside, outside = (test.labels == label).sum(), (train.labels == label).sum()
         assert inside == math.ceil((inside + outside) / 5)
-    together = torch.cat([train.x, test.x]).flatten(1)
+    assert test.x.dtype == torch.uint8
+    together = torch.cat([train.x, found.normalise(test.x)]).flatten(1)
     assert len(torch.unique(together, dim=0)) == 1797
 
 

@@ -37,6 +37,11 @@ def natural(text: str) -> int:
     return number
 
 
+def whole(text: str) -> int:
+    """A number from 0."""
+    return 0 if text == "0" else natural(text)
+
+
 def naturals(text: str) -> list[int]:
     """Numbers from 1, separated by commas."""
     return [natural(part.strip()) for part in text.split(",")]

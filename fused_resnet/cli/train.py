@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config import AMP, BACKENDS, DISTRIBUTED
-from .arguments import CommandError, natural, one_line, positive
+from .arguments import CommandError, natural, one_line, positive, whole
 
 
 def add(commands: Any) -> None:
@@ -43,11 +43,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--evaluate-every", type=positive, default=1, metavar="N", help="epochs between evaluations (1)")
     parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
     parser.set_defaults(run=run)
-
-
-def whole(text: str) -> int:
-    """A number from 0."""
-    return 0 if text == "0" else natural(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

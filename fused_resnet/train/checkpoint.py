@@ -58,7 +58,7 @@ def tensors(path: Path) -> Any:
     except PermissionError as error:
         raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # of the unpickler, the archive or the tensors' sizes
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error) or "Unsupported global" in str(error):
             raise UsageError(f"{path}: holds more than tensors and plain data, and is not loaded") from error
         raise TrainingError(f"{path}: cut off or damaged, cannot be read") from error
 

@@ -7,9 +7,9 @@ by worker processes (:mod:`fused_resnet.train.folder`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from ..specimens import unknown
 from . import augment
 from .errors import UsageError
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .views import Views
 
 #: Where data sets are looked for.
 FOLDER = Path("data")
@@ -42,11 +45,19 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images x: [N, C, H, W], fp32 normalised or uint8; labels: [N] int64; files that could not be read."""
+    """Images and labels.
+
+    Attributes:
+        x: [N, C, H, W]; uint8, or fp32 that is normalised.
+        labels: [N], int64.
+        bad: files that could not be read.
+        views: instead of x, for each image several uint8 [C, H, W] of any sizes.
+    """
 
     x: Tensor
     labels: Tensor
     bad: tuple[str, ...] = ()
+    views: list[list[Tensor]] | None = None
 
 
 class Split(Protocol):
@@ -98,12 +109,13 @@ class Pixels:
         return len(self.labels)
 
     def batches(self, draws: Iterable[Draw], workers: int = 0) -> Iterator[Batch]:
-        """A normalised batch for each draw, augmented where it has a seed. Nothing here is slow enough for workers."""
+        """A batch for each draw: uint8, or normalised and augmented where the draw has a seed. Nothing here needs workers."""
         for draw in draws:
             index = torch.tensor(draw.indices)
-            x = normalise(self.images[index], self.mean, self.std)
+            x = self.images[index]
             if draw.seed is not None:
-                x = augment.batch(x, self.steps, torch.Generator().manual_seed(draw.seed))
+                generator = torch.Generator().manual_seed(draw.seed)
+                x = augment.batch(normalise(x, self.mean, self.std), self.steps, generator)
             yield Batch(x, self.labels[index])
 
 
@@ -203,3 +215,28 @@ def load(name: str, folder: Path | None, recipe: Recipe, on_corrupt: str = "stop
         raise UsageError(str(unknown("data set", name, list(DATA))))
     augment.check(recipe.augment, ("pad_crop", "flip"), f"data {name!r}")
     return digits(recipe) if name == "digits" else cifar(name, folder or FOLDER, recipe)
+
+
+def for_test(
+    name: str, folder: Path | None, views: Views, recipe: Recipe | None, size: int | None, on_corrupt: str = "stop"
+) -> Data:
+    """A data set whose test images are seen through ``views``.
+
+    Args:
+        name, folder, on_corrupt: as for :func:`load`.
+        views: of an image.
+        recipe: of the network; None for one whose weights came from a file.
+        size: rows and columns of a crop of a folder's image; None for the recipe's, or 224.
+
+    Raises:
+        UsageError: it is not there, or has no such views.
+    """
+    if name == "folder":
+        from . import folder as folders
+
+        size = size or (folders.check(recipe) if recipe is not None else 224)
+        return folders.for_test(folder or FOLDER, views.of_file(size), size, on_corrupt)
+    if size is not None:
+        raise UsageError(f"--size is for folders: images of data {name!r} are seen as they are")
+    plain = Recipe("test", name, "", 1, 1, "steps", 1.0)
+    return load(name, folder, plain if recipe is None else replace(recipe, augment=()), on_corrupt)

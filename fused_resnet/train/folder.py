@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from .recipe import Recipe
 #: Mean and standard deviation of ImageNet's channels, as torchvision's weights expect them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-#: A decoded image to uint8 [C, H, W], or to several of them: [V, C, H, W].
-View = Callable[[Any], Tensor]
+#: A decoded image to uint8 [C, H, W], or to several of such.
+View = Callable[[Any], Tensor | list[Tensor]]
 
 
 def pixels(image: Any) -> Tensor:
@@ -30,15 +31,17 @@ def pixels(image: Any) -> Tensor:
     return T.pil_to_tensor(image)
 
 
-def centre(size: int) -> View:
-    """The shorter side to 256 / 224 of ``size``, then the crop in the centre."""
+@dataclass(frozen=True)
+class Centre:
+    """The shorter side to 256 / 224 of ``size``, then the crop in the centre. An object, since workers may get it pickled."""
 
-    def view(image: Any) -> Tensor:
+    size: int
+
+    def __call__(self, image: Any) -> Tensor:
         from torchvision.transforms.v2 import functional as T
 
-        return pixels(T.center_crop(T.resize(image, [round(size * 256 / 224)], antialias=True), [size, size]))
-
-    return view
+        small = T.resize(image, [round(self.size * 256 / 224)], antialias=True)
+        return pixels(T.center_crop(small, [self.size, self.size]))
 
 
 class _Images(Dataset[Any]):
@@ -68,10 +71,12 @@ class _Images(Dataset[Any]):
             return pixels(augment.image(image, self.steps)), label
 
 
-def _together(items: list[tuple[Any, ...]]) -> tuple[Tensor | None, Tensor, list[tuple[str, str]]]:
+def _together(items: list[tuple[Any, ...]]) -> tuple[Any, Tensor, list[tuple[str, str]]]:
     good = [item for item in items if item[0] is not None]
     bad = [(item[1], item[2]) for item in items if item[0] is None]
-    x = torch.stack([item[0] for item in good]) if good else None
+    x: Any = [item[0] for item in good] or None
+    if x and isinstance(x[0], Tensor):
+        x = torch.stack(x)
     return x, torch.tensor([item[1] for item in good], dtype=torch.int64), bad
 
 
@@ -106,7 +111,8 @@ class Folder:
                 raise TrainingError(f"{bad[0][0]}: cannot be read as an image ({bad[0][1]}); --on-corrupt skip leaves such out")
             if x is None:
                 raise TrainingError(f"{bad[0][0]} and the rest of its batch: cannot be read as images ({bad[0][1]})")
-            yield Batch(x, labels, tuple(path for path, _ in bad))
+            names = tuple(path for path, _ in bad)
+            yield Batch(x, labels, names) if isinstance(x, Tensor) else Batch(torch.empty(0), labels, names, x)
 
 
 class _Keys:
@@ -130,18 +136,14 @@ def _samples(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return list(found.classes), list(found.samples)
 
 
-def load(folder: Path, recipe: Recipe, on_corrupt: str) -> Data:
-    """``folder/train/CLASS/*`` and ``folder/val/CLASS/*``.
+def check(recipe: Recipe) -> int:
+    """A recipe is for a folder; rows and columns that its images have.
 
     Raises:
-        UsageError: they are not there, have other classes, or the recipe gives no size.
+        UsageError: it is not.
     """
-    try:
-        import torchvision  # noqa: F401
-    except ImportError as error:
-        raise UsageError("data 'folder' needs torchvision: pip install 'fused_resnet[train]'") from error
     augment.check(recipe.augment, augment.NAMES, "images of a folder")
-    sizes = [step["size"] for step in recipe.augment if step["name"] in augment.SIZED]
+    sizes: list[int] = [step["size"] for step in recipe.augment if step["name"] in augment.SIZED]
     if not sizes:
         raise UsageError(
             f"recipe {recipe.name!r} is not for a folder: its augment has none of {', '.join(augment.SIZED)}, which cut images "
@@ -149,19 +151,46 @@ def load(folder: Path, recipe: Recipe, on_corrupt: str) -> Data:
         )
     if recipe.normalise != "channels":
         raise UsageError(f"recipe {recipe.name!r} is not for a folder: normalise must be 'channels', got {recipe.normalise!r}")
-    for part in ("train", "val"):
+    return sizes[-1]
+
+
+def load(folder: Path, recipe: Recipe, on_corrupt: str) -> Data:
+    """``folder/train/CLASS/*`` and ``folder/val/CLASS/*``.
+
+    Raises:
+        UsageError: they are not there, have other classes, or the recipe is not for a folder.
+    """
+    size = check(recipe)
+    _look(folder, ("train", "val"))
+    classes, train = _samples(folder / "train")
+    tests = for_test(folder, Centre(size), size, on_corrupt)
+    if classes != tests.classes:
+        only = sorted(set(classes) ^ set(tests.classes))[0]
+        where = "train" if only in classes else "val"
+        raise UsageError(f"data 'folder': class {only!r} is only in {folder / where}")
+    return replace(tests, train=Folder(train, recipe.augment, Centre(size), on_corrupt))
+
+
+def for_test(folder: Path, view: View, size: int, on_corrupt: str) -> Data:
+    """``folder/val/CLASS/*`` alone, seen through ``view``; the training split is empty.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    _look(folder, ("val",))
+    classes, test = _samples(folder / "val")
+    mean, std = (255 * torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    return Data("folder", classes, Folder((), (), view, on_corrupt), Folder(test, (), view, on_corrupt), mean, std, size)
+
+
+def _look(folder: Path, parts: Sequence[str]) -> None:
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise UsageError("data 'folder' needs torchvision: pip install 'fused_resnet[train]'") from error
+    for part in parts:
         if not (folder / part).is_dir():
             raise UsageError(
                 f"data 'folder': there is no {folder / part}: bring a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, one "
                 "subfolder a class, and name it by --data-dir"
             )
-    classes, train = _samples(folder / "train")
-    others, test = _samples(folder / "val")
-    if classes != others:
-        only = sorted(set(classes) ^ set(others))[0]
-        where = "train" if only in classes else "val"
-        raise UsageError(f"data 'folder': class {only!r} is only in {folder / where}")
-    view = centre(sizes[-1])
-    mean, std = (255 * torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
-    splits = Folder(train, recipe.augment, view, on_corrupt), Folder(test, (), view, on_corrupt)
-    return Data("folder", classes, *splits, mean, std, sizes[-1])

@@ -1,0 +1,93 @@
+"""``fused-resnet evaluate``: top-1 and top-5 of checkpoints or of weights from a file, fused or not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..train.config import AMP, BACKENDS
+from .arguments import CommandError, natural, naturals, one_line, whole
+from .text import Progress
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    text = "top-1 and top-5 of trained networks: one crop, ten crops, several sizes, ensembles"
+    about = f"{text.capitalize()}. Checkpoints know their network, data and normalisation; docs/train.md tells more."
+    parser = commands.add_parser("evaluate", help=text, description=about)
+    parser.add_argument(
+        "checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="files or folders of train; several are an ensemble"
+    )
+    parser.add_argument("--model", default="", metavar="NAME", help="instead of checkpoints: a network")
+    parser.add_argument(
+        "--weights", type=Path, action="append", metavar="FILE", help="and its state_dict, such as torchvision's"
+    )
+    parser.add_argument("--data", default="", metavar="NAME", help="a data set; by default the checkpoint's, or folder")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where it lies, if it has to be brought")
+    parser.add_argument("--size", type=natural, metavar="N", help="rows and columns of a crop (the checkpoint's, or 224)")
+    parser.add_argument("--crops", choices=("one", "ten"), default="one", help="views of an image (one)")
+    parser.add_argument("--scales", type=naturals, default=[], metavar="N,N", help="whole images instead: 224,256,384,480,640")
+    parser.add_argument("--flip", action="store_true", help="every view mirrored, too")
+    parser.add_argument("--batch", type=natural, default=64, metavar="N", help="images at once (64)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
+    parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
+    parser.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images (2)")
+    parser.add_argument("--on-corrupt", choices=("stop", "skip"), default="stop", help="at an image that cannot be read (stop)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate; 1 if it had to stop."""
+    from ..train import TrainingError, UsageError
+
+    try:
+        return _evaluate(arguments)
+    except UsageError as error:
+        raise CommandError(one_line(error)) from error
+    except TrainingError as error:
+        print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ..train import UsageError, data, members, networks
+    from ..train.distributed import World
+    from ..train.evaluate import evaluate
+    from ..train.views import Views
+
+    if bool(arguments.checkpoints) == bool(arguments.model):
+        raise UsageError("expected either checkpoints or --model with --weights")
+    if bool(arguments.model) != bool(arguments.weights):
+        raise UsageError("--model and --weights belong together")
+    device = World.join(arguments.device).device
+    networks.check_backend(arguments.backend, device)
+    if arguments.model:
+        found = [members.from_weights(arguments.model, path, device, arguments.backend) for path in arguments.weights]
+    else:
+        found = [members.from_checkpoint(path, device, arguments.backend) for path in arguments.checkpoints]
+    views = Views(arguments.crops, tuple(arguments.scales), arguments.flip)
+    name = arguments.data or found[0].data or "folder"
+    images = data.for_test(name, arguments.data_dir, views, found[0].recipe, arguments.size, arguments.on_corrupt)
+    result = evaluate(
+        found,
+        images,
+        views,
+        device,
+        batch=arguments.batch,
+        workers=arguments.workers,
+        amp=arguments.amp,
+        progress=Progress().bar,
+    )
+    Progress().clear()
+    who = found[0].name if len(found) == 1 else f"ensemble of {len(found)}"
+    print(f"{who} on the test images of {name}, {views} ({result.views} a network), {device}, backend {arguments.backend}")
+    five = f"; top-5 accuracy {result.top5:.2%}, error {1 - result.top5:.2%}" if len(images.classes) > 5 else ""
+    print(
+        f"top-1 accuracy {result.top1:.2%}, error {1 - result.top1:.2%}{five}; {result.images} images in {result.seconds:.1f} s"
+    )
+    if result.bad:
+        print(f"{len(result.bad)} images could not be read and were skipped: {', '.join(result.bad[:5])}")
+    return 0

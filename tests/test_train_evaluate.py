@@ -1,0 +1,152 @@
+"""Evaluation: views of an image, averages over views and networks, weights from checkpoints and files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import training
+from PIL import Image
+from test_train_data import folder  # noqa: F401 (a fixture)
+from torch import nn
+from torchvision import models
+from torchvision.transforms.v2 import functional as T
+
+from fused_resnet.cli import main
+from fused_resnet.train import UsageError, data, fit, members
+from fused_resnet.train.evaluate import evaluate, probabilities
+from fused_resnet.train.members import Member
+from fused_resnet.train.sampler import in_order
+from fused_resnet.train.views import Views
+
+CPU = torch.device("cpu")
+
+
+def member(classes: int = 3, seed: int = 0) -> Member:
+    torch.manual_seed(seed)
+    return Member(f"net {seed}", training.small(classes).double().eval(), None, classes)
+
+
+def test_ten_crops_of_a_file(folder: Path) -> None:  # noqa: F811
+    """torchvision's, in some order; one crop is the centre's; whole images have their shorter side as asked."""
+    with Image.open(folder / "val" / "ant" / "0.jpg") as file:
+        image = file.convert("RGB")
+    ten = Views("ten").of_file(32)(image)
+    expected = [T.pil_to_tensor(crop) for crop in T.ten_crop(T.resize(image, [37], antialias=True), [32, 32])]
+    assert sorted(view.sum().item() for view in ten) == sorted(view.sum().item() for view in expected)
+    assert all(any(torch.equal(view, one) for one in expected) for view in ten)
+    assert torch.equal(Views().of_file(32)(image)[0], expected[4])
+    shapes = [tuple(view.shape) for view in Views(scales=(32, 48), flip=True).of_file(32)(image)]
+    assert shapes == [(3, 39, 32)] * 2 + [(3, 58, 48)] * 2
+
+
+def test_views_of_a_batch() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    ten = list(Views("ten").of_batch(x))
+    padded = F.pad(x, (4, 4, 4, 4))
+    assert len(ten) == 10 and any(torch.equal(view, x) for view in ten) and any(torch.equal(view, x.flip(3)) for view in ten)
+    assert torch.equal(ten[0], padded[:, :, :8, :8]) and torch.equal(ten[5], padded[:, :, :8, 8:].flip(3))
+    assert [view.shape[-1] for view in Views(scales=(8, 16)).of_batch(x)] == [8, 16]
+    assert torch.equal(next(Views(scales=(8,)).of_batch(x)), x)
+
+
+def test_a_whole_image_is_seen_fully_convolutionally() -> None:
+    """The classifier as a 1x1 convolution at every place, averaged over the places (Simonyan and Zisserman 2015, 3.2)."""
+    net = member(5).model
+    assert isinstance(net, nn.Sequential)
+    x = torch.randn(2, 3, 45, 70, dtype=torch.float64)
+    features, linear = net[:3](x), net[6]
+    dense = F.conv2d(features, linear.weight[:, :, None, None], linear.bias)
+    assert dense.shape[2:] != (1, 1)
+    torch.testing.assert_close(net(x), dense.mean((2, 3)))
+
+
+@pytest.mark.parametrize("views", [Views(), Views("ten"), Views(scales=(24, 40)), Views(scales=(32,), flip=True)])
+def test_an_ensemble_over_views(views: Views, folder: Path) -> None:  # noqa: F811
+    """Against one image and one view at a time, in fp64; images have three shapes."""
+    nets = [member(seed=seed) for seed in (0, 1)]
+    found = data.for_test("folder", folder, views, None, 32)
+    mean, std = (
+        255 * torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    for net in nets:
+        net.mean, net.std = mean, std
+        net.normalise = lambda x, *_: (x.double() - mean) / std  # type: ignore[method-assign]
+    expected, labels = [], []
+    for path in sorted((folder / "val").glob("*/*")):
+        with Image.open(path) as file:
+            of_image = views.of_file(32)(file.convert("RGB"))
+        scores = [net.model((v.double() - mean)[None] / std).softmax(1)[0] for net in nets for v in of_image]
+        expected.append(torch.stack(scores).mean(0))
+        labels.append(("ant", "bee", "cat").index(path.parent.name))
+    for workers in (0, 2):
+        batches = list(found.test.batches(in_order(6, 4), workers))
+        got = [probabilities(nets, batch, found, views, CPU) for batch in batches]
+        torch.testing.assert_close(torch.cat([scores for scores, _ in got]), torch.stack(expected))
+        assert {count for _, count in got} == {len(of_image)}
+    result = evaluate(nets, found, views, CPU, batch=4)
+    right = [int(scores.argmax()) == label for scores, label in zip(expected, labels)]
+    assert (result.top1, result.top5, result.images, result.bad) == (sum(right) / 6, 1.0, 6, [])
+
+
+def test_checkpoints_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What train found on its last line; fused and eager the same; two as an ensemble; best.pt of a folder."""
+    config = training.config(tmp_path / "a", recipe=training.recipe(length=40), backend="cpu")
+    history = fit(config)
+    fit(replace(config, out=tmp_path / "b", seed=1))
+    for backend in ("auto", "eager", "reference"):
+        assert main(["evaluate", str(tmp_path / "a"), "--device", "cpu", "--backend", backend]) == 0
+        out = capsys.readouterr().out
+        assert f"top-1 accuracy {1 - history.best:.2%}" in out and "364 images" in out
+    more = ["--device", "cpu", "--crops", "ten", "--batch", "100"]
+    assert main(["evaluate", str(tmp_path / "a" / "checkpoint.pt"), str(tmp_path / "b"), *more]) == 0
+    assert "ensemble of 2 on the test images of digits, ten crops (10 a network)" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "a"), "--device", "cpu", "--scales", "24,40"]) == 0
+    assert "whole images at 24, 40 (2 a network)" in capsys.readouterr().out
+
+
+def test_torchvisions_weights_from_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Fused logits are those of torchvision's own network, on every backend; a damaged image is skipped and named."""
+    torch.manual_seed(0)
+    own = models.resnet18(num_classes=3)
+    torch.save(own.state_dict(), tmp_path / "resnet18.pth")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in own.state_dict().items()}}, tmp_path / "wrapped.pth")
+    x = torch.randn(2, 3, 40, 40)
+    for name in ("resnet18.pth", "wrapped.pth"):
+        for backend in ("cpu", "eager"):
+            loaded = members.from_weights("resnet18", tmp_path / name, CPU, backend)
+            torch.testing.assert_close(loaded.model(x), own.eval()(x), rtol=1e-4, atol=1e-4)
+    image = folder / "val" / "bee" / "0.jpg"
+    image.write_bytes(image.read_bytes()[:400])
+    command = ["evaluate", "--model", "resnet18", "--weights", str(tmp_path / "resnet18.pth"), "--data-dir", str(folder)]
+    command += ["--size", "32", "--device", "cpu", "--workers", "0"]
+    assert main(command) == 1
+    assert "bee/0.jpg: cannot be read as an image" in capsys.readouterr().err
+    assert main([*command, "--on-corrupt", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "5 images in" in out and "1 images could not be read and were skipped" in out
+
+
+def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    torch.save(models.resnet18(num_classes=4).state_dict(), tmp_path / "four.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    model = ["--model", "resnet18", "--device", "cpu", "--data-dir", str(folder)]
+    for arguments, code, says in (
+        ([], 2, "expected either checkpoints or --model with --weights"),
+        (["--model", "resnet18"], 2, "--model and --weights belong together"),
+        (["nowhere.pt"], 2, "nowhere.pt: no such file"),
+        (["--model", "resnet34", "--weights", str(tmp_path / "four.pth")], 2, "the weights are of another model"),
+        ([*model, "--weights", str(tmp_path / "four.pth")], 2, "has 4 classes, data 'folder' has 3"),
+        ([*model, "--weights", str(tmp_path / "list.pth")], 2, "not a state_dict"),
+        ([*model, "--weights", str(tmp_path / "text.pth")], 1, "cut off or damaged"),
+        ([str(tmp_path / "four.pth")], 2, "not a checkpoint of fused-resnet train"),
+    ):
+        assert main(["evaluate", *arguments]) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and says in lines[0], lines
+    with pytest.raises(UsageError, match="--size is for folders"):
+        data.for_test("digits", None, Views(), None, 32)
