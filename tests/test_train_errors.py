@@ -56,6 +56,8 @@ def test_a_whole_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (["--recipe", "paper"], "unknown recipe 'paper'"),
         (["--model", "resnet19"], "unknown model 'resnet19'; did you mean resnet18"),
+        (["--model", "cifar_resnet21"], "21"),
+        (["--model", "cifar_plain20_b"], "no shortcuts"),
         (["--model", "nowhere.py:net"], "model nowhere.py:net: no file 'nowhere.py'"),
         (["--data", "mnist"], "unknown data set 'mnist'"),
         (["--data", "cifar10", "--data-dir", "nowhere"], "bring cifar-10-python.tar.gz from https"),

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import backends, importing
+from .. import backends, importing, models
 from ..blocks import Fused
 from ..describe import check_memory
-from ..models import MODELS
-from ..specimens import torchvision_models, unknown
+from ..models import NAMES
+from ..specimens import torchvision_models
 from ..swap import fuse, unfuse
 from .errors import UsageError
 
@@ -22,8 +22,8 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
     """The network ``name`` with ``classes`` outputs and random weights from PyTorch's generator.
 
     Args:
-        name: one of fused_resnet's or torchvision's, or ``module:function`` or ``file.py:function``, which is called with
-            ``num_classes`` and ``arguments`` and returns an nn.Module, fused or not.
+        name: of :func:`fused_resnet.models.build`, one of torchvision's, or ``module:function`` or
+            ``file.py:function``, which is called with ``num_classes`` and ``arguments`` and returns an nn.Module, fused or not.
         classes: outputs.
         backend: ``eager`` for the unfused network, ``auto`` or a backend for the fused one.
         memory: see :func:`fused_resnet.fuse`.
@@ -37,7 +37,7 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
         model = build(num_classes=classes, **arguments)
         check_memory(memory)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"model {name}: {error}") from error
+        raise UsageError(str(error) if name in str(error) else f"model {name}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name}: returned a {type(model).__name__}, expected an nn.Module")
     fused = any(isinstance(module, Fused) for module in model.modules())
@@ -61,12 +61,10 @@ def _builder(name: str) -> Callable[..., Any]:
         if not callable(build):
             raise UsageError(f"model {name}: is a {type(build).__name__}, expected a function that returns an nn.Module")
         return build
-    if name in MODELS:
-        return MODELS[name]
     vision = torchvision_models()
-    if vision is not None and name in vision.list_models(module=vision):
+    if name not in NAMES and vision is not None and name in vision.list_models(module=vision):
         return partial(vision.get_model, name, weights=None)
-    raise UsageError(str(unknown("model", name, list(MODELS))))
+    return partial(models.build, name)
 
 
 def check_backend(backend: str, device: torch.device) -> None:
