@@ -18,6 +18,7 @@ from fused_resnet.tuning import Tile, choice, choose, measured, model
 from fused_resnet.tuning.classes import registers_of
 from fused_resnet.tuning.devices import devices, find, limits, typical
 from fused_resnet.tuning.pieces import pieces
+from fused_resnet.tuning.tile import shaped
 
 H200 = find("H200")
 
@@ -45,6 +46,22 @@ def test_names_and_counts_of_a_network() -> None:
     train = network.uses("resnet50", 8, 64, torch.bfloat16, "train")
     names = {kind: {layer for use in train if use.launch.kind == kind for layer in use.layers} for kind in ("conv", "wgrad")}
     assert names["conv"] == names["wgrad"]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_products_of_a_warpgroup_have_its_rows(arch: str) -> None:
+    """With fewer than 64 rows Triton takes the older instructions: HMMA instead of HGMMA for a wgrad of 64 to 128."""
+    wgrad = next(
+        use.launch
+        for use in network.uses("resnet18", 256, 224, torch.bfloat16, "train")
+        if use.launch.kind == "wgrad" and isinstance(g := use.launch.geometry, Geometry) and (g.C, g.K, g.R) == (64, 128, 1)
+    )
+    assert shaped(wgrad, 32, 64, 4, arch) is None and shaped(wgrad, 64, 64, 4, arch) is not None
+    assert shaped(wgrad, 32, 64, 4, "sm_80") is not None
+    plain = next(launch for launch in launches("infer") if launch.epilogue == "affine_add")
+    assert shaped(plain, 32, 64, 4, arch) is not None  # the filters' 64 come first there
+    tile = choose(wgrad, arch, whole_only=True).tile
+    assert isinstance(tile, Tile) and tile.filters >= 64
 
 
 @pytest.mark.parametrize("mode", network.MODES)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -64,6 +65,13 @@ LAUNCHES = [
 ]
 
 
+def write(data: dict[str, Any]) -> None:
+    """The file, a line a tile."""
+    text = json.dumps(data, indent=1, sort_keys=True)
+    text = text.replace("[\n     ", "[").replace(",\n     ", ", ").replace("\n    ]", "]")
+    DATA.write_text(text + "\n", encoding="utf-8")
+
+
 def main(archs: list[str]) -> None:
     """Compile, and write after every launch."""
     data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {"compiled": {}}
@@ -84,10 +92,7 @@ def main(archs: list[str]) -> None:
                     rows[f"{m}x{n}x{warps}"] = [compiled.registers, compiled.spills]
             data["compiled"].setdefault(arch, {})[str(class_of(launch))] = rows
             print(arch, class_of(launch), rows, flush=True)
-            text = json.dumps(data, indent=1, sort_keys=True)
-            DATA.write_text(
-                text.replace("[\n     ", "[").replace(",\n     ", ", ").replace("\n    ]", "]") + "\n", encoding="utf-8"
-            )
+            write(data)
 
 
 if __name__ == "__main__":

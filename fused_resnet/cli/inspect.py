@@ -6,8 +6,6 @@ import argparse
 import json
 import os
 import re
-import time
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +16,7 @@ from ..network import MODES
 from ..specimens import unknown
 from ..tuning import devices
 from .arguments import CommandError, dtype, natural, refusing
-from .text import Progress
+from .text import Progress, kernel_progress
 
 
 def add(commands: Any) -> None:
@@ -80,28 +78,6 @@ def _writable(file: Path | None, folder: Path | None = None) -> None:
         raise CommandError(f"{file} is a folder")
 
 
-def _progress() -> Callable[[int, int], None]:
-    """A bar on a terminal, elsewhere a line now and then."""
-    progress = Progress()
-    last = [-1e9]
-
-    def show(done: int, of: int) -> None:
-        if not of:
-            return
-        now = time.monotonic()
-        if progress.terminal:
-            if not done:
-                progress.step(f"{of} kernels to compile")
-            progress.bar(done / of)
-            if done == of:
-                progress.clear()
-        elif now - last[0] > 20 or done == of:
-            last[0] = now
-            progress.step(f"{done} of {of} kernels compiled")
-
-    return show
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, write the files."""
     from ..inspect import cache, compiling, report, roofline, show
@@ -135,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen_uses = refusing(lambda: report.wanted(request), ValueError, RuntimeError)
     jobs = report.jobs(request, chosen_uses)
     outcomes = refusing(
-        lambda: compiling.compile_all(jobs, kept, assembly=arguments.asm is not None, progress=_progress()), RuntimeError
+        lambda: compiling.compile_all(jobs, kept, assembly=arguments.asm is not None, progress=kernel_progress()), RuntimeError
     )
     found = report.make(request, chosen_uses, outcomes)
     print("\n".join(show.pages(found)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  ") -> str:
@@ -49,3 +49,25 @@ class Progress:
         """Take the bar away."""
         if self.terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def kernel_progress() -> Callable[[int, int], None]:
+    """For :func:`fused_resnet.inspect.compiling.compile_all`: a bar on a terminal, elsewhere a line now and then."""
+    progress = Progress()
+    last = [-1e9]
+
+    def show(done: int, of: int) -> None:
+        if not of:
+            return
+        now = time.monotonic()
+        if progress.terminal:
+            if not done:
+                progress.step(f"{of} kernels to compile")
+            progress.bar(done / of)
+            if done == of:
+                progress.clear()
+        elif now - last[0] > 20 or done == of:
+            last[0] = now
+            progress.step(f"{done} of {of} kernels compiled")
+
+    return show

@@ -89,6 +89,8 @@ ARCHS: dict[str, Arch] = {
     "interpreter": Arch(1 << 20, 1),
 }
 _UNKNOWN = Arch(64, 64)
+#: Where a product is made by four warps together, 64 rows at least.
+WARPGROUPS = ("sm_90", "sm_100", "sm_103")
 
 
 def power_of_two(size: int, low: int, high: int) -> int:
@@ -271,10 +273,14 @@ def shaped(launch: Launch, rows: int, columns: int, num_warps: int, arch: str) -
     """A tile whose product is ``rows`` by ``columns``, of a 16-bit launch without groups: its box, its chunk, its stages.
 
     ``rows``: pixels (wgrad: filters). ``columns``: filters (dgrad, wgrad: channels). None where the operands' extents make no
-    sense of it (more than twice what there is), or shared memory does not hold two stages.
+    sense of it (more than twice what there is), shared memory does not hold two stages, or a whole warpgroup multiplies and the
+    rows that come first are fewer than its 64: Triton then takes the instructions of older devices (compiled, sm_90, wgrad).
     """
     g = launch.geometry
     assert isinstance(g, Geometry)
+    rows_first = launch.kind == "wgrad" or launch.prologue != "identity" or launch.gradient != "identity"
+    if arch in WARPGROUPS and rows_first and rows < 64:
+        return None
     if g.pointwise:
         g = replace(g, N=1, H=1, W=g.N * g.H * g.W)
     reads_y = launch.gradient == "bn_backward"
