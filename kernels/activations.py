@@ -10,6 +10,7 @@ its own kernels (ReLU6's gradient) as on its GPUs.
 import triton
 import triton.language as tl
 
+# Constants stand behind what they multiply: in front of a tensor Triton's interpreter makes a constant of it (3.8).
 _HALF_ROOT: tl.constexpr = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
 _DENSITY: tl.constexpr = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0, 1 / sqrt(2 * pi)
 _TANH: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 * sqrt(2 / pi)
@@ -78,19 +79,19 @@ def gelu(z, slope):
 @triton.jit
 def gelu_backward(gradient, z, slope):
     part = 0.5 + 0.5 * tl.erf(z * _HALF_ROOT)
-    return gradient * (part + z * (_DENSITY * tl.exp(-0.5 * z * z)))
+    return gradient * (part + z * (tl.exp(-0.5 * z * z) * _DENSITY))
 
 
 @triton.jit
 def gelu_tanh(z, slope):
     """``z / 2 * (1 + tanh(u))``, ``u = sqrt(2 / pi) * (z + 0.044715 * z^3)``: z times the logistic function of 2 u."""
-    return z * logistic(_TANH * (z + _CUBE * (z * z * z)))
+    return z * logistic((z + z * z * z * _CUBE) * _TANH)
 
 
 @triton.jit
 def gelu_tanh_backward(gradient, z, slope):
-    part = logistic(_TANH * (z + _CUBE * (z * z * z)))
-    return gradient * (part + z * (part * (1 - part)) * (_TANH * (1 + 3 * _CUBE * (z * z))))
+    part = logistic((z + z * z * z * _CUBE) * _TANH)
+    return gradient * (part + z * (part * (1 - part)) * ((1 + z * z * _CUBE * 3) * _TANH))
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def hardswish(z, slope):
 
 @triton.jit
 def hardswish_backward(gradient, z, slope):
-    return tl.where(z <= -3, 0.0, tl.where(z < 3, gradient * (z * (1 / 3) + 0.5), gradient))
+    return tl.where(z <= -3, 0.0, tl.where(z >= 3, gradient, gradient * (z * (1 / 3) + 0.5)))
 
 
 #: Name in a launch -> (ACTIVATION, BACKWARD). The identity's gradient is nothing to do.

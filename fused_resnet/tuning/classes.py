@@ -45,7 +45,8 @@ def class_of(launch: Launch) -> str | None:
     if g.C * launch.dtype.itemsize % 16 or g.K * launch.dtype.itemsize % 16:
         return None
     taps = "1x1" if g.R * g.S == 1 else "RxS"
-    return f"{launch.kind} {launch.prologue}/{launch.gradient}/{launch.epilogue} {taps}"
+    prologue = launch.prologue if launch.prologue in ("identity", "bn") else "bn_relu"  # stands for the other activations
+    return f"{launch.kind} {prologue}/{launch.gradient}/{launch.epilogue} {taps}"
 
 
 @cache
@@ -59,6 +60,12 @@ def _compiled() -> dict[str, dict[str, dict[str, list[int]]]]:
 #: Registers up to which a tile is taken. What needs more is one constant or stage away from a spill (1x1 on sm_80, 128x256: 255
 #: registers and 0 bytes with 3 stages, 8 bytes with 2).
 MOST_REGISTERS = 240
+#: Activations that need a handful of registers for each element they work on; the compiler takes several at a time.
+EXPONENTIAL = frozenset(("silu", "gelu", "gelu_tanh"))
+#: Accumulators a thread up to which a tile is taken where one of these is at the end of a convolution; half of it where it is
+#: on load or differentiated. (Compiled: 1x1 with 1024 filters and SiLU at its end, 128 a thread, spills 56 bytes on sm_100;
+#: with SiLU on load, 64 a thread, 32 bytes on sm_80; dgrad in front of one, 64 a thread, 16 on sm_90. ReLU has none there.)
+MOST_BESIDE_EXPONENTIALS = 64
 
 
 def registers_of(launch: Launch, arch: str) -> dict[tuple[int, int, int], int]:
@@ -66,8 +73,14 @@ def registers_of(launch: Launch, arch: str) -> dict[tuple[int, int, int], int]:
     of_arch = _compiled().get(STANDS_FOR.get(arch, arch), {})
     rows = of_arch.get(class_of(launch) or "", {})
     found = {}
+    most = 1 << 10
+    if launch.x_activation in EXPONENTIAL or (launch.kind == "dgrad" and launch.activation in EXPONENTIAL):
+        most = MOST_BESIDE_EXPONENTIALS // 2
+    elif launch.activation in EXPONENTIAL:
+        most = MOST_BESIDE_EXPONENTIALS
     for name, (registers, spills) in rows.items():
         if spills == 0 and registers <= MOST_REGISTERS:
             m, n, warps = (int(part) for part in name.split("x"))
-            found[m, n, warps] = registers
+            if m * n <= most * 32 * warps:
+                found[m, n, warps] = registers
     return found

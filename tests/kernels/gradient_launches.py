@@ -15,12 +15,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from fused_resnet.backends import triton_gradients as executor
-from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, Geometry, Launch
+from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, PROLOGUES, Geometry, Launch
 from fused_resnet.tuning import Tile
 
 #: Roles that are a tensor like the convolution's output, and like its input.
 _LIKE_Y = ("dz", "y")
-_LIKE_X = ("x", "a_previous", "dshortcut")
+_LIKE_X = ("x", "a_previous", "z_previous", "dshortcut")
 
 
 def dgrad(
@@ -29,7 +29,7 @@ def dgrad(
     gradient: str = "identity",
     epilogue: str = "store",
     activation: str = "identity",
-    without: tuple[str, ...] = ("count", "dshortcut"),
+    without: tuple[str, ...] = ("count", "dshortcut", "z_previous"),
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C, K, R, S and the keyword arguments of Geometry; ``without`` leaves out operands."""
@@ -51,8 +51,7 @@ def wgrad(
     roles = ["dz", "x", "w", *GRADIENTS[gradient]]
     if gradient != "bn_backward":
         roles += ["sum", "bias", *(["mean"] if gradient == "scale" else [])]
-    if prologue != "identity":
-        roles += ["x_mean", "x_invstd", "x_gamma", "x_beta"]
+    roles += PROLOGUES[prologue]
     roles = [role for role in roles if role not in without]
     return _launch("wgrad", sizes, dtype, roles, outputs, how, gradient=gradient, prologue=prologue)
 
