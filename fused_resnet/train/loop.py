@@ -148,9 +148,8 @@ class _Run:
         except metrics.NotFinite as error:
             raise TrainingError(f"stopped: {error}; {self._last()}") from error
         except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise TrainingError(f"stopped: the disk is full at step {state.step}; {self._last()}") from error
+            reason = "the disk is full" if error.errno in _FULL else f"a file could not be read or written ({error})"
+            raise TrainingError(f"stopped: {reason} at step {state.step}; {self._last()}") from error
         finally:
             if self.log is not None:
                 self.log.close()
