@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,20 +36,34 @@ def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
 def test_a_whole_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command: files, the last line, and that a finished run is left as it is."""
     out = tmp_path / "run"
-    assert train(recipe, out, "--log-every", "2", "--tensorboard") == 0
+    assert train(recipe, out, "--log-every", "2") == 0
     said = capsys.readouterr()
     assert said.out.startswith("6 steps; test error ") and "test loss" in said.err
     lines = (out / "log.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,split,loss,error,lr,images_per_second"
     assert [line.split(",")[0::2][:2] for line in lines[1:]] == [["2", "train"], ["4", "train"], ["6", "train"], ["6", "test"]]
-    assert {path.name for path in out.iterdir()} == {"log.csv", "checkpoint.pt", "best.pt", "tensorboard"}
-    assert list((out / "tensorboard").iterdir())
+    assert {path.name for path in out.iterdir()} == {"log.csv", "checkpoint.pt", "best.pt"}
     before = {path: path.read_bytes() for path in out.glob("*.*")}
     assert train(recipe, out, "--resume") == 0
     assert "6 steps; test error " in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in out.glob("*.*")}
     assert train(recipe, out) == 2
     refused(capsys, "checkpoint.pt is there already: --resume goes on behind it, another --out starts anew")
+
+
+def test_tensorboard(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its events are the rows of the log, over an interruption too; where it is missing, one line says so."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = training.config(tmp_path / "run", tensorboard=True, backend="cpu", log_every=2, resume=True)
+    fit(replace(config, stop_after=9))
+    rows = fit(config).rows
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    got = [(event.step, event.value) for event in found.Scalars("loss/train")]
+    assert got == [(row.step, pytest.approx(row.loss)) for row in rows if row.split == "train"]
+    assert [event.value for event in found.Scalars("error/test")] == [pytest.approx(rows[-1].error)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(recipe, tmp_path / "other", "--tensorboard") == 2
+    refused(capsys, "--tensorboard needs the package tensorboard")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,10 @@ DATA = {
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch to be made: which images, and the seed of what is random in them (None: nothing is)."""
+    """One batch to be made: which images, and the seed of what is random in them (None: nothing is).
+
+    The index -1 is image 0 with the label -1: all processes have to compute as often, and it is not counted.
+    """
 
     indices: list[int]
     seed: int | None = None
@@ -111,12 +114,13 @@ class Pixels:
     def batches(self, draws: Iterable[Draw], workers: int = 0) -> Iterator[Batch]:
         """A batch for each draw: uint8, or normalised and augmented where the draw has a seed. Nothing here needs workers."""
         for draw in draws:
-            index = torch.tensor(draw.indices)
+            drawn = torch.tensor(draw.indices)
+            index = drawn.clamp(min=0)
             x = self.images[index]
             if draw.seed is not None:
                 generator = torch.Generator().manual_seed(draw.seed)
                 x = augment.batch(normalise(x, self.mean, self.std), self.steps, generator)
-            yield Batch(x, self.labels[index])
+            yield Batch(x, torch.where(drawn < 0, -1, self.labels[index]))
 
 
 def in_memory(name: str, classes: list[str], train: Pixels, test: Pixels, normalise: str) -> Data:

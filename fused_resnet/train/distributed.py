@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..blocks import Fused
 from ..measure import automatic_device
 from .errors import UsageError
 
@@ -81,6 +83,42 @@ class World:
             dist.destroy_process_group()
 
 
+def wrap(model: nn.Module, kind: str, world: World) -> nn.Module:
+    """What shares a step among the processes, around ``model`` or in it; the model itself where there is one process.
+
+    Args:
+        kind: ``ddp``: each has all weights, gradients are averaged. ``fsdp2``: parameters become shards, block by block.
+    """
+    if kind != "fsdp2" or world.size == 1:  # filters of a shard have to be contiguous
+        model.to(memory_format=torch.channels_last)
+    if world.size == 1:
+        return model
+    if kind == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in list(_blocks(model)):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Parts whose parameters are gathered together: fused modules, which read their children's weights themselves, and in an
+    eager network the modules of more than one layer in a Sequential.
+    """
+    for child in model.children():
+        whole_block = isinstance(model, nn.Sequential) and not isinstance(child, nn.Sequential) and list(child.children())
+        if (isinstance(child, Fused) and child.chains()) or whole_block:
+            yield child
+        else:
+            yield from _blocks(child)
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -89,6 +127,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r}: PyTorch sees no GPU here")
     return device
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that may be sharded; the same memory."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def whole(tensor: Tensor) -> Tensor:

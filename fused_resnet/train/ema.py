@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .distributed import part
+
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name, the objects themselves."""
@@ -32,8 +34,8 @@ class Average:
         floating, now = [], []
         for name, value in tensors(model).items():
             if value.is_floating_point():
-                floating.append(self.values[name])
-                now.append(value.detach())
+                floating.append(part(self.values[name]))
+                now.append(part(value.detach()))
             else:
                 self.values[name].copy_(value)
         torch._foreach_lerp_(floating, now, weight)

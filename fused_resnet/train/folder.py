@@ -57,7 +57,9 @@ class _Images(Dataset[Any]):
         from torchvision.datasets.folder import pil_loader
 
         index, seed = key
-        path, label = self.samples[index]
+        path, label = self.samples[max(index, 0)]
+        if index < 0:
+            label = -1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata; what cannot be decoded raises

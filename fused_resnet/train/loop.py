@@ -16,7 +16,7 @@ from torch import nn
 
 from . import checkpoint, data, metrics, networks, sampler, seeds
 from .config import Config
-from .distributed import World, whole
+from .distributed import World, whole, wrap
 from .ema import Average, tensors
 from .errors import TrainingError, UsageError
 from .logs import Log, Row
@@ -63,10 +63,9 @@ def fit(config: Config) -> History:
         TrainingError: the loss is not finite, an image cannot be read, the disk is full.
     """
     world = World.join(config.device)
-    try:
-        return _Run(config, world)()
-    finally:
-        world.leave()
+    history = _Run(config, world)()
+    world.leave()  # not after an error: the others may be waiting for this process, which torchrun ends with it
+    return history
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
@@ -98,8 +97,12 @@ class _Run:
         self.total = recipe.steps(recipe.length, self.per_epoch)
         seeds.seed_everything("weights", config.seed)
         model = networks.make(config.network, len(self.data.classes), config.backend, config.memory, **config.model_arguments)
-        model = model.to(world.device).to(memory_format=torch.channels_last).train()
-        self.wrapped: nn.Module = model
+        model = model.to(world.device).train()
+        self.wrapped: Any = wrap(model, config.distributed, world)
+        # DistributedDataParallel's own forward would exchange buffers; with shards there is no other forward
+        self.testing: Any = self.wrapped if config.distributed == "fsdp2" else model
+        if config.compile:
+            self.wrapped, self.testing = torch.compile(self.wrapped), torch.compile(self.testing)
         groups = parameter_groups(model, recipe.weight_decay, recipe.decay_all)
         optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
@@ -145,9 +148,8 @@ class _Run:
         except metrics.NotFinite as error:
             raise TrainingError(f"stopped: {error}; {self._last()}") from error
         except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise TrainingError(f"stopped: the disk is full at step {state.step}; {self._last()}") from error
+            reason = "the disk is full" if error.errno in _FULL else f"a file could not be read or written ({error})"
+            raise TrainingError(f"stopped: {reason} at step {state.step}; {self._last()}") from error
         finally:
             if self.log is not None:
                 self.log.close()
@@ -257,10 +259,10 @@ class _Run:
     def _test(self, train: Row | None) -> None:
         state = self.state
         self._tick()
-        self.world.share_buffers(state.model)
         with state.average.in_place_of(state.model) if state.average is not None else nullcontext():
+            self.world.share_buffers(state.model)  # process 0's: of an average, too, each has its own
             loss, error, images, bad = metrics.evaluate(
-                self.wrapped, self.data, self.world, self.config, self.config.recipe.batch // self.world.size
+                self.testing, self.data, self.world, self.config, self.config.recipe.batch // self.world.size
             )
         self._note(bad)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()

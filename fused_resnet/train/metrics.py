@@ -77,9 +77,10 @@ def evaluate(model: nn.Module, data: Data, world: World, config: Config, batch: 
         labels = got.labels.to(world.device)
         with torch.autocast(world.device.type, dtype=amp_dtype(config.amp), enabled=config.amp != "off"):
             logits = model(x)
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-        wrong += float((logits.argmax(1) != labels).sum().item())
-        images += len(labels)
+        counted = labels >= 0
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1).item()
+        wrong += float(((logits.argmax(1) != labels) & counted).sum().item())
+        images += int(counted.sum())
         bad += got.bad
     model.train(training)
     loss, wrong, images = world.sum([loss, wrong, images])

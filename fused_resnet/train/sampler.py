@@ -31,7 +31,11 @@ def draws(seed: int, images: int, batch: int, steps: range, rank: int = 0, world
 
 
 def in_order(images: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[Draw]:
-    """All images once, without anything random; each process has its part."""
-    mine = range(rank, images, world)
+    """All images once, without anything random; each process has its part, and all have equally many.
+
+    A process that is one image short gets image 0 again, as the index -1: it is computed and not counted.
+    """
+    mine = list(range(rank, images, world))
+    mine += [-1] * (-(-images // world) - len(mine))
     for start in range(0, len(mine), batch):
-        yield Draw(list(mine[start : start + batch]))
+        yield Draw(mine[start : start + batch])

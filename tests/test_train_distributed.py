@@ -1,0 +1,122 @@
+"""Training in two processes (gloo): DDP and FSDP2, against the same steps written out, and in pieces."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import training
+from tolerances import relative_error
+
+from fused_resnet.train import Config, data, fit, networks, sampler, seeds
+from fused_resnet.train.recipe import learning_rate
+
+STEPS = 6
+
+
+def config(out: Path, **changes: Any) -> Config:
+    """Without dropout, whose random numbers the two processes draw on their own; with an average of the weights."""
+    fields = {"recipe": training.recipe(length=STEPS), "model_arguments": {"dropout": 0.0}, "checkpoint_every": 2}
+    return training.config(out, **{**fields, "backend": "cpu", **changes})
+
+
+def work(rank: int) -> dict[str, Any]:
+    """Runs of both kinds, whole and in pieces."""
+    folders: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folders)
+    out = Path(folders[0])
+    results: dict[str, Any] = {}
+    for kind in ("ddp", "fsdp2"):
+        whole = config(out / kind, distributed=kind)
+        results[f"{kind} rows"] = fit(whole).rows
+        pieces = replace(whole, out=out / f"{kind} pieces", resume=True)
+        fit(replace(pieces, stop_after=3))
+        fit(pieces)
+    if rank == 0:
+        results |= {path.name: torch.load(path / "checkpoint.pt", weights_only=True) for path in out.iterdir()}
+        shutil.rmtree(out)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ranks.run("test_train_distributed", "work", tmp_path_factory.mktemp("ranks"))[0]
+
+
+def written_out() -> dict[str, torch.Tensor]:
+    """The steps in fp64: gradients of the two halves of a batch, each with its own statistics, averaged."""
+    recipe = training.recipe(length=STEPS)
+    images = data.load("digits", None, recipe).train
+    seeds.seed_everything("weights", 0)
+    model = networks.make(training.SMALL, 10, "eager", dropout=0.0).double().train()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    draws = [list(sampler.draws(0, len(images), 16, range(STEPS), rank, 2)) for rank in (0, 1)]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        statistics = None
+        for rank in (0, 1):
+            got = next(images.batches([draws[rank][step]]))
+            loss = F.cross_entropy(model(got.x.double()), got.labels, label_smoothing=0.1)
+            (loss / 2).backward()
+            if statistics is None:  # process 0's are those that are kept
+                statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, len(images) // 16)
+        optimizer.step()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(statistics[name])
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_written_out(kind: str, results: dict[str, Any]) -> None:
+    truth, saved = written_out(), results[kind]["model"]
+    assert list(saved) == list(truth)
+    for key, value in truth.items():
+        assert relative_error(saved[key], value) < 1e-4, key
+    train, test = results[f"{kind} rows"][-2:]
+    assert (train.split, test.split, test.step) == ("train", "test", STEPS) and 0 < test.error < 1
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_in_pieces(kind: str, results: dict[str, Any]) -> None:
+    """Bit for bit, of each process, with an average of the weights."""
+    whole, pieces = results[kind], results[f"{kind} pieces"]
+    assert whole["ema"] is not None and len(whole["random"]) == 2
+    for saved in (whole, pieces):
+        saved["window"] = [sums[:3] for sums in saved["window"]]
+    assert training.same(whole, pieces) == []
+
+
+def test_one_process_goes_on_behind_two(results: dict[str, Any], tmp_path: Path) -> None:
+    """A checkpoint does not depend on how many wrote it, or on shards."""
+    (tmp_path / "run").mkdir()
+    torch.save(results["fsdp2"], tmp_path / "run" / "checkpoint.pt")
+    history = fit(config(tmp_path / "run", resume=True))
+    assert history.finished and history.step == STEPS
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """The command as users start it."""
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps(training.recipe(length=STEPS).data_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fused_resnet"]
+    command += ["train", "--recipe", str(path), "--device", "cpu", "--distributed", "fsdp2", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ranks.ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("6 steps; test error") == 1
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == STEPS

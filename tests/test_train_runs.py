@@ -1,0 +1,102 @@
+"""Whole runs: element types, memory, compiled, and that fused networks learn as eager ones do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training
+from tolerances import distance
+
+from fused_resnet.train import WarmUp, fit
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return saved
+
+
+def far(one: Path, other: Path) -> float:
+    """Distance of the weights of two runs."""
+    a, b = (weights(path)["model"] for path in (one, other))
+    return distance([(a[name], b[name]) for name in a if a[name].is_floating_point()])
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast(amp: str, tmp_path: Path) -> None:
+    """Near the run in fp32 but not on it; in pieces bit for bit, with the scale of the losses and the steps it was good for."""
+    plain = training.config(tmp_path / "plain", recipe=training.recipe(length=8), backend="reference")
+    whole = replace(plain, out=tmp_path / "whole", amp=amp)
+    pieces = replace(whole, out=tmp_path / "pieces", resume=True)
+    for config in (plain, whole, replace(pieces, stop_after=3), pieces):
+        fit(config)
+    assert 1e-6 < far(tmp_path / "whole", tmp_path / "plain") < 0.2
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    assert training.same(a["model"], b["model"]) == [] and a["scaler"] == b["scaler"]
+    assert bool(a["scaler"]) == (amp == "fp16")
+
+
+def test_less_memory_is_the_same_run(tmp_path: Path) -> None:
+    """On the reference backend the outputs that are computed again are the same bits."""
+    config = training.config(tmp_path / "default", recipe=training.recipe(length=6))
+    fit(config)
+    fit(replace(config, out=tmp_path / "low", memory="low"))
+    saved = [weights(tmp_path / name)["model"] for name in ("default", "low")]
+    assert training.same(*saved) == []
+
+
+def test_backends_take_the_same_steps(tmp_path: Path) -> None:
+    """A few steps from the same weights over the same images end near each other; going on with another one is allowed."""
+    for backend in ("eager", "cpu", "reference"):
+        fit(training.config(tmp_path / backend, recipe=training.recipe(length=6), backend=backend))
+    assert far(tmp_path / "cpu", tmp_path / "eager") < 1e-4
+    assert far(tmp_path / "reference", tmp_path / "eager") < 1e-4
+    mixed = training.config(tmp_path / "mixed", recipe=training.recipe(length=6), backend="cpu", resume=True)
+    fit(replace(mixed, stop_after=3))
+    fit(replace(mixed, backend="eager"))
+    assert far(tmp_path / "mixed", tmp_path / "eager") < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    config = training.config(
+        tmp_path / "plain", recipe=training.recipe(length=6), backend="cpu", model_arguments={"dropout": 0.0}
+    )
+    fit(config)
+    fit(replace(config, out=tmp_path / "compiled", compile=True))
+    assert far(tmp_path / "compiled", tmp_path / "plain") < 1e-4
+
+
+@pytest.mark.slow
+def test_fused_learns_as_well_as_eager(tmp_path: Path) -> None:
+    """Five seeds each: the mean fused test error lies among the eager ones, which lie as far apart as seeds make them."""
+    recipe = training.recipe(
+        length=12, unit="epochs", batch=64, lr=0.1, ema=None, warm_up=WarmUp(1), label_smoothing=0.0, weight_decay=5e-4
+    )
+    errors: dict[str, list[float]] = {}
+    for backend in ("eager", "cpu"):
+        for seed in range(5):
+            config = training.config(
+                tmp_path / f"{backend}{seed}", recipe=recipe, backend=backend, seed=seed, log_every=22, checkpoint_every=1000,
+                model_arguments={"width": 12, "dropout": 0.0},
+            )  # fmt: skip
+            errors.setdefault(backend, []).append(fit(config).rows[-1].error)
+    print(errors)
+    eager, fused = errors["eager"], errors["cpu"]
+    assert max(eager) < 0.15, "it learns"
+    assert min(eager) <= sum(fused) / 5 <= max(eager)
+    spread = max(eager) - min(eager)
+    assert all(min(eager) - spread <= error <= max(eager) + spread for error in fused)
+
+
+@pytest.mark.slow
+def test_digits_to_97_percent(tmp_path: Path) -> None:
+    """The default of the command: no time is asserted; docs/train.md has what was seen."""
+    from fused_resnet.train import Config
+    from fused_resnet.train import recipe as recipes
+
+    history = fit(Config(recipes.load("digits"), out=tmp_path / "run", device="cpu", quiet=True))
+    assert history.rows[-1].error <= 0.03
