@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import backends, blocks, plain, plain_paper
+from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
 from .recognise import fused_forward
 
@@ -25,6 +25,7 @@ _OURS: dict[type[nn.Module], type[blocks.Fused]] = {
     plain.Stem: blocks.Stem,
     plain.ResNet: blocks.ResNet,
     plain_paper.HighwayBlock: blocks.HighwayBlock,
+    plain_rows.ResidualMLP: blocks.ResidualMLP,
     plain_paper.CifarResNet: blocks.CifarResNet,
 }
 
