@@ -128,7 +128,7 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         model = copy.deepcopy(model)
     _swap(model, backend, memory, set())
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
-        warnings.warn("fuse found no residual block, no convolution or Linear with a BatchNorm it knows: the model is unchanged", stacklevel=2)
+        warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
     return model
 
 
