@@ -4,7 +4,7 @@
 """
 
 from .backends import backend, count_launches
-from .blocks import BasicBlock, Bottleneck, ConvBNReLU, ResNet, Stem
+from .blocks import BasicBlock, Bottleneck, ConvBNReLU, ResidualMLP, ResNet, Stem
 from .models import (
     cifar_highway,
     cifar_plain,
@@ -32,6 +32,7 @@ __all__ = [
     "ConvBNReLU",
     "Explanation",
     "ResNet",
+    "ResidualMLP",
     "Stem",
     "backend",
     "cifar_highway",

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional, plain, plain_paper
-from .describe import Parts, WeightLayer, hooked, hooks_everywhere, is_activation, is_convolution, is_norm, read
+from . import backends, functional, plain, plain_paper, plain_rows
+from .describe import Parts, WeightLayer, follows, hooked, hooks_everywhere, is_activation, is_convolution, is_norm, read
 
 
 class Fused(nn.Module):
@@ -54,7 +54,7 @@ class Fused(nn.Module):
         reading = read(parts, self.fused_memory)
         if reading.chain is None or functional.transformed() or functional.unfit(reading, x):
             return unfused(x), False
-        return functional.chain(x, reading.parameters, reading.chain, self.fused_backend, donate=donate), True
+        return functional.read_chain(x, reading, self.fused_backend, donate=donate), True
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -68,13 +68,14 @@ def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
 
 
 def residual_parts(block: Any) -> Parts:
-    """The modules of a residual block with children conv1, bn1, ..., relu and downsample."""
+    """The modules of a residual block with children conv1 (or linear1), bn1, ..., relu and downsample."""
     layers = []
+    kind = "conv" if hasattr(block, "conv1") else "linear"
     for index in range(1, 4):
-        conv = getattr(block, f"conv{index}", None)
+        conv = getattr(block, f"{kind}{index}", None)
         if conv is None:
             break
-        layers.append(WeightLayer(f"conv{index}", conv, getattr(block, f"bn{index}"), block.relu))
+        layers.append(WeightLayer(f"{kind}{index}", conv, getattr(block, f"bn{index}"), block.relu))
     if block.downsample is None:
         return Parts(layers, residual=True)
     if type(block.downsample) is plain.ZeroPad:
@@ -191,29 +192,42 @@ class FusedCifarResNet(Fused):
         return module.fc(torch.flatten(module.avgpool(x), 1))
 
 
+def _worth_it(layers: list[WeightLayer]) -> bool:
+    """Whether something can be fused with the products of layers in a row."""
+    if any(layer.norm is not None for layer in layers):
+        return True
+    return any(
+        type(layer.activation) not in (type(None), nn.Identity) and type(layer.conv) is not nn.Linear for layer in layers
+    )
+
+
 def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts | nn.Module]]:
     """Cut the children of a Sequential into chains and modules that run on their own.
 
-    A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with a MaxPool2d behind them if there is one.
-    A convolution alone has nothing to be fused with.
+    A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with a MaxPool2d behind them if there is one;
+    likewise Conv1d with BatchNorm1d and MaxPool1d, and Linear with BatchNorm1d. A convolution alone has nothing to be fused
+    with, nor has a Linear without a BatchNorm1d.
     """
     index = 0
     while index < len(children):
         name = children[index][0]
-        start, layers = index, []
+        start = index
+        layers: list[WeightLayer] = []
         while index < len(children) and is_convolution(children[index][1]):
+            if layers and type(children[index][1]) is not type(layers[0].conv):
+                break
             layer = WeightLayer(f"{children[index][0]}", children[index][1])
             index += 1
-            if index < len(children) and is_norm(children[index][1]):
+            if index < len(children) and is_norm(children[index][1]) and follows(layer.conv, children[index][1]):
                 layer.norm = children[index][1]
                 index += 1
             if index < len(children) and is_activation(children[index][1]):
                 layer.activation = children[index][1]
                 index += 1
             layers.append(layer)
-        if any(layer.norm is not None or type(layer.activation) not in (type(None), nn.Identity) for layer in layers):
+        if _worth_it(layers):
             parts = Parts(layers)
-            if index < len(children) and type(children[index][1]) is nn.MaxPool2d:
+            if index < len(children) and not is_norm(children[index][1]) and follows(layers[0].conv, children[index][1]):
                 parts.pool = children[index][1]
                 index += 1
             yield name, parts
@@ -278,6 +292,16 @@ class Bottleneck(FusedResidual, plain.Bottleneck):
     """
 
     unfused_class = plain.Bottleneck
+
+
+class ResidualMLP(FusedResidual, plain_rows.ResidualMLP):
+    """Two Linears with BatchNorms and a shortcut for rows [N, C], fused: 2 launches in eval mode, 3 with a projection.
+
+    ``act(bn2(linear2(act(bn1(linear1(x))))) + shortcut(x))``. Constructor, children and state_dict are
+    :class:`fused_resnet.plain_rows.ResidualMLP`'s.
+    """
+
+    unfused_class = plain_rows.ResidualMLP
 
 
 class HighwayBlock(FusedHighway, plain_paper.HighwayBlock):

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from .chain import MEMORY, Chain, Layer, Pool
 from .plain import ZeroPad
 
-_CONVOLUTIONS = (nn.Conv2d,)
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+#: Class of a weight layer -> dimensions of its input. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
+#: images of one row.
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv2d: 4, nn.Conv1d: 3, nn.Linear: 2}
+#: Dimensions -> classes of the BatchNorm and of the max-pooling behind such a layer.
+_NORMS: dict[int, type[nn.Module]] = {4: nn.BatchNorm2d, 3: nn.BatchNorm1d, 2: nn.BatchNorm1d}
+_POOLS: dict[int, type[nn.Module]] = {4: nn.MaxPool2d, 3: nn.MaxPool1d}
 #: Class of an activation -> its name in :mod:`.activations` (not those of subclasses, which may compute something else).
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -32,13 +36,21 @@ _TENSORS = (nn.Parameter, Tensor)
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """A plain 2-D convolution (not a subclass, which may compute something else)."""
+    """A plain convolution of images or sequences, or a Linear (not a subclass, which may compute something else)."""
     return type(module) in _CONVOLUTIONS
 
 
 def is_norm(module: nn.Module) -> bool:
-    """BatchNorm over channels of images, or torchvision's frozen one."""
-    return type(module) in _NORMS or _is_frozen_norm(module)
+    """BatchNorm over channels, or torchvision's frozen one."""
+    return type(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module)
+
+
+def follows(conv: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm, or a max-pooling, of inputs with as many dimensions as ``conv`` gives."""
+    dimensions = _CONVOLUTIONS[type(conv)]
+    if is_norm(module):
+        return type(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (_is_frozen_norm(module) and dimensions == 4)
+    return type(module) is _POOLS.get(dimensions)
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
@@ -102,6 +114,7 @@ class Reading:
     parameters: list[Tensor]
     reason: str | None = None
     frozen: bool = False  # a BatchNorm is torchvision's frozen one
+    dimensions: int = 4  # of the input: 3 for sequences [N, C, L], 2 for rows [N, C]
 
 
 def hooked(module: nn.Module) -> bool:
@@ -120,33 +133,58 @@ def hooks_everywhere() -> bool:
     )
 
 
-def _padding(conv: Any) -> tuple[int, int] | None:
+def _padding(conv: Any) -> tuple[int, ...] | None:
     """Padding in numbers, or None where it differs between the sides."""
     if not isinstance(conv.padding, str):
         return conv.padding
     if conv.padding == "valid":
-        return (0, 0)
+        return tuple([0 for _ in conv.kernel_size])
     total = [dilation * (kernel - 1) for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
-    return (total[0] // 2, total[1] // 2) if all(side % 2 == 0 for side in total) else None
+    return tuple([side // 2 for side in total]) if all(side % 2 == 0 for side in total) else None
+
+
+def _windows(conv: Any) -> tuple[Any, ...]:
+    """Stride, padding, dilation and groups as a convolution of images has them."""
+    if type(conv) is nn.Linear:
+        return (1, 1), (0, 0), (1, 1), 1
+    padding = _padding(conv)
+    assert padding is not None
+    if type(conv) is nn.Conv1d:
+        return (1, *conv.stride), (0, *padding), (1, *conv.dilation), conv.groups
+    return conv.stride, padding, conv.dilation, conv.groups
 
 
 def _refuse_convolution(name: str, conv: Any) -> str | None:
     if not is_convolution(conv):
-        return f"{name} is a {type(conv).__name__}, not an nn.Conv2d"
+        return f"{name} is a {type(conv).__name__}, not an nn.Conv2d, Conv1d or Linear"
+    if type(conv.weight) not in _TENSORS:
+        return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
+    if type(conv) is nn.Linear:
+        return None
     if conv.padding_mode != "zeros":
         return f"{name} pads with {conv.padding_mode!r}, not with zeros"
     if _padding(conv) is None:
         return f"{name} pads its sides unequally (padding='same' with an even kernel)"
-    if type(conv.weight) not in _TENSORS:
-        return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
     return None
 
 
-def _refuse_norm(name: str, norm: Any) -> str | None:
-    if not is_norm(norm):
-        return f"the normalisation behind {name} is a {type(norm).__name__}, not a BatchNorm2d"
+def _refuse_norm(name: str, conv: Any, norm: Any) -> str | None:
+    if not (is_norm(norm) and follows(conv, norm)):
+        expected = _NORMS[_CONVOLUTIONS[type(conv)]].__name__
+        return f"the normalisation behind {name} is a {type(norm).__name__}, not a {expected}"
     if (norm.weight is None) != (norm.bias is None):
         return f"the BatchNorm behind {name} has only one of weight and bias"
+    return None
+
+
+def _refuse_mixture(parts: Parts) -> str | None:
+    """All weight layers are of one class, zero padding is of images; and Linears have a BatchNorm between them."""
+    first = parts.layers[0]
+    for layer in parts.weight_layers:
+        if type(layer.conv) is not type(first.conv) and not (type(layer.conv) is ZeroPad and type(first.conv) is nn.Conv2d):
+            return f"{layer.name} is a {type(layer.conv).__name__} where {first.name} is a {type(first.conv).__name__}"
+    if type(first.conv) is nn.Linear and all(layer.norm is None for layer in parts.weight_layers):
+        return f"{first.name} is a Linear without a BatchNorm1d"
     return None
 
 
@@ -163,15 +201,18 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
             continue
         reason = _refuse_convolution(layer.name, layer.conv)
         if reason is None and layer.norm is not None:
-            reason = _refuse_norm(layer.name, layer.norm)
+            reason = _refuse_norm(layer.name, layer.conv, layer.norm)
         if reason is None and layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
             known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
             reason = f"the activation behind {layer.name} is a {type(layer.activation).__name__}, none of {known}"
         if reason is not None:
             return reason
+    reason = _refuse_mixture(parts)
+    if reason is not None:
+        return reason
     pool: Any = parts.pool
-    if pool is not None and (type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices):
-        return f"the pooling is {pool}, not a MaxPool2d in floor mode without indices"
+    if pool is not None and (not follows(parts.layers[0].conv, pool) or pool.ceil_mode or pool.return_indices):
+        return f"the pooling is {pool}, not a max-pooling of as many dimensions in floor mode without indices"
     if structure_only:
         return None
     if hooks_everywhere():
@@ -195,8 +236,8 @@ def check_memory(memory: str) -> str:
     return memory
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 #: ``(present, affine, eps, batch, tracked, counted, momentum, group)`` of no BatchNorm.
@@ -221,7 +262,7 @@ def _layer(
     slope: float,
 ) -> Layer:
     stride, padding, dilation, groups = windows
-    kernel = (shape[2], shape[3])
+    kernel = (shape[2] if len(shape) == 4 else 1, shape[-1] if len(shape) > 2 else 1)
     present, affine, eps, *statistics = norm
     where = (stride, padding, dilation, groups)
     state = (present, affine, eps, activation, *statistics, slope)
@@ -268,7 +309,7 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     if bias is not None:
         parameters.append(bias)
     state = _read_norm(layer.norm, parameters)
-    windows = (conv.stride, _padding(conv), conv.dilation, conv.groups)
+    windows = _windows(conv)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them
     return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *_activation(layer.activation))
 
@@ -303,7 +344,13 @@ def read(parts: Parts, memory: str = "default") -> Reading:
     projection = None if parts.projection is None else _read_layer(parts.projection, parameters)
     gate = None if parts.gate is None else _read_layer(parts.gate, parameters)
     pool: Any = parts.pool
-    window = None if pool is None else tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    dimensions = _CONVOLUTIONS[type(parts.layers[0].conv)]
+    window = None
+    if pool is not None:
+        window = tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+        if dimensions == 3:
+            window = tuple((one, pair[1]) for one, pair in zip((1, 1, 0, 1), window, strict=True))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
     frozen = any(layer.norm is not None and _is_frozen_norm(layer.norm) for layer in parts.weight_layers)
-    return Reading(make(layers, parts.residual, projection, window, memory, gate), parameters, frozen=frozen)
+    chain = make(layers, parts.residual, projection, window, memory, gate)
+    return Reading(chain, parameters, frozen=frozen, dimensions=dimensions)

@@ -277,7 +277,10 @@ def unfit(reading: Reading, x: Tensor) -> bool:
 
     A rank without images takes part in a SyncBatchNorm all the same: the others wait for its share.
     """
-    empty = isinstance(x, Tensor) and reading.chain is not None and reading.chain.batch and x.dim() == 4 and x.shape[0] == 0
+    dimensions = x.dim() if isinstance(x, Tensor) else 0
+    if reading.dimensions != 4 and dimensions != reading.dimensions:  # a Linear takes any number, or PyTorch has an error
+        return True
+    empty = reading.chain is not None and reading.chain.batch and dimensions == reading.dimensions and x.shape[0] == 0
     if empty and reading.chain is not None:
         empty = not any(layer.group for layer in reading.chain.weight_layers)
     return empty or promotes(reading, x)
@@ -299,6 +302,33 @@ def _write_back(spec: Chain, parameters: Sequence[Tensor], outputs: Sequence[Ten
     with torch.no_grad():
         for slot, value in zip(buffers, outputs[-len(buffers) :], strict=True):
             slots[slot].copy_(value)
+
+
+def _as_image(tensor: Tensor) -> Tensor:
+    """[N, C] as [N, C, 1, 1], [N, C, L] as [N, C, 1, L]; filters likewise."""
+    return tensor[:, :, None, None] if tensor.dim() == 2 else tensor.unsqueeze(2)
+
+
+def _filters_as_images(w: Tensor) -> Tensor:
+    """Where no gradient goes through it the same view at every call, so that what is derived from it is found again."""
+    if torch.compiler.is_compiling() or (w.requires_grad and torch.is_grad_enabled()):
+        return _as_image(w)
+    return derived("as an image", [w], lambda: _as_image(w.detach()))
+
+
+def read_chain(x: Tensor, reading: Reading, backend: str | None = None, *, donate: bool = False) -> Tensor:
+    """:func:`chain` of what was read off modules: sequences [N, C, L] and rows [N, C] run as images of one row or one pixel.
+
+    Their gradients, and those of their filters, have the shapes the modules have them in. Sequences come out as [N, K, L] with
+    neighbouring channels next to each other in memory.
+    """
+    assert reading.chain is not None
+    if reading.dimensions == 4:
+        return chain(x, reading.parameters, reading.chain, backend, donate=donate)
+    slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
+    parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
+    out = chain(_as_image(x), parameters, reading.chain, backend, donate=donate)
+    return out.flatten(1) if reading.dimensions == 2 else out.squeeze(2)
 
 
 def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import blocks, plain, plain_paper
+from .. import blocks, plain, plain_paper, plain_rows
 from ..describe import Parts, refusal
 
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
@@ -21,6 +21,7 @@ _PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
     plain_paper.HighwayBlock: blocks.FusedHighway,  # in front of the class it is made from
     plain.BasicBlock: blocks.FusedResidual,
     plain.Bottleneck: blocks.FusedResidual,
+    plain_rows.ResidualMLP: blocks.FusedResidual,
     plain.Stem: blocks.FusedStem,
     plain.ResNet: blocks.FusedResNet,
     plain_paper.CifarResNet: blocks.FusedCifarResNet,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import backends, blocks, plain, plain_paper
+from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
 from .recognise import fused_forward
 
@@ -25,6 +25,7 @@ _OURS: dict[type[nn.Module], type[blocks.Fused]] = {
     plain.Stem: blocks.Stem,
     plain.ResNet: blocks.ResNet,
     plain_paper.HighwayBlock: blocks.HighwayBlock,
+    plain_rows.ResidualMLP: blocks.ResidualMLP,
     plain_paper.CifarResNet: blocks.CifarResNet,
 }
 
@@ -86,8 +87,9 @@ def _swap(module: nn.Module, backend: str | None, memory: str, seen: set[int]) -
 def fuse(model: Model, *, backend: str | None = None, memory: str = "default", inplace: bool = True) -> Model:
     """Swap fused blocks into a model, without changing a parameter, a buffer or a name.
 
-    torchvision's ResNet family, any model that contains its blocks, and every ``Sequential`` of Conv2d, BatchNorm2d and ReLU.
-    What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with the reason.
+    torchvision's ResNet family, any model that contains its blocks, and every ``Sequential`` of Conv2d, BatchNorm2d and an
+    activation, or of Conv1d or Linear with BatchNorm1d. What is not understood stays as it is:
+    :func:`fused_resnet.explain` lists it, with the reason.
 
     Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on
     working. Outputs of fused blocks are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``). On a GPU, a
@@ -126,7 +128,7 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         model = copy.deepcopy(model)
     _swap(model, backend, memory, set())
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
-        warnings.warn("fuse found no residual block, no conv + BatchNorm + ReLU it knows: the model is unchanged", stacklevel=2)
+        warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
     return model
 
 

@@ -109,6 +109,37 @@ CASES |= {
     }.items()
 }
 
+_LOADED = {"epilogue": "stats", "without": ("bias",)}
+
+#: Exponentials at each end.
+CASES |= {
+    f"{name}{suffix}": launch
+    for suffix, dtype in (("", torch.bfloat16), (" fp32", torch.float32))
+    for name, launch in {
+        "silu on load 3x3": conv(64, 56, 56, 64, 64, 3, 3, padding=(1, 1), prologue="bn_silu", dtype=dtype, **_LOADED),
+        "gelu on load 3x3": conv(64, 14, 14, 256, 256, 3, 3, padding=(1, 1), prologue="bn_gelu", dtype=dtype, **_LOADED),
+        "gelu alone on load 3x3": conv(64, 14, 14, 256, 256, 3, 3, padding=(1, 1), prologue="gelu", epilogue="bias", dtype=dtype),
+        "silu 1x1 and shortcut": conv(
+            64, 14, 14, 256, 1024, 1, 1, epilogue="affine_add", activation="silu", without=("bias",), dtype=dtype
+        ),
+        "dgrad silu 3x3": dgrad(64, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=dtype, **{**_DGRAD, "activation": "silu"}),
+        "dgrad gelu 1x1": dgrad(64, 14, 14, 256, 1024, 1, 1, dtype=dtype, **{**_DGRAD, "activation": "gelu"}),
+        "wgrad silu 3x3": wgrad(
+            64, 56, 56, 64, 64, 3, 3, padding=(1, 1), gradient="bn_backward", prologue="bn_silu", dtype=dtype
+        ),
+        "wgrad gelu 1x1": wgrad(64, 14, 14, 256, 1024, 1, 1, gradient="bn_backward", prologue="bn_gelu", dtype=dtype),
+        "bn_add_relu gelu": end_of_block(64, 14, 14, 1024, operands=_ENDS, activation="gelu", dtype=dtype),
+        "bn_add_relu_backward gelu": end_of_block(
+            64, 14, 14, 1024, operands=("dout", *_ENDS), outputs=("dz", "sum", "dot", "shortcut_dot"), activation="gelu",
+            dtype=dtype,
+        ),
+        "max_pool gelu and indices": max_pool(*_STEM, prologue="bn_gelu", outputs=("y", "indices"), dtype=dtype, **_POOL),
+        "max_pool_backward gelu": max_pool_backward(
+            *_STEM, operands=_BEHIND_POOL, outputs=("dx", "sum", "dot"), activation="gelu", dtype=dtype, **_POOL
+        ),
+    }.items()
+}  # fmt: skip
+
 
 def main(target: str, names: list[str]) -> None:
     results = []

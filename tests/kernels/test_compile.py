@@ -65,6 +65,10 @@ def test_training() -> None:
     check("sm_90", compiled("sm_90", "3x3 + stats", "bn_add_relu_backward", "max_pool_backward"))
 
 
+def test_exponentials() -> None:
+    check("sm_90", compiled("sm_90", "silu on load 3x3", "max_pool gelu and indices"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
 def test_all_cases(target: str) -> None:
