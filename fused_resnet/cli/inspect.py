@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.compare:
         before, after = (refusing(partial(report.load, path), ValueError) for path in arguments.compare)
-        print(show.compare(before, after))
+        print(refusing(lambda: show.compare(before, after), ValueError))
         return 0
     if arguments.model not in MODELS:
         raise CommandError(str(unknown("model", arguments.model, list(MODELS))))
@@ -93,7 +93,6 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = _devices(arguments.arch, arguments.device)
     for file in (arguments.json, arguments.picture):
         _writable(file)
-    _writable(None, arguments.asm)
     if find_spec("triton") is None:
         raise CommandError("inspect needs Triton, which PyTorch brings on Linux")
 
@@ -109,18 +108,20 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.tf32,
     )
     chosen_uses = refusing(lambda: report.wanted(request), ValueError, RuntimeError)
+    _writable(None, arguments.asm)
     jobs = report.jobs(request, chosen_uses)
     outcomes = refusing(
         lambda: compiling.compile_all(jobs, kept, assembly=arguments.asm is not None, progress=kernel_progress()), RuntimeError
     )
     found = report.make(request, chosen_uses, outcomes)
+    picture = refusing(lambda: roofline.svg(found), ValueError) if arguments.picture is not None else None
     print("\n".join(show.pages(found)))
     if kept.broken is not None:
         Progress().step(f"nothing is kept for the next time: cannot write to {kept.broken}")
     if arguments.json is not None:
         _write(arguments.json, json.dumps(found, indent=1) + "\n")
-    if arguments.picture is not None:
-        _write(arguments.picture, refusing(lambda: roofline.svg(found), ValueError))
+    if picture is not None:
+        _write(arguments.picture, picture)
     if arguments.asm is not None:
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.assembly is not None:

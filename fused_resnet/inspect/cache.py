@@ -73,7 +73,7 @@ class Cache:
     def assembly(self, key: str) -> str | None:
         """The assembly of a compile, if it was kept."""
         try:
-            return gzip.decompress(self._path(key, ".asm.gz").read_bytes()).decode()
+            return gzip.decompress(self._path(key, ".asm.gz").read_bytes()).decode() or None
         except (OSError, EOFError, ValueError):
             return None
 

@@ -76,7 +76,8 @@ def _panel(report: dict[str, Any], arch: str, part: dict[str, Any]) -> list[str]
     device = find(part["device"])
     request = report["request"]
     types = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    rate = device.rate(types.get(request["dtype"], torch.float32), request["tf32"]) / 1e12
+    tf32 = request["tf32"] and arch.startswith("sm_")
+    rate = device.rate(types.get(request["dtype"], torch.float32), tf32) / 1e12
     bandwidth = device.bandwidth / 1e12
     points = _points(part)
     whole = part["totals"]["predicted"]["launches_seconds"]

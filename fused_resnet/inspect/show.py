@@ -161,7 +161,15 @@ _COMPARED = {"registers": "registers", "spills": "spills", "shared": "shared", "
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What changed from one document to another; launches are the same by signature."""
+    """What changed from one document to another; launches are the same by signature.
+
+    Raises:
+        ValueError: the two are of different requests.
+    """
+    asked = [document["request"] for document in (before, after)]
+    unlike = [f"{key} {asked[0][key]} and {asked[1][key]}" for key in asked[0] if asked[0][key] != asked[1].get(key)]
+    if unlike:
+        raise ValueError(f"the reports are of different requests, so nothing can be compared: {', '.join(unlike)}")
     lines = [f"before: {title(before)}", f"after:  {title(after)}"]
     old, new = before["architectures"], after["architectures"]
     for arch in dict.fromkeys([*old, *new]):
