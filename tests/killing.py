@@ -1,8 +1,8 @@
 """Run as a program: trainings that are killed, each in a process of its own, forked from one that has imported everything.
 
 ``killing.py FOLDER BACKEND MOMENT...`` trains once undisturbed into ``FOLDER/whole``, then for each moment into ``FOLDER/i``:
-until it is killed there, then with ``--resume`` to the end. A moment is a part of the undisturbed run's time (``0.37``), or
-``before:N`` or ``after:N``: the N-th time a file is put in its place.
+until it is killed there, then with ``--resume`` to the end. A moment is ``step:K:S``, S seconds after step K began; or
+``before:N`` or ``after:N``, the N-th time a file is put in its place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import sklearn.datasets  # noqa: F401
 import torch
 import training
 
-from fused_resnet.train import Config, fit
+from fused_resnet.train import Config, Recipe, fit, loop
 
 
 def child(config: Config, moment: str = "") -> int:
@@ -37,17 +37,42 @@ def child(config: Config, moment: str = "") -> int:
 
 
 def kill_at(moment: str) -> None:
-    """The N-th ``os.replace`` of this process is its end."""
-    where, _, number = moment.partition(":")
+    """Arrange for the end of this process."""
+    where, *numbers = moment.split(":")
+    if where == "step":
+        kill_in_step(int(numbers[0]), float(numbers[1]))
+    else:
+        kill_in_replace(where, int(numbers[0]))
+
+
+def kill() -> None:
+    """What no process can catch."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_step(number: int, seconds: float) -> None:
+    """Some time after a step has asked for its learning rate."""
+    real = loop.learning_rate
+
+    def asked(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+        if step == number:
+            threading.Timer(seconds, kill).start()
+        return real(recipe, step, steps_per_epoch)
+
+    loop.learning_rate = asked
+
+
+def kill_in_replace(where: str, number: int) -> None:
+    """Before or after a rename."""
     real, calls = os.replace, iter(range(1, 1000))
 
     def replacing(*arguments: object) -> None:
-        last = next(calls) == int(number)
+        last = next(calls) == number
         if last and where == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         real(*arguments)  # type: ignore[arg-type]
         if last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
     os.replace = replacing  # type: ignore[assignment]
 
@@ -62,19 +87,11 @@ def main() -> None:
     folder, backend, moments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
     config = training.config(folder / "whole", backend=backend, resume=True)
-    began = time.monotonic()
     assert ended(child(config)) == 0
-    seconds = time.monotonic() - began
     for index, moment in enumerate(moments):
         config = replace(config, out=folder / str(index))
-        if ":" in moment:
-            code = ended(child(config, moment))
-            assert code == -signal.SIGKILL, f"{moment}: {code}"
-        else:
-            process = child(config)
-            time.sleep(float(moment) * seconds)
-            os.kill(process, signal.SIGKILL)
-            code = ended(process)
+        code = ended(child(config, moment))
+        assert code == (-signal.SIGKILL if moment[0] != "s" else code), f"{moment}: {code}"
         print(index, moment, "killed" if code == -signal.SIGKILL else "had ended", flush=True)
         assert ended(child(config)) == 0, f"{moment}: did not go on"
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import training
 
-from fused_resnet.train import UsageError, WarmUp, augment, data, recipe, sampler
+from fused_resnet.train import UsageError, WarmUp, augment, data, metrics, recipe, sampler
+from fused_resnet.train.distributed import World
 from fused_resnet.train.ema import Average
 from fused_resnet.train.loop import parameter_groups
 
@@ -86,8 +87,11 @@ def test_every_image_once_an_epoch(world: int) -> None:
     assert all(len(set(epoch)) == 40 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
     assert len({draw.seed for rank in ranks for draw in rank}) == 15 * world
     assert list(sampler.draws(3, images, batch, range(7, 15))) == alone[7:]
-    tests = [index for rank in range(world) for draw in sampler.in_order(images, batch, rank, world) for index in draw.indices]
-    assert sorted(tests) == list(range(images))
+    tests = [
+        [index for draw in sampler.in_order(images, batch, rank, world) for index in draw.indices] for rank in range(world)
+    ]
+    assert len({len(part) for part in tests}) == 1, "all have to compute as often"
+    assert sorted(index for part in tests for index in part if index >= 0) == list(range(images))
 
 
 def test_pad_crop_is_a_window_of_the_padded_image() -> None:
@@ -123,6 +127,23 @@ def test_digits() -> None:
     assert test.x.dtype == torch.uint8
     together = torch.cat([train.x, found.normalise(test.x)]).flatten(1)
     assert len(torch.unique(together, dim=0)) == 1797
+
+
+def test_an_image_that_fills_up_is_not_counted(tmp_path: Path) -> None:
+    """Seven images over two processes: their sums are those of one."""
+
+    class Alone(World):
+        def sum(self, values: list[float]) -> list[float]:
+            return values
+
+    split = data.Pixels(torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8), torch.arange(7))
+    images = data.in_memory("seven", list("abcdefg"), split, split, "pixel_mean")
+    model, config, cpu = training.small(7), training.config(tmp_path), torch.device("cpu")
+    loss, error, count, _ = metrics.evaluate(model, images, World(cpu), config, 3)
+    parts = [metrics.evaluate(model, images, Alone(cpu, rank, 2), config, 2) for rank in (0, 1)]
+    assert [part[2] for part in parts] == [4, 3] and count == 7 and model.training
+    assert sum(part[0] * part[2] for part in parts) == pytest.approx(7 * loss, rel=1e-5)
+    assert sum(part[1] * part[2] for part in parts) == pytest.approx(7 * error)
 
 
 def test_average_of_weights() -> None:

@@ -51,21 +51,38 @@ def test_in_pieces(backend: str, tmp_path: Path) -> None:
     check_same(tmp_path / "pieces", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_in_pieces_on_triton(tmp_path: Path) -> None:
+    """Through the interpreter where there is no GPU: three steps, and one and two. No evaluation, whose images are 364."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    config = training.config(tmp_path / "whole", recipe=training.recipe(batch=4), backend="triton", device=where)
+    fit(replace(config, stop_after=3))
+    for stop in (1, 3):
+        fit(replace(config, out=tmp_path / "pieces", stop_after=stop, resume=True))
+    assert training.same(contents(tmp_path / "pieces"), contents(tmp_path / "whole")) == []
+
+
 def kill(folder: Path, backend: str, moments: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(folder), backend, *moments]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("killed") >= 3 * len(moments) / 4, result.stdout
     for index in range(len(moments)):
         check_same(folder / str(index), folder / "whole")
 
 
+def moment(step: int) -> str:
+    """By chance, up to 0.02 s after a step began, which may be in the next."""
+    return f"step:{step}:{0.02 * torch.rand(()):.4f}"
+
+
 def test_killed(tmp_path: Path) -> None:
-    """Before the third file is in its place (the log, then two checkpoints), after the second, and at a moment by chance."""
-    kill(tmp_path, "cpu", ["before:3", "after:2", f"{torch.rand(()):.3f}"])
+    """Before the third file is in its place (the log, then two checkpoints), after the second, and by chance."""
+    kill(tmp_path, "cpu", ["before:3", "after:2", moment(10)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_killed_at_twenty_moments(backend: str, tmp_path: Path) -> None:
-    kill(tmp_path, backend, [f"{(index + torch.rand(())) / 20:.3f}" for index in range(20)])
+    kill(tmp_path, backend, [moment(index) for index in range(20)])
