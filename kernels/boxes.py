@@ -93,6 +93,25 @@ class Lanes(NamedTuple):
 
 
 @triton.jit
+def in_bands(program, pixel_tiles, other_tiles, group):
+    """Which tile of pixels and which of filters (channels) a program makes: the order of programs, stated here only.
+
+    ``group`` neighbouring tiles of pixels are a band. A band goes through all tiles of filters before the next one starts::
+
+                 pixel tiles 0 1 2 | 3 4 5 | 6
+        filters 0            0 1 2   6 7 8   12
+        filters 1            3 4 5   9 . .   13
+
+    What runs at the same time then shares both operands in the L2. :func:`fused_resnet.tuning.model.refetched` says which
+    ``group`` reads least from memory.
+    """
+    band = program // (group * other_tiles)
+    height = tl.minimum(pixel_tiles - band * group, group)
+    within = program % (group * other_tiles)
+    return band * group + within % height, within // height
+
+
+@triton.jit
 def lanes_of(place, sizes, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Coordinates of the pixels of a box, in the order in which a box is flattened: images, rows, columns."""
     m = tl.arange(0, TILE.images * TILE.rows * TILE.columns)

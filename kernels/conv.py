@@ -15,8 +15,10 @@ A program owns one tile of the output, in registers (tensor memory on Blackwell)
                               |
                       AFTER: what is reduced over the stored tiles, if anything
 
-Programs that run at the same time share tiles in the L2: ``TILE.group`` neighbouring pixel tiles go through all filter tiles
-before the next pixel tiles start.
+Where there are fewer tiles than multiprocessors (7x7 layers at batch 1) several programs share the steps of a tile (split-K).
+Each leaves its accumulator in fp32; the last of a tile adds them in the order of the shares and goes on from there (finish.py).
+
+Programs that run at the same time share tiles in the L2, see :func:`.boxes.in_bands`.
 
 The product is ``filters . pixels^T``, not the other way round: for the latter Triton carries the pixels through registers to
 Hopper's tensor cores, while this form reads both operands from shared memory (checked in the SASS: two descriptors, no LDSM).
@@ -26,29 +28,26 @@ With a prologue the pixels are in registers anyway and come first.
 import triton
 import triton.language as tl
 
-from .boxes import Place, Step, lanes_of, loaded, locate, next_tap
+from .boxes import Place, Step, in_bands, lanes_of, loaded, locate, next_tap
 from .epilogues import At, Index
+from .finish import joined_shares, leave_share, own_program, own_share
 from .numerics import dot, rounded
 
 
 @triton.jit
-def tile_index(sizes, TILE: tl.constexpr):
+def tile_index(sizes, shares, TILE: tl.constexpr):
     """Which tile of the output this program makes."""
     pixel_tiles = tl.cdiv(sizes.N, TILE.images) * tl.cdiv(sizes.P, TILE.rows) * tl.cdiv(sizes.Q, TILE.columns)
     filter_tiles = tl.cdiv(sizes.K, TILE.filters)
-    program = tl.program_id(0)
-    band = program // (TILE.group * filter_tiles)
-    height = tl.minimum(pixel_tiles - band * TILE.group, TILE.group)
-    within = program % (TILE.group * filter_tiles)
-    return Index(band * TILE.group + within % height, pixel_tiles, within // height, filter_tiles)
+    pixel_tile, filter_tile = in_bands(own_program(shares), pixel_tiles, filter_tiles, TILE.group)
+    return Index(pixel_tile, pixel_tiles, filter_tile, filter_tiles)
 
 
 @triton.jit
-def own_tile(sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr):
+def own_tile(index, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr):
     """Where this program's tile of the output starts, and the channels it reduces over."""
     columns = tl.cdiv(sizes.Q, TILE.columns)
     rows = tl.cdiv(sizes.P, TILE.rows)
-    index = tile_index(sizes, TILE)
     pixel_tile = index.pixel_tile
     k = index.filter_tile * TILE.filters
 
@@ -99,6 +98,7 @@ def main_loop(
     lanes,
     filters,
     sizes,
+    shares,
     PROLOGUE: tl.constexpr,
     prologue_args,
     PIXELS: tl.constexpr,
@@ -109,7 +109,7 @@ def main_loop(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The accumulator [M, K] of one tile."""
+    """The accumulator [M, K] of one tile, or of this program's share of it."""
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
     K: tl.constexpr = TILE.filters
     if FLAT:
@@ -120,10 +120,15 @@ def main_loop(
         acc = tl.zeros((M, K), dtype=tl.float32)
     else:
         acc = tl.zeros((K, M), dtype=tl.float32)
+    first, end = own_share(shares, steps)
     r = 0
     s = 0
     c = 0
-    for index in range(0, steps):
+    if shares is not None:
+        c = first // (TAPS.R * TAPS.S) * TILE.channels
+        r = first % (TAPS.R * TAPS.S) // TAPS.S
+        s = first % TAPS.S
+    for index in range(first, end):
         step = Step(r, s, c, index)
         pixels = PIXELS(x, place, lanes, step, sizes, TAPS, TILE)
         taps = FILTERS(w, place, filters, step, sizes, TAPS, TILE)
@@ -141,12 +146,33 @@ def main_loop(
 
 
 @triton.jit
+def write(
+    acc,
+    y,
+    at,
+    index,
+    EPILOGUE: tl.constexpr,
+    epilogue_args,
+    ACTIVATION: tl.constexpr,
+    slope,
+    AFTER: tl.constexpr,
+    after_args,
+):
+    """The end of a tile."""
+    z = rounded(ACTIVATION(EPILOGUE(acc, at, *epilogue_args), slope), y.dtype.element_ty)
+    tl.store(y + at.offsets, z, mask=at.mask)
+    if AFTER is not None:
+        AFTER(z.to(tl.float32), at, index, *after_args)
+
+
+@triton.jit
 def conv_forward(
     x,
     w,
     y,
     sizes,
     exact,
+    shares,
     PROLOGUE: tl.constexpr,
     prologue_args,
     EPILOGUE: tl.constexpr,
@@ -174,6 +200,7 @@ def conv_forward(
         sizes: :class:`Sizes`.
         exact: pointers (x, w) where a tile may have to be (re)computed by :func:`direct`, else None.
         ACTIVATION, slope: function of activations.py and its second argument.
+        shares: :class:`.finish.Shares`, or None where a program makes a whole tile. Not where there is an ``exact``.
         AFTER: function of epilogues.py that goes on behind the store, or None.
         PIXELS, FILTERS: loaders of boxes.py; ``None`` for both means :func:`direct` alone.
         TAPS: :class:`Taps`.
@@ -186,7 +213,8 @@ def conv_forward(
     """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
     K: tl.constexpr = TILE.filters
-    place = own_tile(sizes, TAPS, TILE, SPANS)
+    index = tile_index(sizes, shares, TILE)
+    place = own_tile(index, sizes, TAPS, TILE, SPANS)
     lanes = lanes_of(place, sizes, TILE, WIDE)
     filters = place.k + tl.arange(0, K)
     if WIDE:
@@ -202,6 +230,7 @@ def conv_forward(
             lanes,
             filters,
             sizes,
+            shares,
             PROLOGUE,
             prologue_args,
             PIXELS,
@@ -222,7 +251,8 @@ def conv_forward(
     offsets = (pixels * sizes.K)[:, None] + filters[None, :]
     mask = lanes.inside[:, None] & (filters < sizes.K)[None, :]
     at = At(pixels, filters, lanes.inside, filters < sizes.K, offsets, mask)
-    z = rounded(ACTIVATION(EPILOGUE(acc, at, *epilogue_args), slope), y.dtype.element_ty)
-    tl.store(y + offsets, z, mask=mask)
-    if AFTER is not None:
-        AFTER(z.to(tl.float32), at, tile_index(sizes, TILE), *after_args)
+    if shares is None:
+        write(acc, y, at, index, EPILOGUE, epilogue_args, ACTIVATION, slope, AFTER, after_args)
+    elif leave_share(acc, shares):
+        acc = joined_shares(shares, M, K)
+        write(acc, y, at, index, EPILOGUE, epilogue_args, ACTIVATION, slope, AFTER, after_args)

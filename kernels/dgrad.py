@@ -10,7 +10,8 @@ class reads dy one further than pixel ``i``: each class is a convolution of stri
                                      p:  0       1       2
 
 A program owns a box of pixels of one class by a tile of channels and walks (chunk of filters, tap of the class), the taps
-innermost. Nothing is computed for a tap that does not count. A class without taps (1x1 with stride 2 has three) writes what
+innermost; several programs share the steps of a tile where there are few tiles, as in conv.py. Nothing is computed for a tap
+that does not count. A class without taps (1x1 with stride 2 has three) writes what
 the epilogue makes of zero. Extents of ``TILE`` here: ``images, rows, columns`` a box of pixels of one class, ``channels`` the
 tile's, ``filters`` the chunk of a step.
 """
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import Lanes, Place, Step, next_tap
+from .boxes import Lanes, Place, Step, in_bands, next_tap
 from .epilogues import At
-from .finish import Column, finish_sums
+from .finish import Column, finish_sums, joined_shares, leave_share, own_program, own_share
 from .gradients import shifted
 from .numerics import dot, rounded
 
@@ -63,7 +64,7 @@ def taps_of(
 
 
 @triton.jit
-def own_tile(sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr, PERIODS: tl.constexpr):
+def own_tile(sizes, shares, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr, PERIODS: tl.constexpr):
     """Where this program's tile is: its class, its place among the pixels of the class, indices of the tiles.
 
     ``place``: start of the box (``p``, ``q`` count the class's pixels), first filter ``k``; the channels are those of the
@@ -75,12 +76,7 @@ def own_tile(sizes, TAPS: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr,
     pixel_tiles = tl.cdiv(sizes.N, TILE.images) * rows * columns * classes
     channel_tiles = tl.cdiv(sizes.C, TILE.channels)
 
-    program = tl.program_id(0)
-    band = program // (TILE.group * channel_tiles)
-    height = tl.minimum(pixel_tiles - band * TILE.group, TILE.group)
-    within = program % (TILE.group * channel_tiles)
-    pixel_tile = band * TILE.group + within % height
-    channel_tile = within // height
+    pixel_tile, channel_tile = in_bands(own_program(shares), pixel_tiles, channel_tiles, TILE.group)
 
     # The classes of a box are neighbours: they read the same dy.
     h = pixel_tile % classes // TAPS.stride_w
@@ -165,6 +161,7 @@ def main_loop(
     own,
     chunk,
     sizes,
+    shares,
     COEFFICIENTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     gradient_args,
@@ -177,17 +174,26 @@ def main_loop(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The accumulator [M, C] of one tile. ``chunk``: which tile of channels it is, counted within its group."""
+    """The accumulator [M, C] of one tile, or of this program's share of it.
+
+    ``chunk``: which tile of channels it is, counted within its group.
+    """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
     if PIXELS_FIRST:
         acc = tl.zeros((M, TILE.channels), dtype=tl.float32)
     else:
         acc = tl.zeros((TILE.channels, M), dtype=tl.float32)
     ALONE: tl.constexpr = TAPS.R * TAPS.S == 1
+    first, end = own_share(shares, tl.cdiv(k_end - place.k, TILE.filters) * (own.rows * own.columns))
     tap_row = 0
     tap_column = 0
     k = place.k
-    for _ in range(0, tl.cdiv(k_end - place.k, TILE.filters) * (own.rows * own.columns)):
+    if shares is not None:
+        taps = tl.maximum(own.rows * own.columns, 1)
+        k += first // taps * TILE.filters
+        tap_row = first % taps // tl.maximum(own.columns, 1)
+        tap_column = first % taps % tl.maximum(own.columns, 1)
+    for _ in range(first, end):
         r = own.r + tap_row * PERIODS[0]
         s = own.s + tap_column * PERIODS[1]
         # Exact divisions: that is what makes a tap one of the class.
@@ -221,6 +227,22 @@ def main_loop(
 
 
 @triton.jit
+def write(acc, dx, at, column, outputs, EPILOGUE: tl.constexpr, epilogue_args, BACKWARD: tl.constexpr):
+    """The end of a tile. ``column``: of the sums over the pixels, or None without outputs."""
+    acc, factor = EPILOGUE(acc, at, BACKWARD, *epilogue_args)
+    stored = rounded(acc, dx.dtype.element_ty)
+    tl.store(dx + at.offsets, stored, mask=at.mask)
+    if column is not None:
+        # Of what is stored, and of pixels that exist: past the border there may be taps and so a gradient.
+        stored = tl.where(at.mask, stored.to(tl.float32), 0.0)
+        total = tl.sum(stored, axis=0)
+        if factor is None:
+            finish_sums(column, (total,), outputs)
+        else:
+            finish_sums(column, (total, tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)), outputs)
+
+
+@triton.jit
 def dgrad(
     dz,
     y,
@@ -228,6 +250,7 @@ def dgrad(
     dx,
     sizes,
     exact,
+    shares,
     outputs,
     sums,
     COEFFICIENTS: tl.constexpr,
@@ -255,6 +278,7 @@ def dgrad(
         dx: pointer to [N, H, W, C].
         sizes: :class:`.boxes.Sizes`, of the forward convolution.
         exact: pointers (dz, y, w) where a tile may have to be (re)computed by :func:`direct`, else None.
+        shares: :class:`.finish.Shares`, or None where a program makes a whole tile. Not where there is an ``exact``.
         outputs: pointers to fp32 [C]: nothing, or the sum of dx over the pixels, and of dx times the epilogue's factor.
         sums: :class:`Sums`, or None without outputs.
         COEFFICIENTS, GRADIENT, EPILOGUE: functions of gradients.py.
@@ -268,7 +292,7 @@ def dgrad(
         WIDE: 64-bit offsets.
     """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
-    place, k_end, own, pixel_tile, pixel_tiles, channel_tile = own_tile(sizes, TAPS, TILE, SPANS, PERIODS)
+    place, k_end, own, pixel_tile, pixel_tiles, channel_tile = own_tile(sizes, shares, TAPS, TILE, SPANS, PERIODS)
     m = tl.arange(0, M)
     n = place.n + m // (TILE.rows * TILE.columns)
     if WIDE:
@@ -309,6 +333,7 @@ def dgrad(
             own,
             channel_tile - place.c // TILE.channels,
             sizes,
+            shares,
             COEFFICIENTS,
             GRADIENT,
             gradient_args,
@@ -346,16 +371,12 @@ def dgrad(
     exists = channels < sizes.C
     mask = lanes.inside[:, None] & exists[None, :]
     at = At(pixels, channels, lanes.inside, exists, offsets, mask)
-    acc, factor = EPILOGUE(acc, at, BACKWARD, *epilogue_args)
-    stored = rounded(acc, dx.dtype.element_ty)
-    tl.store(dx + offsets, stored, mask=mask)
+    reduced = None
     if sums is not None:
-        # Of what is stored, and of pixels that exist: past the border there may be taps and so a gradient.
-        stored = tl.where(mask, stored.to(tl.float32), 0.0)
         counters = sums.counters + channel_tile * sums.counters_of
-        total = tl.sum(stored, axis=0)
-        tiles = Column(sums.partials, counters, pixel_tile, pixel_tiles, sums.group, channels, exists, sizes.C)
-        if factor is None:
-            finish_sums(tiles, (total,), outputs)
-        else:
-            finish_sums(tiles, (total, tl.sum(tl.where(mask, stored * factor, 0.0), axis=0)), outputs)
+        reduced = Column(sums.partials, counters, pixel_tile, pixel_tiles, sums.group, channels, exists, sizes.C)
+    if shares is None:
+        write(acc, dx, at, reduced, outputs, EPILOGUE, epilogue_args, BACKWARD)
+    elif leave_share(acc, shares):
+        acc = joined_shares(shares, M, TILE.channels)
+        write(acc, dx, at, reduced, outputs, EPILOGUE, epilogue_args, BACKWARD)

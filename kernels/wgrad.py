@@ -27,9 +27,13 @@ import triton
 import triton.language as tl
 
 from .boxes import Place, Step, lanes_of, loaded, locate
-from .finish import Column, arrive, ordered_sum, store_row, sum_rows
+from .finish import Column, arrive, ordered_sum, part_offsets, store_row, sum_rows
 from .gradients import inverse_deviation, vector
 from .numerics import dot, rounded
+
+#: Elements of a tile that are added together: a tile's parts are joined piece by piece, so that the registers which the main
+#: loop's accumulators had hold several parts on their way. (128 by 128, sm_90: 130 registers instead of 184 in one piece.)
+PIECE = tl.constexpr(4096)
 
 
 class Shares(NamedTuple):
@@ -38,8 +42,7 @@ class Shares(NamedTuple):
     Attributes:
         shares: programs of a tile of dw.
         group: how many of them the first level of the sum takes, see finish.py.
-        size: elements of dw.
-        partials: pointer to fp32 [shares, *dw's].
+        partials: pointer to fp32 [tiles, shares, a tile's accumulators].
         counters: pointer to ``counters_of`` zeros, int32, a tile of dw; then one a tile of filters.
         counters_of: ``cdiv(shares, group) + 1``.
         products: pointer to fp32 [tiles of a filter, K]: parts of ``<w_k, G_k>``.
@@ -47,7 +50,6 @@ class Shares(NamedTuple):
 
     shares: Any
     group: Any
-    size: Any
     partials: Any
     counters: Any
     counters_of: Any
@@ -104,10 +106,26 @@ def write_vectors(inner, filters, exists, results, given, SCALED: tl.constexpr, 
 
 
 @triton.jit
-def write(
-    total,
-    offsets,
-    mask,
+def write_tile(total, offsets, mask, filters, exists, results, given, SCALED: tl.constexpr):
+    """Store a piece of dw. Returns its part of ``<w_k, G_k>``, fp32 [K], or None without dgamma."""
+    if results.dw is not None:
+        dw = total
+        if SCALED:
+            factor = inverse_deviation(given.var, given.eps, filters, exists)
+            if given.gamma is not None:
+                factor = factor * vector(given.gamma, filters, exists)
+            dw = total * factor.trans()
+        tl.store(results.dw + offsets, rounded(dw, results.dw.dtype.element_ty), mask=mask)
+    if results.dgamma is not None:
+        w = tl.load(given.w + offsets, mask=mask, other=0.0).to(tl.float32)
+        return tl.sum(tl.where(mask, w * total, 0.0), axis=1)
+    else:
+        return None
+
+
+@triton.jit
+def write_rest(
+    inner,
     filters,
     exists,
     column,
@@ -121,18 +139,8 @@ def write(
     SCALED: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """The end of a tile of dw: store it, and what follows from it. ``column``, ``row``: index of the tile."""
-    if results.dw is not None:
-        dw = total
-        if SCALED:
-            factor = inverse_deviation(given.var, given.eps, filters, exists)
-            if given.gamma is not None:
-                factor = factor * vector(given.gamma, filters, exists)
-            dw = total * factor.trans()
-        tl.store(results.dw + offsets, rounded(dw, results.dw.dtype.element_ty), mask=mask)
+    """What follows from a tile of dw, ``inner``: its :func:`write_tile`'s. ``column``, ``row``: index of the tile."""
     if results.dgamma is not None:
-        w = tl.load(given.w + offsets, mask=mask, other=0.0).to(tl.float32)
-        inner = tl.sum(tl.where(mask, w * total, 0.0), axis=1)
         parts = Column(shares.products, shares.counters, column, columns, columns, filters, exists, K)
         store_row(parts, 0, column, inner)
         if arrive(shares.counters + tiles * shares.counters_of + row, columns):
@@ -280,17 +288,28 @@ def next_box(n, p, q, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def elements(k, filters, column, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr, SPANS: tl.constexpr):
-    """Offsets [K, C] into dw of a tile's elements, and which exist."""
+def elements(
+    k,
+    filters,
+    column,
+    first,
+    sizes,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Offsets [K, WIDTH] into dw of a tile's elements, from its column ``first`` on, and which exist."""
     exists = (filters < sizes.K)[:, None]
     if FLAT:
         length = TAPS.R * TAPS.S * sizes.C
-        element = column * TILE.channels + tl.arange(0, TILE.channels)
+        element = column * TILE.channels + first + tl.arange(0, WIDTH)
         return (filters * length)[:, None] + element[None, :], exists & (element < length)[None, :]
     else:
         taps: tl.constexpr = TAPS.R * TAPS.S
         c, c_end = own_channels(k, sizes, TAPS, TILE, SPANS)
-        channels = c + column // taps * TILE.channels + tl.arange(0, TILE.channels)
+        channels = c + column // taps * TILE.channels + first + tl.arange(0, WIDTH)
         exists = exists & (channels < c_end)[None, :]
         start = (filters * taps + column % taps)[:, None]
         if TAPS.group_channels == 0:
@@ -299,6 +318,28 @@ def elements(k, filters, column, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, 
             within = channels[None, :] - (filters // TAPS.group_filters * TAPS.group_channels)[:, None]
             exists = exists & (within >= 0) & (within < TAPS.group_channels)
             return start * TAPS.group_channels + within, exists
+
+
+@triton.jit
+def where(
+    k,
+    filters,
+    exists,
+    column,
+    first,
+    sizes,
+    WIDTH: tl.constexpr,
+    LOAD: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """As :func:`elements`, also of what :func:`direct` makes."""
+    if LOAD is None:
+        return (filters * (TAPS.R * TAPS.S * TAPS.group_channels) + column)[:, None], exists[:, None]
+    else:
+        return elements(k, filters, column, first, sizes, WIDTH, TAPS, TILE, FLAT, SPANS)
 
 
 @triton.jit
@@ -372,35 +413,43 @@ def wgrad(
             dz, y, x, first, end, p_tiles, q_tiles, column, filters, coefficients, sizes, GRADIENT, PROLOGUE, prologue_args,
             TAPS, TILE, WIDE,
         )  # fmt: skip
-        offsets = (filters * (TAPS.R * TAPS.S * TAPS.group_channels) + column)[:, None]
-        mask = exists[:, None]
     else:
         acc = main_loop(
             dz, y, x, first, end, p_tiles, q_tiles, column, k, coefficients, sizes, GRADIENT, PROLOGUE, prologue_args,
             LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, BARE, PRECISION, WIDE,
         )  # fmt: skip
-        offsets, mask = elements(k, filters, column, sizes, TAPS, TILE, FLAT, SPANS)
-
     if SHARED:
         groups = tl.cdiv(shares.shares, shares.group)
         own = share // shares.group
         start = own * shares.group
         of_group = tl.minimum(shares.shares - start, shares.group)
         counters = shares.counters + tile * shares.counters_of
-        tl.store(shares.partials + share.to(tl.int64) * shares.size + offsets, acc, mask=mask)
+        C: tl.constexpr = acc.shape[1]
+        SIZE: tl.constexpr = TILE.filters * C
+        WIDTH: tl.constexpr = min(C, max(16, PIECE // TILE.filters))
+        parts = shares.partials + tile.to(tl.int64) * (shares.shares * SIZE)
+        tl.store(parts + share * SIZE + part_offsets(TILE.filters, C, C), acc)
         if arrive(counters + own, of_group):
-            of_first = shares.partials + start.to(tl.int64) * shares.size
-            acc = ordered_sum(of_first, of_group, shares.size, offsets, mask)
-            tl.debug_barrier()  # no thread still reads the partials that are written over
-            tl.store(of_first + offsets, acc, mask=mask)
+            of_first = parts + start * SIZE
+            for piece in range(0, C, WIDTH):
+                total = ordered_sum(of_first + piece, of_group, SIZE, TILE.filters, WIDTH, C)
+                tl.debug_barrier()  # no thread still reads the partials that are written over
+                tl.store(of_first + piece + part_offsets(TILE.filters, WIDTH, C), total)
             if arrive(counters + groups, groups):
-                acc = ordered_sum(shares.partials, groups, shares.group * shares.size, offsets, mask)
-                write(
-                    acc, offsets, mask, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED,
-                    BATCH,
+                inner = tl.zeros((TILE.filters,), dtype=tl.float32)
+                for piece in range(0, C, WIDTH):
+                    total = ordered_sum(parts + piece, groups, shares.group * SIZE, TILE.filters, WIDTH, C)
+                    offsets, mask = where(k, filters, exists, column, piece, sizes, WIDTH, LOAD, TAPS, TILE, FLAT, SPANS)
+                    of_piece = write_tile(total, offsets, mask, filters, exists, results, given, SCALED)
+                    if results.dgamma is not None:
+                        inner += of_piece
+                write_rest(
+                    inner, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH
                 )  # fmt: skip
     else:
-        write(acc, offsets, mask, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH)
+        offsets, mask = where(k, filters, exists, column, 0, sizes, acc.shape[1], LOAD, TAPS, TILE, FLAT, SPANS)
+        inner = write_tile(acc, offsets, mask, filters, exists, results, given, SCALED)
+        write_rest(inner, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH)
 
 
 @triton.jit

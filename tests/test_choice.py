@@ -108,6 +108,64 @@ def test_resident_programs_by_hand() -> None:
     assert model.resident(limits("sm_80"), 16, 0, 4) == (16, "warps")
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_few_tiles_are_shared_and_many_are_not(arch: str) -> None:
+    """Batch 1: the 7x7 layers have 16 tiles. What fills the machine is left whole, and so is what has no steps to share."""
+    device = typical(arch)
+    assert device is not None
+    shared = 0
+    for launch in [*launches("infer", 1), *launches("train", 1), *launches("infer")]:
+        if launch.kind not in ("conv", "dgrad"):
+            continue
+        tile = choose(launch, arch, whole_only=True).tile
+        assert isinstance(tile, Tile)
+        tiles = model.tiles_of(launch, tile)
+        shared += tile.splits > 1
+        if tiles >= device.multiprocessors:
+            assert tile.splits == 1
+        else:
+            whole = model.predict(launch, replace(tile, splits=1), device).seconds
+            told = model.predict(launch, tile, device)
+            assert told.seconds <= 1.011 * whole and told.programs == tiles * tile.splits
+            assert 2 * tile.splits <= max(2, model.steps_of(launch, tile))
+    assert shared > 10
+    seven = next(launch for launch in launches("infer", 1) if (launch.geometry.C, launch.geometry.R) == (512, 3))
+    assert "programs share a tile" in choose(seven, arch).reason
+
+
+def test_shares_cost_memory_and_waiting_by_hand() -> None:
+    """7x7, 512 channels, batch 1: 2 by 8 tiles of 32 by 64, 8 shares of 9 steps, parts of 8 KiB written and read once."""
+    launch = next(
+        launch for launch in launches("infer", 1) if (launch.geometry.C, launch.geometry.R, launch.geometry.H) == (512, 3, 7)
+    )
+    tile = Tile(1, 4, 8, 64, 64, num_stages=4, splits=8)
+    whole, told = (model.predict(launch, replace(tile, splits=splits), H200) for splits in (1, 8))
+    assert (whole.programs, told.programs) == (16, 128)
+    assert told.memory_bytes - whole.memory_bytes == 2 * 16 * 8 * 32 * 64 * 4
+    assert told.seconds < whole.seconds / 2
+
+
+def test_what_the_l2_cannot_hold_is_read_again_by_hand() -> None:
+    """8192 by 8192 by 8192 in bf16: 128 MiB an operand. Tiles of 128 by 128: 64 by 64 of them, 132 at once.
+
+    In bands of 64 tiles a wave has all pixels and two columns of filters: 32 waves read the pixels, one each the filters. In
+    bands of 1 tile, two waves' rows together read all filters: 32 waves again. Bands of 8: the pixels of a band (16 MiB) stay,
+    the filters come once a band.
+    """
+    g = Geometry(1, 1, 8192, 8192, 8192, 1, 1)
+    operands = (("x", "x"), ("w", "w"))
+    sizes = tuple((role, 8192 * 8192 * 2) for role in ("x", "w", "y"))
+    launch = Launch("conv", "layer", g, torch.bfloat16, operands, (("y", "y"),), sizes=sizes)
+    tile = Tile(1, 1, 128, 128, 64, num_warps=8)
+    again = {group: model.refetched(launch, replace(tile, group=group), H200, 1) / 2**27 for group in (1, 8, 64)}
+    assert again == {1: 31, 8: 7, 64: 31}
+    assert choice.order_of_programs(launch, tile, H200, 1) not in (1, 64)
+    for small in launches("infer"):
+        if small.kind == "conv":
+            chosen = choose(small, "sm_90").tile
+            assert isinstance(chosen, Tile) and model.refetched(small, chosen, H200, 1) == 0
+
+
 def test_no_tile_that_spills_is_known() -> None:
     for launch in launches("train"):
         assert all(registers <= 240 for registers in registers_of(launch, "sm_90").values())

@@ -1,13 +1,14 @@
 """Compiles every kind of launch with every shape of tile; writes registers and spills to fused_resnet/tuning/registers.json.
 
-``python tools/tile_registers.py [sm_90 ...]``: some architectures, all by default; about ten minutes each on a core.
+``python tools/tile_registers.py [sm_90 ...] [--only "wgrad identity"]``: some architectures, all by default; about ten minutes
+each on a core, less for only those kinds of launches that start so.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -72,13 +73,13 @@ def write(data: dict[str, Any]) -> None:
     DATA.write_text(text + "\n", encoding="utf-8")
 
 
-def main(archs: list[str]) -> None:
+def main(archs: list[str], only: str) -> None:
     """Compile, and write after every launch."""
     data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {"compiled": {}}
     data["about"] = "rows x columns x warps of a product -> [registers a thread, bytes spilled]; compiled, bf16, ungrouped"
     data["triton"] = triton.__version__
     for arch in archs or ARCHS:
-        for launch in LAUNCHES:
+        for launch in (launch for launch in LAUNCHES if str(class_of(launch)).startswith(only)):
             rows: dict[str, list[int]] = {}
             for m, n, warps in SHAPES:
                 tile = shaped(launch, m, n, warps, arch)
@@ -96,4 +97,8 @@ def main(archs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("archs", nargs="*")
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    main(asked.archs, asked.only)

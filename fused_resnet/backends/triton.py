@@ -23,7 +23,7 @@ from ..tuning.pieces import dy_slot
 from ..tuning.tile import Strip
 from . import triton_elementwise, workspace
 from .derived import channels_last_filters
-from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets, outputs_of, slope_of
+from .triton_start import Meeting, Start, View, arch_of, begin, gpu_of, needs_wide_offsets, outputs_of, shares_of, slope_of
 
 #: Launches of a plan leave tensors for each other, see :mod:`fused_resnet.backends`.
 shares = True
@@ -266,7 +266,7 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         "PIXELS": boxes.PIXELS[pixels] if pixels else None,
         "FILTERS": boxes.FILTERS[filters] if filters else None,
         "TAPS": boxes.Taps(g.R, g.S, *g.stride, *g.padding, *g.dilation, *per_group),
-        "TILE": tile,
+        "TILE": replace(tile, splits=1),  # not a constant: it changes with the batch
         "PIXELS_FIRST": launch.prologue != "identity",
         "FLAT": pixels == "flat",
         "SPANS": filters == "block_diagonal",
@@ -274,25 +274,28 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         "WIDE": needs_wide_offsets(g.x_shape, g.w_shape, g.y_shape) if wide is None else wide,
     }
     sizes = boxes.Sizes(N, H, W, C, g.K, g.P, g.Q)
-    counters = partials = group = 0
+    filter_tiles = ceil(g.K / tile.filters)
+    pixel_tiles = tile.programs(g) // filter_tiles
+    # A grouped tile that may be computed again is computed by one program.
+    meeting = Meeting(1 if pixels is None or constants["SPANS"] else tile.splits, tile.programs(g), tile.pixels * tile.filters)
+    group = 0
     if launch.epilogue in epilogues.AFTERS:
-        filter_tiles = ceil(g.K / tile.filters)
-        pixel_tiles = tile.programs(g) // filter_tiles
         group = workspace.group_of(pixel_tiles)
         counters = filter_tiles * workspace.counters_of(pixel_tiles) + 1
-        partials = pixel_tiles * (2 * g.K + filter_tiles)
+        meeting = replace(meeting, counters=counters, partials=pixel_tiles * (2 * g.K + filter_tiles))
     return Start(
         conv.conv_forward,
-        tile.programs(g),
+        meeting.tiles * meeting.splits,
         constants,
         sizes,
         x_view,
         w_view,
         tile.num_warps,
         tile.num_stages,
-        counters,
-        partials,
+        meeting.all_counters,
+        meeting.all_partials,
         group,
+        meeting.numbers(),
     )
 
 
@@ -322,6 +325,7 @@ def bind(
         "y": outputs["y"],
         "sizes": start.sizes,
         "exact": (x, w) if constants["SPANS"] or constants["PIXELS"] is None else None,
+        "shares": shares_of(start, space),
         "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
         "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
         "slope": slope_of(launch),

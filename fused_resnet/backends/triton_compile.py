@@ -255,8 +255,7 @@ def tile_of(start: Start) -> Tile | Strip | None:
     constants = start.constants
     if "TILE" in constants:
         tile: Tile = constants["TILE"]
-        splits = getattr(start, "numbers", {}).get("shares", tile.splits)  # wgrad's change with the batch: no constant
-        return replace(tile, splits=splits)
+        return replace(tile, splits=start.numbers.get("shares", 1))  # they change with the batch: no constant
     if "CHANNELS" in constants:
         return Strip(constants["PIXELS"], constants["CHANNELS"], constants.get("STEPS", 1), start.num_warps)
     return None

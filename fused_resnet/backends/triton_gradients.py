@@ -20,7 +20,7 @@ from ..tuning import Tile, choose
 from . import workspace
 from .derived import channels_last_filters
 from .triton import has_tma, loads, one_row, tf32_allowed
-from .triton_start import Start, View, arch_of, begin, gpu_of, needs_wide_offsets, slope_of
+from .triton_start import Meeting, Start, View, arch_of, begin, gpu_of, needs_wide_offsets, shares_of, slope_of, whole_lines
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,11 +112,9 @@ class GradientStart(Start):
     """A start of one of the gradients' kernels.
 
     Attributes:
-        numbers: what else the kernel is given that is neither constant nor tensor.
         views: descriptors by role; what has none is a plain pointer.
     """
 
-    numbers: Mapping[str, int] = field(default_factory=dict)
     views: Mapping[str, View] = field(default_factory=dict)
 
 
@@ -214,25 +212,33 @@ def _plan_dgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         "BACKWARD": activations.ACTIVATIONS[launch.activation][1],
         "LOAD": gradients.LOADS[load] if load else None,
         "FILTERS": boxes.FILTERS[filters] if filters else None,
-        "TILE": tile,
+        "TILE": replace(tile, splits=1),  # not a constant: it changes with the batch
         "PERIODS": tuple(stride // gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)),
         "PIXELS_FIRST": launch.gradient != "identity",
         "SPANS": filters == "block_diagonal",
     }
     sums = len(launch.outputs) - 1
     numbers = {"counters_of": workspace.counters_of(pixel_tiles), "group": workspace.group_of(pixel_tiles)}
+    # A grouped tile that may be computed again is computed by one program.
+    meeting = Meeting(
+        1 if load is None or constants["SPANS"] else tile.splits,
+        pixel_tiles * channel_tiles,
+        tile.pixels * tile.channels,
+        channel_tiles * numbers["counters_of"] if sums else 0,
+        sums * pixel_tiles * g.C,
+    )
     return GradientStart(
         dgrad.dgrad,
-        pixel_tiles * channel_tiles,
+        meeting.tiles * meeting.splits,
         constants,
         _sizes(g),
         None,
         None,
         tile.num_warps,
         tile.num_stages,
-        counters=channel_tiles * numbers["counters_of"] if sums else 0,
-        partials=sums * pixel_tiles * g.C,
-        numbers=numbers,
+        counters=meeting.all_counters,
+        partials=meeting.all_partials,
+        numbers=numbers | meeting.numbers(),
         views=views,
     )
 
@@ -264,16 +270,15 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
     }
     columns = _columns(g, tile, pixels, spans)
     rows = ceil(g.K / tile.filters)
-    size = prod(g.w_shape)
+    size = rows * columns * tile.filters * (tile.channels if pixels else 1)
     per_filter = _dgamma(launch)
     counters_of = workspace.counters_of(tile.splits) if tile.splits > 1 else 0
     numbers = {
         "columns": columns,
         "shares": tile.splits,
         "group": workspace.group_of(tile.splits),
-        "size": size,
         "counters_of": counters_of,
-        "products": _whole(tile.splits * size) if tile.splits > 1 else 0,
+        "products": whole_lines(tile.splits * size) if tile.splits > 1 else 0,
     }
     return GradientStart(
         wgrad.wgrad,
@@ -289,11 +294,6 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         numbers=numbers,
         views=views,
     )
-
-
-def _whole(elements: int) -> int:
-    """Rounded up, so that what follows starts at a whole line of the caches."""
-    return ceil(elements / 32) * 32
 
 
 def _dgamma(launch: Launch) -> bool:
@@ -366,9 +366,7 @@ def bind(
     numbers = start.numbers
     if launch.kind == "wgrad":
         products = None if partials is None or not _dgamma(launch) else partials[numbers["products"] :]
-        shares = wgrad.Shares(
-            numbers["shares"], numbers["group"], numbers["size"], partials, counters, numbers["counters_of"], products
-        )
+        shares = wgrad.Shares(numbers["shares"], numbers["group"], partials, counters, numbers["counters_of"], products)
         return {
             "dz": viewed["dz"],
             "y": viewed["y"] if reads_y else None,
@@ -390,6 +388,7 @@ def bind(
         "dx": outputs["dx"],
         "sizes": start.sizes,
         "exact": exact if constants["SPANS"] or constants["LOAD"] is None else None,
+        "shares": shares_of(start, space),
         "outputs": tuple(outputs[role] for role, _ in launch.outputs[1:]),
         "sums": dgrad.Sums(partials, counters, numbers["counters_of"], numbers["group"]) if len(launch.outputs) > 1 else None,
         "epilogue_args": tuple(named.get(name) for name in gradients.EPILOGUES[launch.epilogue][1]),

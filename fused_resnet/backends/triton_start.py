@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels.finish import Shares
 from ..launch import Launch
 from . import record_kernel, workspace
 
@@ -33,6 +34,7 @@ class Start:
         num_warps, num_stages: for the compiler.
         counters, partials: int32 zeros and fp32 numbers its programs need to finish together, see :mod:`.workspace`.
         group: tiles that the first level of that merges.
+        numbers: what else the kernel is given that is neither constant nor tensor.
     """
 
     kernel: Any
@@ -46,6 +48,7 @@ class Start:
     counters: int = 0
     partials: int = 0
     group: int = 0
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     def workspace(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Counters and partials for one launch on the current stream."""
@@ -55,6 +58,56 @@ class Start:
         if device.type == "meta":
             return torch.empty(self.counters, dtype=torch.int32, device=device), partials
         return workspace.counters(device, self.counters), partials
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What the programs of a convolution's launch need to finish together: for its tiles' shares, and behind its tiles.
+
+    In the workspace the sums' counters and partials come first, behind them those of the shares.
+
+    Attributes:
+        splits: programs that share the sum of a tile.
+        tiles: tiles of the output.
+        size: accumulators of a tile.
+        counters, partials: what is behind the tiles needs.
+    """
+
+    splits: int
+    tiles: int
+    size: int
+    counters: int = 0
+    partials: int = 0
+
+    @property
+    def all_counters(self) -> int:
+        """Of both."""
+        return self.counters + (self.tiles if self.splits > 1 else 0)
+
+    @property
+    def all_partials(self) -> int:
+        """Of both; the second ones start at a whole line of the caches."""
+        return whole_lines(self.partials) + self.splits * self.tiles * self.size if self.splits > 1 else self.partials
+
+    def numbers(self) -> dict[str, int]:
+        """For :attr:`Start.numbers`; :func:`shares_of` reads them."""
+        names = {"shares": self.splits, "tiles": self.tiles}
+        return names | {"counters_behind": self.counters, "partials_behind": whole_lines(self.partials)}
+
+
+def whole_lines(elements: int) -> int:
+    """Elements of 4 bytes, rounded up so that what follows starts at a whole line of the caches."""
+    return ceil(elements / 32) * 32
+
+
+def shares_of(start: Start, space: tuple[Tensor | None, Tensor | None]) -> Shares | None:
+    """The kernel's ``shares``. ``space``: counters and partials, see :meth:`Start.workspace`."""
+    numbers = start.numbers
+    counters, partials = space
+    if numbers["shares"] == 1 or counters is None or partials is None:
+        return None
+    behind = partials[numbers["partials_behind"] :], counters[numbers["counters_behind"] :]
+    return Shares(numbers["shares"], numbers["tiles"], *behind)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 #: A launch is taken apart only where the model sees this much in it: it is not that exact.
 WORTH = 0.9
 
+#: Tiles of pixels in a band (kernels/boxes.py) that are tried.
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+
+#: Shares of a tile's sum that are tried for conv and dgrad (kernels/finish.py), at least two steps each.
+SPLITS = (2, 3, 4, 6, 8, 12, 16)
+#: Accumulators a warp up to which a tile is shared: the parts on their way when they are joined are four times that. (Compiled,
+#: sm_90: 72 registers a thread for 16 accumulators, 136 for 32.)
+SHARED_AREA = 32 * 32
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -55,8 +64,9 @@ def by_rule(launch: Launch, arch: str, tf32: bool = False) -> Tile | Strip:
     return choose_strip(launch, arch)
 
 
-def _splits(launch: Launch, tile: Tile, slots: int) -> list[int]:
-    """Into how many shares the reduction of a tile may go, ``slots`` programs fitting on the device at once."""
+def _splits(launch: Launch, tile: Tile, held: int, multiprocessors: int) -> list[int]:
+    """Into how many shares the sum of a tile may go; ``held``: programs that a multiprocessor holds at once."""
+    slots = held * multiprocessors
     g = launch.geometry
     assert isinstance(g, Geometry)
     if launch.kind == "wgrad":
@@ -67,7 +77,17 @@ def _splits(launch: Launch, tile: Tile, slots: int) -> list[int]:
         steps = prod(ceil(n / m) for n, m in zip(extents, box, strict=True))
         wanted = {max(1, waves * slots // tiles) for waves in (1, 2, 3)} | {1}
         return sorted(min(share, max(1, steps // 4)) for share in wanted)
-    return [1]
+    # conv and dgrad: only where the tiles leave multiprocessors without work, and at most one wave.
+    tiles = model.tiles_of(launch, tile)
+    if tiles >= multiprocessors or g.groups > 1 or model.tile_area(launch, tile) > SHARED_AREA * tile.num_warps:
+        return [1]
+    steps = int(model.steps_of(launch, tile))
+    return [1, *(share for share in SPLITS if share * tiles <= slots and 2 * share <= steps)]
+
+
+def order_of_programs(launch: Launch, tile: Tile, device: Device, held: int) -> int:
+    """The order of programs that reads least from memory twice; the tile's own where others do not better it."""
+    return min((tile.group, *GROUPS), key=lambda group: model.refetched(launch, replace(tile, group=group), device, held))
 
 
 def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[float, Tile | Strip]]:
@@ -81,18 +101,27 @@ def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[flo
             continue
         shared = model.staged_bytes(launch, tile)
         # Fewer stages where that makes room for another program.
-        options = {tile.num_stages, *(stages for stages in (2, 3) if stages < tile.num_stages)}
-        for stages in sorted(options):
+        depths = {tile.num_stages, *(stages for stages in (2, 3) if stages < tile.num_stages)}
+        for stages in sorted(depths):
             held = model.resident(limit, registers, shared * stages + 1024, warps)[0]
-            for splits in _splits(launch, tile, held * device.multiprocessors):
+            for splits in _splits(launch, tile, held, device.multiprocessors):
                 option = replace(tile, num_stages=stages, splits=splits)
+                option = replace(option, group=order_of_programs(launch, option, device, held))
                 predicted = model.predict(launch, option, device, registers=registers, tf32=tf32)
                 found.append((predicted.seconds, option))
     if not found:
-        found.append((model.predict(launch, rule, device, tf32=tf32).seconds, rule))
+        options: list[Tile | Strip] = [rule]
+        if isinstance(rule, Tile) and launch.kind in ("conv", "dgrad"):
+            options = [replace(rule, splits=splits) for splits in _splits(launch, rule, 1, device.multiprocessors)]
+        found = [(model.predict(launch, one, device, tf32=tf32).seconds, one) for one in options]
     best = min(seconds for seconds, _ in found)
-    # Of tiles that should take the same time, to a hundredth, the one that has more loads on their way.
-    return sorted(found, key=lambda pair: (round(pair[0] / best, 2), -getattr(pair[1], "num_stages", 0), pair[0]))
+
+    # Of tiles that should take the same time, to a hundredth, the one that has more loads on their way, then fewer shares.
+    def order(pair: tuple[float, Tile | Strip]) -> tuple[float, int, int, float]:
+        seconds, tile = pair
+        return round(seconds / best, 2), -getattr(tile, "num_stages", 0), getattr(tile, "splits", 1), seconds
+
+    return sorted(found, key=order)
 
 
 def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Strip]:
@@ -127,6 +156,8 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
     best, tile = ranked(launch, device, tf32)[0]
     expected = model.predict(launch, tile, device, tf32=tf32)
     by, fused = f"by the model of {device.name}", f"fused {best * 1e6:.1f} us ({expected.bound})"
+    if launch.kind in ("conv", "dgrad") and isinstance(tile, Tile) and tile.splits > 1:
+        fused += f", {tile.splits} programs share a tile"
     pair = None if whole_only else _apart(launch, device, tf32)
     if pair is None:
         return Choice("fused", tile, best, f"{by}: {fused}")

@@ -7,8 +7,9 @@ resources of its multiprocessor, and of the memory all share:
 matrix      FLOPs with all padding (rim of the box, filters past K, chunks past C), at the sustained matrix rate
 l2          bytes a program loads and stores, each tap anew, at the multiprocessor's part of the L2 bandwidth
 vector      operations of prologue, epilogue and statistics, at one instruction a lane and clock
-latency     a step cannot start before its loads are there; ``stages - 1`` steps are on their way at once
-memory      every operand once (what the L2 holds is not read again), partial results on top
+latency     a step cannot start before its loads are there; ``stages - 1`` steps are on their way at once. Where programs
+            share a tile, its last one waits for the others' parts, some at a time
+memory      every operand once, and again what the L2 cannot hold (:func:`refetched`), partial results on top
 ==========  ======================================================================================================
 
 One resident program does its phases one after the other; ``resident`` programs overlap, so a multiprocessor lies between the
@@ -21,7 +22,7 @@ with them are called predictions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 #: Cycles from a load's issue to its data (a bulk load through the L2), and what a program spends before its first step.
 LOAD_CYCLES, START_CYCLES = 800, 1500
+#: Part of the L2 that is counted on to hold operands: results pass through it too, and it is not managed by us.
+L2_HOLDS = 0.5
+#: Partial results of a tile that its last program has on their way at once (kernels/finish.py).
+SHARES_AT_ONCE = 4
 #: Seconds between two launches of one stream.
 LAUNCH_SECONDS = 1.5e-6
 #: Instructions an element: prologues and gradients on load (convert, normalise, clamp, mask, convert back), epilogues.
@@ -90,6 +95,8 @@ class _Work:
     end_vector: float
     extra_bytes: float = 0.0  # of memory, all programs: partial results
     narrow: int = 128  # smaller side of the product
+    joined_bytes: float = 0.0  # partial results that the last program of a tile reads
+    joined_turns: int = 0  # how many times it waits for some of them, and for an atomic
 
 
 def resident(limit: Limits, registers: int, shared: int, num_warps: int) -> tuple[int, str]:
@@ -155,6 +162,24 @@ def _chunks(g: Geometry, channels: int, filters: int) -> int:
     return max(1, ceil(min(spanned, g.C) / channels))
 
 
+def _shared(work: _Work, splits: int, result: float) -> _Work:
+    """A tile's steps shared between ``splits`` programs, see :class:`..kernels.finish.Shares`. ``result``: elements of a tile.
+
+    Every program writes its part in fp32; the last one of a tile waits for an atomic, then reads all parts, some at a time.
+    """
+    if splits == 1:
+        return work
+    part = 4 * result
+    return replace(
+        work,
+        programs=work.programs * splits,
+        steps=ceil(work.steps / splits),
+        extra_bytes=2 * part * work.programs * splits,
+        joined_bytes=part * (splits + 1),
+        joined_turns=1 + ceil(splits / SHARES_AT_ONCE),
+    )
+
+
 def _product(launch: Launch, tile: Tile) -> _Work:
     g = launch.geometry
     assert isinstance(g, Geometry)
@@ -171,7 +196,7 @@ def _product(launch: Launch, tile: Tile) -> _Work:
         steps = ceil(g.R * g.S * g.C / tile.channels) if flat else g.R * g.S * _chunks(g, tile.channels, tile.filters)
         tiles = _covered(extents, box) * ceil(g.K / tile.filters)
         reads = 1 + ("shortcut" in launch.roles)
-        return _Work(
+        work = _Work(
             tiles,
             steps,
             2 * M * tile.filters * tile.channels,
@@ -181,6 +206,7 @@ def _product(launch: Launch, tile: Tile) -> _Work:
             M * tile.filters * at_end,
             narrow=min(M, tile.filters),
         )
+        return _shared(work, tile.splits, M * tile.filters)
     if launch.kind == "dgrad":
         classes = prod(g.stride)
         rows, columns = (ceil(n / s) for n, s in zip((g.H, g.W), g.stride, strict=True))
@@ -190,7 +216,7 @@ def _product(launch: Launch, tile: Tile) -> _Work:
         )
         tiles = classes * _covered(extents, box) * ceil(g.C / tile.channels)
         reads = 1 + ("dshortcut" in launch.roles) + (launch.epilogue in ("mask", "bn_mask"))
-        return _Work(
+        work = _Work(
             tiles,
             walked,
             2 * M * tile.filters * tile.channels,
@@ -200,23 +226,72 @@ def _product(launch: Launch, tile: Tile) -> _Work:
             M * tile.channels * at_end,
             narrow=min(M, tile.channels),
         )
+        return _shared(work, tile.splits, M * tile.channels)
     flat = g.groups == 1 and g.C * size % 16 != 0
     columns = ceil(g.R * g.S * g.C / tile.channels) if flat else g.R * g.S * _chunks(g, tile.channels, tile.filters)
     tiles = ceil(g.K / tile.filters) * columns
     boxes = _covered(extents, box)
     on_load = tile.channels * (_ON_LOAD[launch.prologue] + (8 if flat else 0)) + tile.filters * _ON_LOAD[launch.gradient]
-    partials = tiles * tile.filters * tile.channels * 4 * tile.splits if tile.splits > 1 else 0
+    part = tile.filters * tile.channels * 4 if tile.splits > 1 else 0
+    group = max(8, ceil(tile.splits**0.5))  # the two levels of kernels/finish.py
+    levels = min(group, tile.splits), ceil(tile.splits / group)
+    pieces = ceil(tile.filters * tile.channels / 4096)  # a tile is joined piece by piece
     return _Work(
         tiles * tile.splits,
         ceil(boxes / tile.splits),
         2 * M * tile.filters * tile.channels,
         M * (tile.filters * (1 + reads_y) + tile.channels) * size,
         M * on_load,
-        tile.filters * tile.channels * (4 if tile.splits > 1 else size),
+        part or tile.filters * tile.channels * size,
         tile.filters * tile.channels * 2,
-        2 * partials,
+        2 * part * tiles * tile.splits,
         min(tile.filters, tile.channels),
+        part * (sum(levels) + 1),
+        sum(1 + pieces * ceil(level / SHARES_AT_ONCE) for level in levels) if part else 0,
     )
+
+
+def tiles_of(launch: Launch, tile: Tile) -> int:
+    """Tiles of the output of a conv, dgrad or wgrad."""
+    return _product(launch, replace(tile, splits=1)).programs
+
+
+def steps_of(launch: Launch, tile: Tile) -> float:
+    """Steps of the main loop that a tile takes, of a dgrad on average."""
+    return _product(launch, replace(tile, splits=1)).steps
+
+
+def refetched(launch: Launch, tile: Tile, device: Device, held: int) -> int:
+    """Bytes that come from memory more than once, since the L2 has let go of them; ``held``: programs of a multiprocessor.
+
+    conv, dgrad: programs run band by band (:func:`..kernels.boxes.in_bands`), ``tile.group`` tiles of pixels by all tiles of
+    filters. A band's pixels are read once if the L2 holds them beside a tile of filters, else by every wave of the band. The
+    filters are read once if it holds them beside the band's pixels and results, else by every band (every wave, if one takes
+    several bands). wgrad: all tiles of a share run before the next share. If that is more than a wave, each wave reads the
+    share's pixels, from the L2 if it holds them.
+    """
+    size = dict(launch.sizes)
+    wave = device.multiprocessors * held
+    holds = L2_HOLDS * device.l2_mib * 2**20
+    tiles = tiles_of(launch, tile)
+    if launch.kind == "wgrad":
+        pixels = sum(size.get(role, 0) for role in ("dz", "x", *(("y",) if launch.gradient == "bn_backward" else ())))
+        return 0 if pixels / tile.splits <= holds else pixels * (ceil(tiles / wave) - 1)
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    columns = ceil(g.K / tile.filters) if launch.kind == "conv" else ceil(g.C / tile.channels)
+    rows = tiles // columns
+    part = min(tile.group / rows, 1.0)
+    reads = ("x",) if launch.kind == "conv" else ("dz", "y") if launch.gradient == "bn_backward" else ("dz",)
+    pixels, filters = sum(size.get(role, 0) for role in reads), size.get("w", 0)
+    others = sum(size.values()) - pixels - filters
+    waves_of_band = ceil(min(tile.group, rows) * columns / wave)
+    again = 0
+    if part * pixels + filters / columns > holds:
+        again += pixels * (waves_of_band - 1)
+    if part * (pixels + others) + filters > holds:
+        again += filters * (min(ceil(rows / tile.group), ceil(tiles / wave)) - 1)
+    return again
 
 
 def _strip(launch: Launch, strip: Strip) -> _Work:
@@ -254,6 +329,9 @@ def predict(
     if isinstance(tile, Tile):
         work = _product(launch, tile)
         registers = expected_registers(launch, tile, device.arch) if registers is None else registers
+        if tile.splits > 1 and launch.kind != "wgrad":
+            a_thread = ceil(tile_area(launch, tile) / (limit.warp * tile.num_warps))
+            registers = max(registers, SHARES_AT_ONCE * a_thread + 12)
         shared = staged_bytes(launch, tile) * tile.num_stages if shared is None else shared
         stages, num_warps = tile.num_stages, tile.num_warps
     else:
@@ -289,7 +367,11 @@ def predict(
     busiest = max(resources, key=lambda name: resources[name])
     overlapped = max(resources[busiest], turns * work.steps * own)
     on_chip = max(overlapped, overlapped + (serial - overlapped) / together)
+    # The last program of a tile works alone: nobody else is left to hide what it waits for.
+    on_chip += max(work.joined_turns * LOAD_CYCLES / clock, work.joined_bytes / l2_rate)
     memory_bytes = launch.bytes + int(work.extra_bytes)
+    if isinstance(tile, Tile):
+        memory_bytes += refetched(launch, tile, device, held)
     memory = memory_bytes / device.bandwidth
     seconds = max(on_chip, memory) + LAUNCH_SECONDS
     if memory >= on_chip:

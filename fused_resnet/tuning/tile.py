@@ -23,7 +23,7 @@ class Tile:
         num_warps: warps (wavefronts on AMD) of a program.
         num_stages: steps whose loads are in flight at once.
         group: pixel tiles that go through all filters before the next ones start (what the L2 holds).
-        splits: of a weights' gradient, programs that share the pixels of one tile.
+        splits: programs that share the sum of one tile: of a weights' gradient its pixels, else steps of the main loop.
 
     In the gradients (:func:`choose_gradient_tile`) the extents are of the same axes in other parts. dgrad: a box of *input*
     pixels (of one class, see kernels/dgrad.py) by ``channels``, ``filters`` a step. wgrad: ``filters`` by ``channels``, a box
@@ -102,9 +102,10 @@ def power_of_two(size: int, low: int, high: int) -> int:
 def best_box(pixels: int, g: Geometry) -> tuple[int, int, int]:
     """Box (images, rows, columns) of ``pixels`` output pixels that covers the output of ``g`` at the least cost.
 
-    Cost: pixels computed for each that exists (8x16 on 14x14 images computes 31% too much, on 28x28 too), plus an eighth of the
-    input pixels read for each: a box of many images shares no halo between its taps, and the caches must do more. That gives
-    2x8x8 for 56x56 and 7x7, 8x4x4 for 28x28 and 4x2x16 for 14x14.
+    Cost: pixels computed for each that exists (8x16 on 14x14 images computes 31% too much, on 28x28 too). Each is loaded from
+    the L2 anew for every tap, whatever the box, so what the taps of a box share decides only between boxes of about one cover:
+    a 64th of the input pixels under them. That gives 2x8x8 for 56x56, 8x4x4 for 28x28, 32x2x2 for 14x14 and, in large batches,
+    one pixel of 128 images for 7x7: it is loaded in rows of 128 bytes like any other.
     """
 
     def cost(box: tuple[int, int, int]) -> tuple[float, int]:
@@ -113,7 +114,7 @@ def best_box(pixels: int, g: Geometry) -> tuple[int, int, int]:
         height = min((rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1, rows * g.R)  # a strided 1x1 skips rows
         width = min((columns - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1, columns * g.S)
         halo = height * width / (rows * columns * prod(g.stride))
-        return covered / (g.N * g.P * g.Q) + halo / 8, -columns
+        return covered / (g.N * g.P * g.Q) + halo / 64, -columns
 
     powers = [1 << i for i in range(pixels.bit_length())]
     return min(

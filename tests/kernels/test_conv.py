@@ -340,8 +340,8 @@ def test_the_rules_boxes() -> None:
 
     assert box(56) == (2, 8, 8)
     assert box(28) == (8, 4, 4)
-    assert box(14) == (4, 2, 16)
-    assert box(7) == (2, 8, 8)
+    assert box(14) == (32, 2, 2)
+    assert box(7) == (128, 1, 1)
 
 
 @pytest.mark.parametrize(("legacy", "allowed"), [(True, True), (False, False)])
