@@ -19,8 +19,8 @@ def make(num_classes: int, network: str, pool: int = 1, **arguments: Any) -> nn.
 def responses(model: nn.Module, x: Tensor) -> list[float]:
     """Standard deviation of each layer's response to ``x``, in order: behind the BatchNorm, in front of ReLU and sum.
 
-    Figure 7 of the paper. BatchNorms of projection shortcuts are left out. In eval mode; while it is watched each block runs its
-    modules one by one.
+    Figure 7 of the paper. BatchNorms of projection shortcuts are left out. In eval mode; while it is watched each block runs
+    its modules one by one.
     """
     found: list[float] = []
     hooks = [

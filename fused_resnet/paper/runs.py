@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .scales import Run, Scale
-from .worker import DONE
+from .worker import is_done
 
 
 class RunFailed(Exception):
@@ -57,14 +57,7 @@ def job_of(scale: Scale, run: Run, options: Options) -> dict[str, Any]:
     }
 
 
-def is_done(out: Path, run: Run) -> bool:
-    """Whether the run has come to its end before."""
-    return (out / run.name / DONE).exists()
-
-
-def everything(
-    scale: Scale, options: Options, tell: Callable[[str], None] = print, command: Sequence[str] = ()
-) -> None:
+def everything(scale: Scale, options: Options, tell: Callable[[str], None] = print, command: Sequence[str] = ()) -> None:
     """Do all runs that are not done.
 
     Args:

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 
 from .networks import responses
+from .scales import Run
 
 #: Of a run's folder.
 LOG, RESPONSES, DONE = "log.csv", "responses.json", "done.json"
 #: Images whose layer responses are looked at.
 WATCHED = 256
+
+
+def is_done(out: Path, run: Run) -> bool:
+    """Whether a run has come to its end."""
+    return (out / run.name / DONE).exists()
 
 
 def run(job: dict[str, Any]) -> None:
