@@ -5,6 +5,7 @@
 
 from .backends import backend, count_launches
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, ResidualMLP, ResNet, Stem
+from .graphs import Graphed, graphed
 from .models import (
     cifar_highway,
     cifar_plain,
@@ -31,6 +32,7 @@ __all__ = [
     "Bottleneck",
     "ConvBNReLU",
     "Explanation",
+    "Graphed",
     "ResNet",
     "ResidualMLP",
     "Stem",
@@ -41,6 +43,7 @@ __all__ = [
     "count_launches",
     "explain",
     "fuse",
+    "graphed",
     "plain18",
     "plain34",
     "resnet101",

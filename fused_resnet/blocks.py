@@ -26,7 +26,8 @@ class Fused(nn.Module):
     Attributes:
         unfused_class: the class behind, whose forward runs the children one by one.
         fused_backend: backend of this module, None to let context, environment and device decide.
-        fused_memory: what its training keeps for the backward, ``default`` or ``low``; see :func:`fused_resnet.fuse`.
+        fused_memory: what its training keeps for the backward, ``default``, ``less`` or ``low``; see
+            :func:`fused_resnet.fuse`.
     """
 
     unfused_class: ClassVar[type[nn.Module]]
@@ -46,15 +47,17 @@ class Fused(nn.Module):
         """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
         return self.run_owned(parts, x, unfused, False)[0]
 
-    def run_owned(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor], donate: bool) -> tuple[Tensor, bool]:
+    def run_owned(
+        self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor], donate: bool, drop: bool = False
+    ) -> tuple[Tensor, bool]:
         """As :meth:`run`; also whether the result was made by a chain, so that nobody else has it.
 
-        ``donate``: nobody else has ``x``, it may be written over.
+        ``donate``: nobody else has ``x``, it may be written over. ``drop``: see :func:`fused_resnet.functional.chain`.
         """
         reading = read(parts, self.fused_memory)
         if reading.chain is None or functional.transformed() or functional.unfit(reading, x):
             return unfused(x), False
-        return functional.read_chain(x, reading, self.fused_backend, donate=donate), True
+        return functional.read_chain(x, reading, self.fused_backend, donate=donate, drop=drop), True
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -114,9 +117,9 @@ class FusedResidual(Fused):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self.parts_of(self), x, super().forward)
 
-    def step(self, x: Tensor, donate: bool) -> tuple[Tensor, bool]:
+    def step(self, x: Tensor, donate: bool, drop: bool = False) -> tuple[Tensor, bool]:
         """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory."""
-        return self.run_owned(self.parts_of(self), x, super().forward, donate)
+        return self.run_owned(self.parts_of(self), x, super().forward, donate, drop)
 
 
 class FusedHighway(FusedResidual):
@@ -134,7 +137,10 @@ def watched(block: nn.Module) -> bool:
 
 
 class FusedStage(Fused):
-    """A Sequential of residual blocks. What one block hands to the next is nobody else's, so the next may write over it."""
+    """A Sequential of residual blocks. What one block hands to the next is nobody else's, so the next may write over it.
+
+    Nor has it to be kept for the backward: where ``fused_memory`` of a block is not ``default`` every second is made again.
+    """
 
     @classmethod
     def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
@@ -142,12 +148,15 @@ class FusedStage(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = False  # whether x was made by a block of this stage, and nobody saw it
-        blocks: Any = self._modules.values()
-        for block in blocks:
-            if isinstance(block, FusedResidual) and not watched(block):
-                x, ours = block.step(x, ours)
+        blocks: Any = list(self._modules.values())
+        ready = [isinstance(block, FusedResidual) and not watched(block) for block in blocks]
+        dropped = False
+        for block, fused, next_fused in zip(blocks, ready, [*ready[1:], False]):
+            if fused:
+                dropped = not dropped and next_fused and block.fused_memory != "default"
+                x, ours = block.step(x, ours, dropped)
             else:
-                x, ours = block(x), False
+                x, ours, dropped = block(x), False, False
         return x
 
 

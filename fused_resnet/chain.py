@@ -17,8 +17,9 @@ import torch
 from .activations import from_output
 from .launch import Geometry, HashedOnce, Pair, PoolGeometry, accumulation_dtype, output_size
 
-#: What training may keep for the backward: what it reads, or less, computing the last convolution and the projection again.
-MEMORY = ("default", "low")
+#: What training may keep for the backward: what it reads; or, in a stage of blocks, every second block's output made again from
+#: what else is kept (``less``); or besides the last convolution and the projection of each block computed again (``low``).
+MEMORY = ("default", "less", "low")
 #: Roles of what a training forward updates in place.
 UPDATED = ("running_mean", "running_var", "batches")
 #: Roles of the tensors that never get gradients.

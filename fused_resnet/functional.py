@@ -8,6 +8,7 @@ shapes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from .backends.derived import derived
 from .chain import BUFFERS, Chain, Layer
 from .describe import Reading
 from .launch import accumulation_dtype
-from .plan import backward_plan, forward_plan, kept_slots, saved_slots
+from .plan import backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -33,16 +34,22 @@ def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
 
 
 def forward(
-    chain: Chain, backend: str, x: Tensor, parameters: Sequence[Tensor], needs: frozenset[str], donate: bool = False
+    chain: Chain,
+    backend: str,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    needs: frozenset[str],
+    donate: bool = False,
+    drop: bool = False,
 ) -> list[Tensor]:
     """Run a chain's forward: ``out``, then what else the backward for ``needs`` reads of the activations made.
 
-    ``donate``: nobody reads ``x`` afterwards, its memory may hold the result.
+    ``donate``: nobody reads ``x`` afterwards, its memory may hold the result. ``drop``: the backward makes ``out`` again.
     """
     n, _, h, w = x.shape
     slots = dict(zip(chain.parameter_slots, parameters, strict=True))
     slots["x"] = _channels_last(x)
-    keep = kept_slots(chain, needs) if needs else ()
+    keep = kept_slots(chain, needs, drop) if needs else ()
     plan = forward_plan(chain, n, h, w, x.dtype, keep, ("x",) if donate else ())
     results = backends.execute(plan, slots, backend)
     return [results["out"], *(results[slot] for slot in keep)]
@@ -91,29 +98,70 @@ def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) ->
     return [next(given) if slot in needs else None for slot in ("x", *chain.parameter_slots)]
 
 
+def _dropped(x: Tensor) -> Any:
+    """The node whose output ``x`` is, if that node does not keep it but can make it again; else None."""
+    node: Any = x.grad_fn
+    if node is None or not getattr(node, "drop", False) or node.version != x._version:
+        return None
+    return node
+
+
+def _slots_of(ctx: Any) -> dict[str, Tensor]:
+    """All that the backward of a node reads, by slot; an output that was dropped is made again, once."""
+    if ctx.made is not None:
+        made: dict[str, Tensor] = ctx.made
+        return made
+    slots = dict(zip(ctx.remembered, ctx.saved_tensors, strict=True))
+    if ctx.source is not None:
+        slots["x"] = _slots_of(ctx.source)["out"]
+    if ctx.drop:
+        given = {**slots, "x": _channels_last(slots["x"])}
+        n, h, w = ctx.size
+        slots.update(backends.execute(rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype), given, ctx.backend))
+        ctx.made = slots  # the next block's backward comes first, and asks; the saved tensors are not unpacked twice
+    return slots
+
+
 class ChainFunction(torch.autograd.Function):
-    """``(chain, backend, flags, x, *parameters) -> out``; ``flags`` says which of x and the parameters need gradients."""
+    """``(chain, backend, flags, drop, x, *parameters) -> out``.
+
+    ``flags`` says which of x and the parameters need gradients; with ``drop`` the output is not kept for the backward, which
+    makes it again, nor by the next chain that reads it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], drop: bool, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
         needs = _needs(chain, flags)
-        outputs = forward(chain, backend, x, parameters, needs)
-        _remember(ctx, chain, needs, x, parameters, outputs)
-        ctx.backend = backend
+        outputs = forward(chain, backend, x, parameters, needs, drop=drop)
+        ctx.source, ctx.made, ctx.drop, ctx.version = _dropped(x), None, drop, outputs[0]._version
+        slots = {"x": x, **dict(zip(chain.parameter_slots, parameters, strict=True)), "out": outputs[0]}
+        slots.update(zip(kept_slots(chain, needs, drop), outputs[1:], strict=True))
+        ctx.remembered = tuple(slot for slot in remembered_slots(chain, needs, drop) if slot != "x" or ctx.source is None)
+        ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
+        ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
+        ctx.size = (x.shape[0], x.shape[2], x.shape[3])
         ctx.strides = [tensor.stride() if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else None for tensor in parameters]
         return outputs[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = backward(ctx.chain, ctx.backend, ctx.needs, ctx.size, dout, ctx.saved_tensors)
+        # What was made again with the output is there: it is not made a second time.
+        spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain
+        slots = _slots_of(ctx)
+        saved = [slots[slot] for slot in saved_slots(spec, ctx.needs)]
+        del slots
+        ctx.made = None
+        gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
         dx, *rest = _spread(ctx.chain, ctx.needs, gradients)
         # 1x1 filters have one layout in memory and two ways to say so: DistributedDataParallel warns where they differ.
         said = [
             gradient if strides is None or gradient is None else gradient.as_strided(gradient.shape, strides)
             for gradient, strides in zip(rest, ctx.strides, strict=True)
         ]
-        return None, None, None, dx, *said
+        return None, None, None, None, dx, *said
 
 
 def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -316,7 +364,7 @@ def _filters_as_images(w: Tensor) -> Tensor:
     return derived("as an image", [w], lambda: _as_image(w.detach()))
 
 
-def read_chain(x: Tensor, reading: Reading, backend: str | None = None, *, donate: bool = False) -> Tensor:
+def read_chain(x: Tensor, reading: Reading, backend: str | None = None, *, donate: bool = False, drop: bool = False) -> Tensor:
     """:func:`chain` of what was read off modules: sequences [N, C, L] and rows [N, C] run as images of one row or one pixel.
 
     Their gradients, and those of their filters, have the shapes the modules have them in. Sequences come out as [N, K, L] with
@@ -324,14 +372,22 @@ def read_chain(x: Tensor, reading: Reading, backend: str | None = None, *, donat
     """
     assert reading.chain is not None
     if reading.dimensions == 4:
-        return chain(x, reading.parameters, reading.chain, backend, donate=donate)
+        return chain(x, reading.parameters, reading.chain, backend, donate=donate, drop=drop)
     slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
     parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
     out = chain(_as_image(x), parameters, reading.chain, backend, donate=donate)
     return out.flatten(1) if reading.dimensions == 2 else out.squeeze(2)
 
 
-def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None, *, donate: bool = False) -> Tensor:
+def chain(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    spec: Chain,
+    backend: str | None = None,
+    *,
+    donate: bool = False,
+    drop: bool = False,
+) -> Tensor:
     """``pool(act(norm(conv(... x ...)) + shortcut(x)))`` in as few launches as its plan has.
 
     Running statistics that the chain tracks are updated in place.
@@ -343,6 +399,8 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
         spec: what to compute.
         backend: see :func:`fused_resnet.backend`.
         donate: the caller gives ``x`` up; without gradients its memory may then hold the result.
+        drop: do not keep the result for the backward, which makes it again, where that takes no convolution that is not
+            computed again anyway. The caller hands it to one chain, and changes nothing in it. (Not under ``torch.compile``.)
 
     Returns:
         [N, K, P, Q] in x's dtype (autocast's where it is on), channels_last. Differentiable once.
@@ -366,5 +424,5 @@ def chain(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | N
     if torch.is_grad_enabled():
         flags = _flags(spec, x, parameters)
         if any(flags):
-            return ChainFunction.apply(spec, name, flags, x, *parameters)
+            return ChainFunction.apply(spec, name, flags, drop and droppable(spec), x, *parameters)
     return forward(spec, name, x, parameters, frozenset(), donate)[0]

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import backends
 from .blocks import BasicBlock, Bottleneck, CifarResNet, Fused, HighwayBlock, ResNet
+from .describe import check_memory
 
 _Block = type[BasicBlock] | type[Bottleneck] | None
 
@@ -55,13 +56,14 @@ def _build(
     return model
 
 
-def _on(backend: str | None, model: Any) -> Any:
-    """The model, each of whose fused modules runs on ``backend``."""
+def _on(backend: str | None, model: Any, memory: str = "default") -> Any:
+    """The model, each of whose fused modules runs on ``backend`` and keeps what ``memory`` says."""
     if backend is not None:
         backends.check_name(backend)
-        for module in model.modules():
-            if isinstance(module, Fused):
-                module.fused_backend = backend
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.fused_backend = backend
+            module.fused_memory = check_memory(memory)
     return model
 
 
@@ -147,19 +149,30 @@ def highway34(*, backend: str | None = None, **arguments: Any) -> ResNet:
     return _on(backend, ResNet(HighwayBlock, [3, 4, 6, 3], **arguments))
 
 
-def cifar_resnet(depth: int, *, shortcut: str = "A", backend: str | None = None, **arguments: Any) -> CifarResNet:
+#: Layers from which a network for CIFAR is built with ``memory="less"``: from there on memory is what counts.
+VERY_DEEP = 110
+
+
+def _memory(memory: str | None, depth: int) -> str:
+    return memory or ("less" if depth >= VERY_DEEP else "default")
+
+
+def cifar_resnet(
+    depth: int, *, shortcut: str = "A", backend: str | None = None, memory: str | None = None, **arguments: Any
+) -> CifarResNet:
     """A residual network of 6n + 2 layers for images of 32x32 (He et al. 2016, section 4.2), with fused blocks.
 
     Args:
         depth: 6n + 2.
         shortcut: ``"A"`` (the paper's: zeros where channels are added), ``"B"`` (projections there) or ``"C"`` (everywhere).
         backend: see :func:`fused_resnet.backend`.
+        memory: see :func:`fused_resnet.fuse`; None for ``"less"`` from 110 layers on, else ``"default"``.
         **arguments: ``num_classes`` (10), ``norm_layer``.
 
     Raises:
-        ValueError: another depth, an unknown shortcut or backend.
+        ValueError: another depth, an unknown shortcut, backend or memory.
     """
-    return _on(backend, CifarResNet(BasicBlock, depth, shortcut=shortcut, **arguments))
+    return _on(backend, CifarResNet(BasicBlock, depth, shortcut=shortcut, **arguments), _memory(memory, depth))
 
 
 def cifar_plain(depth: int, *, backend: str | None = None, **arguments: Any) -> CifarResNet:
@@ -176,19 +189,21 @@ def cifar_plain(depth: int, *, backend: str | None = None, **arguments: Any) -> 
     return _on(backend, CifarResNet(None, depth, **arguments))
 
 
-def cifar_highway(depth: int, *, shortcut: str = "A", backend: str | None = None, **arguments: Any) -> CifarResNet:
+def cifar_highway(
+    depth: int, *, shortcut: str = "A", backend: str | None = None, memory: str | None = None, **arguments: Any
+) -> CifarResNet:
     """The same layers as :func:`cifar_resnet`'s with gated shortcuts (:class:`fused_resnet.blocks.HighwayBlock`).
 
     Args:
         depth: 6n + 2; the gates are 1x1 convolutions beside them.
         shortcut: of what the gate lets past, see :func:`cifar_resnet`.
-        backend: see :func:`fused_resnet.backend`.
+        backend, memory: as :func:`cifar_resnet`'s.
         **arguments: ``num_classes`` (10), ``norm_layer``, ``gate_bias`` (-2).
 
     Raises:
-        ValueError: another depth, an unknown shortcut or backend.
+        ValueError: another depth, an unknown shortcut, backend or memory.
     """
-    return _on(backend, CifarResNet(HighwayBlock, depth, shortcut=shortcut, **arguments))
+    return _on(backend, CifarResNet(HighwayBlock, depth, shortcut=shortcut, **arguments), _memory(memory, depth))
 
 
 _CIFAR: dict[str, Callable[..., CifarResNet]] = {"resnet": cifar_resnet, "plain": cifar_plain, "highway": cifar_highway}

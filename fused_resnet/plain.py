@@ -217,6 +217,8 @@ class Stages(nn.Module):
         return self.layers_class(children)
 
     def _initialise(self, zero_init_residual: bool = False) -> None:
+        if next(self.parameters()).is_meta:  # nothing to fill, and PyTorch's random operators are slow there
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -358,6 +358,27 @@ def forward_plan(
     return Plan(tuple(launches), ("out",), keep, donated)
 
 
+def droppable(chain: Chain) -> bool:
+    """Whether ``out`` can be made again by its last launch alone, from what the backward keeps besides."""
+    return chain.residual and chain.pool is None and (chain.normalised_late or chain.gate is not None)
+
+
+@lru_cache(maxsize=4096)
+def rebuild_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype) -> Plan:
+    """Launches that make ``out`` again, of a chain that is :func:`droppable`; with what they read that was not kept either.
+
+    What the backward reads of it is kept too, so that nothing is computed a third time.
+    """
+    sizes = _geometries(chain, n, h, w)
+    launches = _again(chain, sizes, dtype)
+    side, last = chain.projection, sizes[chain.layers[-1].name]
+    if side is not None and not side.weights:
+        launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd")
+    launches.append(_gate(chain, last, dtype) if chain.gate is not None else _bn_add_relu(chain, last, dtype, "out"))
+    made = tuple(slot for launch in launches for _, slot in launch.outputs if slot != "out")
+    return Plan(tuple(launches), ("out",), made)
+
+
 # -------------------------------------------------------------------------------------------------------------- backward
 
 
@@ -622,10 +643,20 @@ def saved_slots(chain: Chain, needs: frozenset[str]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def kept_slots(chain: Chain, needs: frozenset[str]) -> tuple[str, ...]:
-    """The part of :func:`saved_slots` that the forward makes on its way to ``out``."""
+def remembered_slots(chain: Chain, needs: frozenset[str], drop: bool) -> tuple[str, ...]:
+    """:func:`saved_slots`; or, to ``drop`` the output, what the backward and :func:`rebuild_plan` read without it."""
+    saved = saved_slots(chain, needs)
+    if not drop:
+        return saved
+    reads = rebuild_plan(chain, *nominal_size(chain), torch.float32).reads()
+    return tuple(slot for slot in dict.fromkeys((*saved, *reads)) if slot != "out")
+
+
+@lru_cache(maxsize=4096)
+def kept_slots(chain: Chain, needs: frozenset[str], drop: bool = False) -> tuple[str, ...]:
+    """The part of :func:`remembered_slots` that the forward makes on its way to ``out``."""
     inputs = {"x", "out", *chain.parameter_slots}
-    return tuple(slot for slot in saved_slots(chain, needs) if slot not in inputs)
+    return tuple(slot for slot in remembered_slots(chain, needs, drop) if slot not in inputs)
 
 
 def trainable_slots(chain: Chain) -> frozenset[str]:

@@ -242,11 +242,11 @@ def test_no_images(backend: str) -> None:
 
 
 def test_memory_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"memory must be one of 'default', 'low', got 'lo'"):
+    with pytest.raises(ValueError, match=r"memory must be one of 'default', 'less', 'low', got 'lo'"):
         fuse(BasicBlock(4, 4), memory="lo")
     net = fuse(BasicBlock(4, 4))
     net.fused_memory = "lo"
-    with pytest.raises(ValueError, match=r"memory must be one of 'default', 'low', got 'lo'"):
+    with pytest.raises(ValueError, match=r"memory must be one of 'default', 'less', 'low', got 'lo'"):
         net.train()(torch.randn(2, 4, 5, 5))
 
 

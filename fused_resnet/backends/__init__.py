@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,21 @@ def count_launches() -> Iterator[LaunchLog]:
         _logs.remove(log)
 
 
+#: Open :func:`clock_launches` contexts: the clock, and what it has seen.
+_clocks: list[tuple[Callable[[], Any], list[tuple[Launch, Any, Any]]]] = []
+
+
+@contextmanager
+def clock_launches(now: Callable[[], Any]) -> Iterator[list[tuple[Launch, Any, Any]]]:
+    """``(launch, before, behind)`` of every launch while the context is open: what ``now()`` gave around it."""
+    entry: tuple[Callable[[], Any], list[tuple[Launch, Any, Any]]] = (now, [])
+    _clocks.append(entry)
+    try:
+        yield entry[1]
+    finally:
+        _clocks.remove(entry)
+
+
 def record_kernel(name: str) -> None:
     """An executor started a Triton kernel."""
     for log in tuple(_logs):
@@ -196,7 +212,10 @@ def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     shared: dict[str, Tensor] = {}
     for launch, runner, module, donated, dead in _program(plan, name):
         extra = (shared,) if getattr(module, "shares", False) else ()
+        began = [now() for now, _ in _clocks]
         outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated, *extra)
+        for (now, seen), start in zip(_clocks, began):
+            seen.append((launch, start, now()))
         for log in tuple(_logs):
             log.launches.append((runner, launch))
         for slot in dead:

@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels import activations, boxes, elementwise, pool, prologues
+from ..activations import from_output
+from ..kernels import activations, boxes, elementwise, gate, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
 from .triton_start import Start, needs_wide_offsets, slope_of
 
-KINDS = ("bn_add_relu", "bn_add_relu_backward", "max_pool", "max_pool_backward")
+KINDS = ("bn_add_relu", "bn_add_relu_backward", "gate", "gate_backward", "max_pool", "max_pool_backward")
+#: Kind -> how many sums its programs finish together, at most.
+_SUMS = {"bn_add_relu_backward": 3, "gate_backward": 5, "max_pool_backward": 2}
 
 _VECTORS = ("mean", "invstd", "gamma", "beta")
 
@@ -51,18 +54,22 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         if any(role not in ("dz", "dx") for role, _ in launch.outputs):
             group = workspace.group_of(strips)
             counters = channel_tiles * workspace.counters_of(strips)
-            partials = (3 if launch.kind == "bn_add_relu_backward" else 2) * strips * g.y_shape[1]
+            partials = _SUMS[launch.kind] * strips * g.y_shape[1]
     if isinstance(g, PoolGeometry):
         sizes = boxes.Sizes(g.N, g.H, g.W, g.C, g.C, g.P, g.Q)
         constants["TAPS"] = boxes.Taps(*g.kernel, *g.stride, *g.padding, *g.dilation)
         constants["PROLOGUE"] = prologues.PROLOGUES[launch.prologue][0]
     if launch.kind == "max_pool_backward":
         constants["PROLOGUE"] = prologues.PROLOGUES["identity"][0]
-    if launch.kind == "bn_add_relu":
+    if launch.kind in ("bn_add_relu", "gate"):
         constants["ACTIVATION"] = activations.ACTIVATIONS[launch.activation][0]
     elif launch.kind.endswith("_backward"):
         constants["BACKWARD"] = activations.ACTIVATIONS[launch.activation][1]
-    kernel = getattr(pool if isinstance(g, PoolGeometry) else elementwise, launch.kind)
+    if launch.kind == "gate_backward":  # without statistics y is the activation's output, where that tells the gradient
+        given = "mean" not in launch.roles and from_output(launch.activation, launch.slope)
+        constants["ACTIVATION"] = None if given else activations.ACTIVATIONS[launch.activation][0]
+    module = pool if isinstance(g, PoolGeometry) else gate if launch.kind.startswith("gate") else elementwise
+    kernel = getattr(module, launch.kind)
     return Start(kernel, strips * channel_tiles, constants, sizes, None, None, strip.num_warps, 1, counters, partials, group)
 
 
@@ -121,6 +128,22 @@ def bind(
             **pixels,
             **start.constants,
         }
+    if launch.kind.startswith("gate"):
+        mixed = {
+            "y": named["y"],
+            "y_bn": vectors(named, _VECTORS),
+            "shortcut": named["shortcut"],
+            "shortcut_bn": vectors(named, _VECTORS, "shortcut_"),
+            "t": named["t"],
+            "slope": slope_of(launch),
+            **pixels,
+            **start.constants,
+        }
+        if launch.kind == "gate":
+            return {**mixed, "out": outputs["out"]}
+        sums = tuple(outputs.get(role) for role in ("sum", "dot", "dt_sum", "dside_sum", "shortcut_dot"))
+        made = {role: outputs[role] for role in ("dz", "dt", "dside")}
+        return {**mixed, "dout": named["dout"], **made, "sums": sums, **meeting}
     return {
         "dout": named["dout"],
         "out": named.get("out"),

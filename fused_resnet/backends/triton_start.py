@@ -18,7 +18,7 @@ from ..launch import Launch
 from . import record_kernel, workspace
 
 #: Roles of outputs that are a number a channel; all others but these are activations. fp32, like all sums and statistics.
-PER_CHANNEL = frozenset({"mean", "invstd", "var", "sum", "dot", "shortcut_dot"})
+PER_CHANNEL = frozenset({"mean", "invstd", "var", "sum", "dot", "shortcut_dot", "dt_sum", "dside_sum"})
 
 
 @dataclass(frozen=True)

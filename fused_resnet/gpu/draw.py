@@ -170,3 +170,60 @@ def roofline(title: str, subtitle: str, caption: str, points: Sequence[Point], b
     body.append(_text((left + WIDTH) / 2, height - bottom + 34, "FLOPs a byte of memory", text_anchor="middle"))
     body.append(_text(18, height / 2, "TFLOP/s", transform=f"rotate(-90 18 {height / 2:.0f})", text_anchor="middle"))
     return _page(height, title, subtitle, caption, body)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line: its name, ``(x, middle, low, high)`` in order of x, its colour, and whether it is dashed."""
+
+    name: str
+    points: Sequence[tuple[float, float, float, float]]
+    colour: str
+    dashed: bool = False
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between two."""
+    step = 10 ** floor(log10(max(high - low, 1e-12) / 4))
+    step *= next((factor for factor in (1, 2, 5) if (high - low) / (step * factor) <= 6), 10)
+    return [step * index for index in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
+
+
+def lines(title: str, subtitle: str, caption: str, curves: Sequence[Curve], across: str, up: str) -> str:
+    """Curves over a number, each with the band between its lowest and its highest.
+
+    Args:
+        title, subtitle, caption: as of :func:`bars`.
+        curves: what is drawn.
+        across, up: what the axes are.
+    """
+    xs = [x for curve in curves for x, *_ in curve.points] or [0.0, 1.0]
+    tops = [high for curve in curves for *_, high in curve.points] or [1.0]
+    left, right, top, bottom = 70.0, WIDTH - 30.0, _TOP + 40.0, _TOP + 360.0
+    x0, x1, y1 = min(xs), max(max(xs), min(xs) + 1e-9), 1.05 * max(max(tops), 1e-9)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - y / y1 * (bottom - top)
+
+    body = _legend([curve.name for curve in curves], {curve.name: curve.colour for curve in curves})
+    for value in _ticks(0, y1):
+        _, y = at(x0, value)
+        body.append(f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7eb"/>')
+        body.append(_text(left - 8, y + 4, f"{value:g}", text_anchor="end"))
+    for value in _ticks(x0, x1):
+        x, _ = at(value, 0)
+        body.append(_text(x, bottom + 18, f"{value:g}", text_anchor="middle"))
+    body.append(_text((left + right) / 2, bottom + 38, across, text_anchor="middle", fill="#52606d"))
+    body.append(_text(left, top - 12, up, fill="#52606d"))
+    for curve in curves:
+        upper = [at(x, high) for x, _, _, high in curve.points]
+        lower = [at(x, low) for x, _, low, _ in reversed(curve.points)]
+        band = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*upper, *lower))
+        middle = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y, _, _ in curve.points)
+        dashes = ' stroke-dasharray="5 4"' * curve.dashed
+        body.append(f'<polygon points="{band}" fill="{curve.colour}" fill-opacity="0.15"/>')
+        body.append(
+            f'<polyline points="{middle}" fill="none" stroke="{curve.colour}" stroke-width="2"{dashes}>'
+            f"<title>{escape(curve.name)}</title></polyline>"
+        )
+    return _page(bottom + 72, title, subtitle, caption, body)

@@ -27,6 +27,8 @@ KERNELS = {
     "vectors_only": "wgrad",
     "bn_add_relu_backward": "bn_add_relu_backward",
     "bn_add_relu": "bn_add_relu",
+    "gate_backward": "gate_backward",
+    "gate": "gate",
     "max_pool_backward": "max_pool_backward",
     "max_pool": "max_pool",
     "output_gradient": "dy apart",

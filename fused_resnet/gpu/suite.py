@@ -24,6 +24,7 @@ FILES = (
     "tests/kernels/test_wgrad.py",
     "tests/kernels/test_conv.py",
     "tests/kernels/test_bn_add_relu.py",
+    "tests/kernels/test_gate.py",
     "tests/kernels/test_pool.py",
 )
 #: What the dry run takes of them.

@@ -99,9 +99,10 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         model: any module.
         backend: ``"triton"``, ``"cpu"`` or ``"reference"`` for this model; None lets :func:`fused_resnet.backend`, the
             environment variable ``FUSED_RESNET_BACKEND`` or the tensors' device decide at each call.
-        memory: what training keeps for the backward: ``"default"``, the outputs of all convolutions; ``"low"``, all but the
-            last one of each block and its projection, which are computed again. A fused module's attribute ``fused_memory``
-            can be set to another choice afterwards.
+        memory: what training keeps for the backward: ``"default"``, the outputs of all convolutions and blocks; ``"less"``,
+            of the blocks in a stage every second one, the others are added up again; ``"low"``, besides all convolutions but
+            the last one of each block and its projection, which are computed again. A fused module's attribute
+            ``fused_memory`` can be set to another choice afterwards.
         inplace: False works on a deep copy.
 
     Returns:

@@ -19,6 +19,7 @@ _POOL = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
 _STEM = (64, 112, 112, 64)
 _ENDS = ("y", "mean", "invstd", "gamma", "beta")
 _ENDS += tuple(f"shortcut_{role}" for role in _ENDS[1:]) + ("shortcut",)
+_GATE_GRADIENTS = ("dz", "sum", "dt", "dt_sum", "dside", "dot", "dside_sum", "shortcut_dot")
 _ENDS_BACKWARD = ("dout", "out", "y", "mean", "invstd", "shortcut", "shortcut_mean", "shortcut_invstd")
 _BEHIND_POOL = ("dy", "x", "indices", "x_mean", "x_invstd", "x_gamma", "x_beta")
 _BF16 = {"dtype": torch.bfloat16, "activation": "relu", "without": ("bias",)}
@@ -70,6 +71,10 @@ CASES: dict[str, Launch] = {
             "bn_add_relu": end_of_block(64, 14, 14, 1024, operands=_ENDS, dtype=dtype),
             "bn_add_relu_backward": end_of_block(
                 64, 14, 14, 1024, operands=_ENDS_BACKWARD, outputs=("dz", "sum", "dot", "shortcut_dot"), dtype=dtype
+            ),
+            "gate": end_of_block(64, 14, 14, 1024, operands=("t", *_ENDS), dtype=dtype, kind="gate"),
+            "gate_backward": end_of_block(
+                64, 14, 14, 1024, operands=("dout", "t", *_ENDS), outputs=_GATE_GRADIENTS, dtype=dtype, kind="gate_backward"
             ),
             "max_pool and indices": max_pool(*_STEM, prologue="bn_relu", outputs=("y", "indices"), dtype=dtype, **_POOL),
             "max_pool_backward": max_pool_backward(

@@ -54,10 +54,11 @@ def end_of_block(
     outputs: tuple[str, ...] = ("out",),
     dtype: torch.dtype = torch.float32,
     activation: str = "relu",
+    kind: str = "",
 ) -> Launch:
     """A bn_add_relu, or a bn_add_relu_backward if its operands have a ``dout``, on an output of sizes N, P, Q, K."""
     N, P, Q, K = sizes
-    kind = "bn_add_relu_backward" if "dout" in operands else "bn_add_relu"
+    kind = kind or ("bn_add_relu_backward" if "dout" in operands else "bn_add_relu")
     geometry = Geometry(N, P, Q, 16, K, 1, 1)
     named = (tuple((role, role) for role in roles) for roles in (operands, outputs))
     return Launch(kind, "layer", geometry, dtype, *named, activation=activation)
@@ -106,7 +107,7 @@ def operands_of(launch: Launch, parameters: torch.dtype = torch.float32) -> dict
             operands[role] = operands[role].contiguous(memory_format=torch.channels_last)
         elif role == "x":
             operands[role] = activations(g.x_shape, launch.dtype)
-        elif role in ("shortcut", "y", "dy", "dout", "out"):
+        elif role in ("shortcut", "y", "dy", "dout", "out", "t"):
             operands[role] = activations(g.y_shape, launch.dtype)
         elif role == "indices":
             operands[role] = activations(g.y_shape, torch.float32).zero_().to(torch.uint8)  # the test sets them

@@ -41,7 +41,7 @@ def check(target: str, results: list[dict[str, Any]]) -> None:
         case = result["case"]
         assert result["spills"] == stack_of_descriptors(target, result["tma"]), result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
-        convolution = not case.startswith(("depthwise", "max", "bn_add_relu"))
+        convolution = not case.startswith(("depthwise", "max", "bn_add_relu", "gate"))
         products = convolution and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
         assert (result["tensor_core"] > 0) == products, result
         if target.startswith("sm") and int(target[3:]) >= 90 and case.startswith(("3x3", "1x1", "32x4d")):
@@ -62,7 +62,7 @@ def test_other_devices(target: str) -> None:
 
 
 def test_training() -> None:
-    check("sm_90", compiled("sm_90", "3x3 + stats", "bn_add_relu_backward", "max_pool_backward"))
+    check("sm_90", compiled("sm_90", "3x3 + stats", "bn_add_relu_backward", "gate", "gate_backward", "max_pool_backward"))
 
 
 def test_exponentials() -> None:

@@ -1,0 +1,71 @@
+"""``fused-resnet paper``: the comparisons of He et al. 2016 at a chosen scale, their figures and a page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .arguments import CommandError, natural, one_line
+from .gpu import writable
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    text = "run the paper's comparisons and draw its figures"
+    about = (
+        f"{text.capitalize()}: plain against residual, options A, B, C, highways, layer responses. docs/paper.md tells more."
+    )
+    parser = commands.add_parser("paper", help=text, description=about)
+    parser.add_argument("--scale", choices=("tiny", "cifar", "imagenet"), default="tiny", help="how large (tiny: minutes)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the runs, the figures and paper.md (runs/paper-SCALE)"
+    )
+    parser.add_argument("--seeds", type=natural, metavar="N", help="how often each network is trained; by default the scale's")
+    parser.add_argument("--jobs", type=natural, metavar="N", help="runs at a time (2 on a CPU, 1 on a GPU)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
+    parser.add_argument("--backend", choices=("auto", "eager", "cpu", "reference", "triton"), default="auto")
+    parser.add_argument("--draw", action="store_true", help="train nothing: draw what the folder's logs hold")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is not done, then draw; 1 if a run failed."""
+    from ..measure import automatic_device, circumstances
+    from ..paper.page import draw, write
+    from ..paper.results import LogError, collect
+    from ..paper.runs import Options, RunFailed, everything
+    from ..paper.scales import SCALES
+
+    scale = SCALES[arguments.scale]
+    out: Path = arguments.out or Path("runs") / f"paper-{scale.name}"
+    device = automatic_device()
+    writable(out)
+    seeds = arguments.seeds or scale.seeds
+    jobs = arguments.jobs or (1 if device.type == "cuda" else 2)
+    code = 0
+    if not arguments.draw:
+        count = len(scale.runs(seeds))
+        print(f"{scale.name}: {scale.about}; {count} runs into {out}", flush=True)
+        try:
+            everything(
+                scale, Options(out, seeds, jobs, arguments.data_dir, arguments.backend), lambda line: print(line, flush=True)
+            )
+        except RunFailed as error:
+            print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            print("fused-resnet: interrupted; the same command goes on where it was", file=sys.stderr)
+            code = 130
+    try:
+        found = collect(out, scale.runs(seeds))
+    except LogError as error:
+        raise CommandError(one_line(error)) from error
+    if not found:
+        if code:
+            return code
+        raise CommandError(f"{out}: no run of scale {scale.name} has come to its end there; leave --draw out to start them")
+    write(out, draw(scale, found, seeds, circumstances(device)))
+    print(f"{out / 'paper.md'}")
+    return code

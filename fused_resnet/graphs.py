@@ -1,0 +1,132 @@
+"""CUDA graphs for small batches: what the host needs to start launches is spent once, when they are recorded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .describe import hooked, hooks_everywhere
+
+
+class _Recording:
+    """A forward that was recorded, its input and its output in memory of their own."""
+
+    @torch.inference_mode(False)  # tensors made in that mode could not be written by a call outside of it
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.x = example.clone(memory_format=torch.preserve_format)
+        side = torch.cuda.Stream(example.device)
+        side.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):  # what is compiled, chosen or cached at the first call is none of the recording's business
+                model(self.x)
+        torch.cuda.current_stream(example.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), torch.no_grad():
+            self.out = model(self.x)
+
+    def __call__(self, x: Tensor) -> Any:
+        self.x.copy_(x)
+        self.graph.replay()
+        return tree_map_only(Tensor, Tensor.clone, self.out)  # the next replay writes over the recording's own
+
+
+def _check(model: Any, example: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example must be a Tensor of shape [N, C, H, W], got {type(example).__name__}")
+    if example.device.type != "cuda":
+        raise RuntimeError(
+            f"graphed records CUDA graphs, and example is on {example.device}: call the model itself there, "
+            "or move both to a GPU"
+        )
+
+
+class Graphed(nn.Module):
+    """A model whose forward is replayed where that is what a call would do; made by :func:`graphed`.
+
+    Attributes:
+        module: the model. It may be used beside this.
+        calls: how often a call was replayed, and how often it was not, by the reason.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        _check(module, example)
+        self.module = module
+        self.calls: Counter[str] = Counter()
+        self._like = (tuple(example.shape), example.stride(), example.dtype, example.device)
+        self._example = example.detach()
+        self._recording: Any = None
+        self._places: tuple[int, ...] = ()
+        self.train(module.training)
+
+    def _state(self) -> tuple[int, ...]:
+        """Where the parameters and buffers lie: a recording reads there, whatever is written there since."""
+        return tuple(tensor.data_ptr() for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+    def reason(self, x: Any) -> str | None:
+        """Why a call with ``x`` would run the model itself now; None if it would be replayed."""
+        if not isinstance(x, Tensor):
+            return f"the input is a {type(x).__name__}"
+        like = (tuple(x.shape), x.stride(), x.dtype, x.device)
+        if like != self._like:
+            names = ("shape", "strides", "dtype", "device")
+            differs = next(name for name, a, b in zip(names, like, self._like) if a != b)
+            index = names.index(differs)
+            return f"another {differs} than the example's: {like[index]}, not {self._like[index]}"
+        if any(module.training for module in self.module.modules()):
+            return "the model, or a part of it, is in training mode"
+        wanted = x.requires_grad or any(parameter.requires_grad for parameter in self.module.parameters())
+        if torch.is_grad_enabled() and wanted:
+            return "gradients are wanted: call it under torch.no_grad() or torch.inference_mode()"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on: convert the model instead"
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return "it is being compiled or recorded itself"
+        if hooks_everywhere() or any(hooked(module) for module in self.module.modules()):
+            return "a hook looks into the model, which a replay does not call"
+        return None
+
+    def forward(self, x: Tensor) -> Any:
+        """As the model's: replayed for inputs like the example, else the model itself. What comes back is the caller's own."""
+        reason = self.reason(x)
+        self.calls[reason or "replayed"] += 1
+        if reason is not None:
+            return self.module(x)
+        places = self._state()
+        if self._recording is None or places != self._places:  # parameters were moved or replaced: read them where they are
+            self._recording = None
+            self._recording, self._places = _Recording(self.module, self._example), places
+        return self._recording(x)
+
+    def explain(self) -> str:
+        """How often calls were replayed, and why others were not."""
+        return "\n".join(f"{count} x {what}" for what, count in self.calls.most_common()) or "not called yet"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recording": None}  # a copy, or what comes out of a pickle, records anew
+
+
+def graphed(model: nn.Module, example: Tensor) -> Graphed:
+    """A model whose inference is replayed as one CUDA graph for inputs like ``example``; safe with all others.
+
+    For small batches, where starting the launches takes longer than running them. A call is replayed if its input has the
+    example's shape, strides, type and device, the model is in eval mode and no gradient is wanted; any other runs the model
+    itself, and :meth:`Graphed.explain` tells why. Parameters may change in place (``load_state_dict``, ``optimizer.step``);
+    where they were moved or replaced, the next call records anew. The recording happens at the first call that can be replayed,
+    and holds the activations' memory. Host code in the model (prints, random choices) is not run in a replay.
+
+    Args:
+        model: fused or not, on a GPU.
+        example: [N, C, H, W] on the same GPU; its contents do not matter.
+
+    Raises:
+        TypeError: not a module, not a tensor.
+        RuntimeError: ``example`` is not on a GPU: there is no graph to record on a CPU.
+    """
+    return Graphed(model, example)

@@ -1,0 +1,116 @@
+"""Starts the runs of a scale, some at a time, each in a process of its own; what is done already is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .scales import Run, Scale
+from .worker import is_done
+
+
+class RunFailed(Exception):
+    """A run ended with an error: its last line."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose.
+
+    Attributes:
+        out: folder; each run has one in it.
+        seeds: how often each network is trained.
+        jobs: runs at a time; on a CPU they share its threads.
+        data_folder: where the data set lies, if it has to be brought.
+        backend: as of ``fused-resnet train``.
+    """
+
+    out: Path
+    seeds: int
+    jobs: int = 1
+    data_folder: Path | None = None
+    backend: str = "auto"
+
+
+def job_of(scale: Scale, run: Run, options: Options) -> dict[str, Any]:
+    """What the worker is told."""
+    deep = run.network in scale.deep
+    return {
+        "network": run.network,
+        "seed": run.seed,
+        "pool": scale.pool,
+        "data": scale.data,
+        "data_folder": options.data_folder and str(options.data_folder),
+        "recipe": scale.deep_recipe if deep else scale.recipe,
+        "epochs": scale.epochs,
+        "backend": options.backend,
+        "out": str(options.out / run.name),
+        "threads": max(1, (os.cpu_count() or 1) // options.jobs) if options.jobs > 1 else 0,
+        "responses": run.network in scale.responses,
+    }
+
+
+def everything(scale: Scale, options: Options, tell: Callable[[str], None] = print, command: Sequence[str] = ()) -> None:
+    """Do all runs that are not done.
+
+    Args:
+        scale: which.
+        options: how.
+        tell: takes a line when a run starts or ends.
+        command: instead of the worker's own (tests).
+
+    Raises:
+        RunFailed: one did not end well; the others are stopped. Starting again goes on where they were.
+    """
+    waiting = [run for run in scale.runs(options.seeds) if not is_done(options.out, run)]
+    total = len(scale.runs(options.seeds))
+    running: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                run = waiting.pop(0)
+                running[run] = _start(scale, run, options, command), time.monotonic()
+            time.sleep(0.05)
+            for run, (process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if process.returncode:
+                    raise RunFailed(f"{run.name}: {_last_line(options.out / run.name / 'output.txt')}")
+                left = len(waiting) + len(running)
+                tell(f"[{total - left}/{total}] {run.name}: {time.monotonic() - began:.0f} s")
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+
+
+def _start(scale: Scale, run: Run, options: Options, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    folder = options.out / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    job = job_of(scale, run, options)
+    path = folder / "job.json"
+    path.write_text(json.dumps(job, indent=1), encoding="utf-8")
+    environment = dict(os.environ)
+    if job["threads"]:
+        environment["OMP_NUM_THREADS"] = str(job["threads"])
+    with (folder / "output.txt").open("wb") as output:
+        return subprocess.Popen(
+            [*(command or (sys.executable, "-m", "fused_resnet.paper.worker")), str(path)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "ended without a word"

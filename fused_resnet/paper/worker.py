@@ -1,0 +1,72 @@
+"""One run in a process of its own: ``python -m fused_resnet.paper.worker FILE`` with what to do as JSON in the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .networks import responses
+from .scales import Run
+
+#: Of a run's folder.
+LOG, RESPONSES, DONE = "log.csv", "responses.json", "done.json"
+#: Images whose layer responses are looked at.
+WATCHED = 256
+
+
+def is_done(out: Path, run: Run) -> bool:
+    """Whether a run has come to its end."""
+    return (out / run.name / DONE).exists()
+
+
+def run(job: dict[str, Any]) -> None:
+    """Train, then write the responses of the layers.
+
+    Args:
+        job: ``network``, ``seed``, ``pool``, ``data``, ``data_folder``, ``recipe``, ``epochs``, ``backend``, ``out``,
+            ``threads``, ``responses``.
+    """
+    from ..train import Config, fit
+    from ..train import data as datasets
+    from ..train import recipe as recipes
+    from ..train.networks import make as make_network
+
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    recipe = recipes.load(job["recipe"])
+    if job["epochs"] is not None:
+        recipe = recipe.lasting(job["epochs"], "epochs")
+    out = Path(job["out"])
+    config = Config(
+        recipe,
+        model="fused_resnet.paper.networks:make",
+        model_arguments={"network": job["network"], "pool": job["pool"]},
+        data=job["data"],
+        data_folder=job["data_folder"] and Path(job["data_folder"]),
+        seed=job["seed"],
+        out=out,
+        resume=True,
+        backend=job["backend"],
+        evaluate_every=recipe.length / 3 if recipe.unit == "epochs" else 10,
+        quiet=True,
+    )
+    history = fit(config)
+    if job["responses"]:
+        from ..train import checkpoint
+
+        data = datasets.load(config.data_name, config.data_folder, recipe, config.on_corrupt)
+        model = make_network(config.network, len(data.classes), "eager", **config.model_arguments)
+        model.load_state_dict(checkpoint.load(history.checkpoint)["model"])
+        batch = next(iter(data.test.batches([datasets.Draw(list(range(min(WATCHED, len(data.test)))))])))
+        (out / RESPONSES).write_text(json.dumps(responses(model, data.normalise(batch.x))), encoding="utf-8")
+    done = {**job, "steps": history.step, "recipe_data": dataclasses.asdict(recipe), "threads": torch.get_num_threads()}
+    (out / DONE).write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,117 @@
+"""graphed: when a call is replayed, and that every other call runs the model. The recording itself needs a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from nets import randomise, tiny
+from torch import Tensor, nn
+
+import fused_resnet
+from fused_resnet import fuse, graphs
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+class FakeRecording:
+    """What a recording does, without a graph: the model's parameters are read at the call, nothing else is looked at."""
+
+    made = 0
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        FakeRecording.made += 1
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            return self.model(x)
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_Recording", FakeRecording)
+    monkeypatch.setattr(graphs, "_check", lambda model, example: None)
+    FakeRecording.made = 0
+
+
+def test_on_a_cpu_it_is_an_error_that_says_so() -> None:
+    with pytest.raises(RuntimeError, match="graphed records CUDA graphs, and example is on cpu"):
+        fused_resnet.graphed(tiny(), torch.randn(1, 3, 33, 35))
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        fused_resnet.graphed("resnet18", torch.randn(1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="example must be a Tensor"):
+        fused_resnet.graphed(tiny(), (1, 3, 33, 35))  # type: ignore[arg-type]
+
+
+def test_replayed_or_why_not(anywhere: None) -> None:
+    model = fuse(tiny())
+    x = torch.randn(2, 3, 33, 35)
+    net = fused_resnet.graphed(model, torch.empty_like(x))
+    assert net.explain() == "not called yet" and not FakeRecording.made
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(net(x), expected) and torch.equal(net(x), expected)
+        assert net.calls["replayed"] == 2 and FakeRecording.made == 1
+        others = {
+            "another shape": (torch.randn(3, 3, 33, 35), "another shape than the example's: (3, 3, 33, 35)"),
+            "another layout": (x.contiguous(memory_format=torch.channels_last), "another strides"),
+        }
+        for given, message in others.values():
+            assert message in str(net.reason(given))
+            assert torch.equal(net(given), model(given))
+        assert "another dtype" in str(net.reason(x.double())) and "is a list" in str(net.reason([x]))
+        model.basic.train()
+        assert "training mode" in str(net.reason(x))
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "autocast is on" in str(net.reason(x))
+        handle = model.fc.register_forward_hook(lambda *_: None)
+        assert "a hook looks into the model" in str(net.reason(x))
+        handle.remove()
+        assert net.reason(x) is None
+    assert "gradients are wanted" in str(net.reason(x))
+    out = net(x)
+    assert out.requires_grad and torch.equal(out, expected)
+    assert FakeRecording.made == 1 and "2 x replayed" in net.explain()
+
+
+def test_moved_parameters_are_recorded_anew_changed_ones_are_read(anywhere: None) -> None:
+    model = fuse(tiny())
+    x = torch.randn(2, 3, 33, 35)
+    net = fused_resnet.graphed(model, x)
+    with torch.no_grad():
+        net(x)
+        randomise(model)
+        assert torch.equal(net(x), model(x)) and FakeRecording.made == 1
+        model.fc.weight = nn.Parameter(torch.randn_like(model.fc.weight))
+        assert torch.equal(net(x), model(x)) and FakeRecording.made == 2
+
+
+def test_a_copy_records_for_itself(anywhere: None) -> None:
+    net = fused_resnet.graphed(fuse(tiny()), x := torch.randn(1, 3, 33, 35))
+    with torch.no_grad():
+        net(x)
+        other = copy.deepcopy(net)
+        assert torch.equal(other(x), net(x)) and FakeRecording.made == 2
+    assert list(net.state_dict()) == [f"module.{key}" for key in net.module.state_dict()]
+    assert not net.training and net.train().module.training
+
+
+@ON_GPU
+def test_recorded_on_a_gpu() -> None:
+    """The same bits as the plain call, results that stay, parameters changed in place, other shapes in between."""
+    model = fuse(tiny()).cuda()
+    first, second = torch.randn(2, 3, 33, 35, device="cuda"), torch.randn(2, 3, 33, 35, device="cuda")
+    net = fused_resnet.graphed(model, first)
+    with torch.inference_mode():
+        a = net(first)
+        b = net(second)
+        assert torch.equal(a, model(first)) and torch.equal(b, model(second))
+        assert torch.equal(net(first[:1]), model(first[:1]))
+    with torch.no_grad():
+        randomise(model)
+        assert torch.equal(net(first), model(first))
+    assert net.calls["replayed"] == 3
