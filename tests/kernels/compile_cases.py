@@ -123,6 +123,7 @@ CASES |= {
     for name, launch in {
         "silu on load 3x3": conv(64, 56, 56, 64, 64, 3, 3, padding=(1, 1), prologue="bn_silu", dtype=dtype, **_LOADED),
         "gelu on load 3x3": conv(64, 14, 14, 256, 256, 3, 3, padding=(1, 1), prologue="bn_gelu", dtype=dtype, **_LOADED),
+        "gelu on load 1x1": conv(64, 14, 14, 256, 1024, 1, 1, prologue="bn_gelu", dtype=dtype, **_LOADED),
         "gelu alone on load 3x3": conv(
             64, 14, 14, 256, 256, 3, 3, padding=(1, 1), prologue="gelu", epilogue="bias", dtype=dtype
         ),
