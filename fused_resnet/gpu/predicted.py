@@ -49,7 +49,7 @@ class Total:
 def expected(launch: Launch, device: Device) -> Expected:
     """What the model expects where the best of its own tiles is taken, or the launch in pieces where that is clearly better."""
     seconds, tile = choice.ranked(launch, device)[0]
-    apart = choice._apart(launch, device, False)
+    apart = choice.in_pieces(launch, device, False)
     if apart is not None and apart[0] < choice.WORTH * seconds:
         return Expected(apart[0], model.predict(launch, tile, device).bound, "apart")
     return Expected(seconds, model.predict(launch, tile, device).bound, "fused")

@@ -158,7 +158,7 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
     by, fused = f"by the model of {device.name}", f"fused {best * 1e6:.1f} us ({expected.bound})"
     if launch.kind in ("conv", "dgrad") and isinstance(tile, Tile) and tile.splits > 1:
         fused += f", {tile.splits} programs share a tile"
-    pair = None if whole_only else _apart(launch, device, tf32)
+    pair = None if whole_only else in_pieces(launch, device, tf32)
     if pair is None:
         return Choice("fused", tile, best, f"{by}: {fused}")
     seconds, of_core = pair
@@ -168,7 +168,7 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
     return Choice("fused", tile, best, f"{by}: {fused}, {apart}")
 
 
-def _apart(launch: Launch, device: Device, tf32: bool) -> tuple[float, Tile | Strip] | None:
+def in_pieces(launch: Launch, device: Device, tf32: bool) -> tuple[float, Tile | Strip] | None:
     """Predicted seconds with the work on load in launches of its own, and the core's tile; None where there is none."""
     parts = pieces(launch, "apart")
     if parts is None:
