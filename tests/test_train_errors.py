@@ -110,6 +110,9 @@ def test_going_on_with_something_else(recipe: Path, tmp_path: Path, capsys: pyte
     torch.save({**saved, "schema": 99}, out / "checkpoint.pt")
     assert train(recipe, out, "--resume") == 2
     refused(capsys, "written by a newer version (schema 99, this one reads up to 1)")
+    torch.save({key: value for key, value in saved.items() if key != "optimizer"}, out / "checkpoint.pt")
+    assert train(recipe, out, "--resume") == 2
+    refused(capsys, "there is no 'optimizer' in it: not a checkpoint to go on behind")
     other = {name: value for name, value in saved["model"].items() if "bias" not in name}
     torch.save({**saved, "model": other}, out / "checkpoint.pt")
     assert train(recipe, out, "--resume") == 2

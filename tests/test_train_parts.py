@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def test_every_recipe_loads(name: str) -> None:
         ({"ema": 1.5}, "ema of recipe 'test'"),
         ({"warm_up": {"length": 1, "shape": "square"}}, "warm_up.shape"),
         ({"warm_up": {"lenth": 1}}, "lenth"),
+        ({"batch": 16.5}, "batch of recipe 'test' must be a whole number, got 16.5"),
     ],
 )
 def test_a_recipe_that_is_none(changes: dict, says: str, tmp_path: Path) -> None:
@@ -73,6 +75,22 @@ def test_a_recipe_that_is_none(changes: dict, says: str, tmp_path: Path) -> None
         recipe.load(str(path))
     with pytest.raises(UsageError, match="did you mean cifar-paper"):
         recipe.load("cifar-papr")
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ({"name": "pad_crop"}, "padding"),
+        ({"name": "pad_crop", "pading": 4}, "pading"),
+        ({"name": "scale_crop", "shorter": [200, 300], "size": 224}, "shorter must be at least the size 224"),
+        ({"name": "flap"}, "unknown step 'flap'; did you mean flip"),
+        ("flip", "not an object with a name"),
+    ],
+)
+def test_a_step_that_does_not_run(step: Any, says: str) -> None:
+    """Found out before the first image, on an example."""
+    with pytest.raises(UsageError, match=says):
+        augment.check((step,), augment.NAMES, "a test")
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

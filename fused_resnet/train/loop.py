@@ -110,9 +110,10 @@ class _Run:
         seeds.seed_everything("training", config.seed, world.rank)
         self.state = State(model, optimizer, scaler, average)
         if saved is not None:
-            self.state.load(saved, world)
+            self._load(saved)
         self.saved_step: int | None = self.state.step if saved is not None else None
-        self.evaluate_every = round(config.evaluate_every * self.per_epoch) or self.total
+        between = max(1, round(config.evaluate_every * self.per_epoch))
+        self.evaluate_every = between if config.evaluate_every else self.total
         self.log_every = config.log_every or max(1, self.per_epoch // 10)
         self.checkpoint_every = config.checkpoint_every or min(self.per_epoch, 1000)
         self.seconds = self.waited = 0.0
@@ -129,6 +130,14 @@ class _Run:
         if changed:
             raise UsageError(f"{self.path} is of another run, --resume goes on with the same only: {'; '.join(changed)}")
         return saved
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        try:
+            self.state.load(saved, self.world)
+        except KeyError as error:
+            raise UsageError(f"{self.path}: there is no {error} in it: not a checkpoint to go on behind") from error
+        except UsageError as error:
+            raise UsageError(f"{self.path}: {error}") from error
 
     def __call__(self) -> History:
         state, config = self.state, self.config
