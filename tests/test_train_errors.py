@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +168,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_full_disk(tmp_path: Path) -> None:
     """The checkpoint before is whole, nothing half-written is left, and with room again the run ends as if nothing had been."""
+    resource = pytest.importorskip("resource")
     config = training.config(tmp_path / "run", backend="cpu", recipe=training.recipe(length=12), resume=True)
     fit(replace(config, stop_after=3))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

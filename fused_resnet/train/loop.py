@@ -24,8 +24,8 @@ from .progress import Progress
 from .recipe import learning_rate
 from .state import State
 
-#: What a full disk says; EFBIG is a limit of the process.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: What a full disk says: no room, the user's quota (not known on Windows), a limit of the process.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 
 @dataclass(frozen=True)
