@@ -46,7 +46,10 @@ def damage(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("steps", [STEPS, ({"name": "resized_crop", "size": 32}, {"name": "pad_crop", "padding": 3})])
 def test_a_folder_is_the_same_by_any_number_of_workers(steps: tuple, folder: Path) -> None:
+    (folder / "train" / "ant" / "2.jpg").write_bytes((folder / "train" / "ant" / "0.jpg").read_bytes())
     found = data.load("folder", folder, recipe(steps))
+    twins = next(found.train.batches([Draw([0, 2], 1)])).x
+    assert not torch.equal(twins[0], twins[1]), "each image has random numbers of its own"
     assert (found.classes, len(found.train), len(found.test), found.size) == (["ant", "bee", "cat"], 12, 6, 32)
     draws = [Draw([0, 5, 9], 1), Draw([11, 5, 0], 2), Draw([0, 5, 9], 1)]
     state = torch.get_rng_state()
@@ -88,6 +91,29 @@ def test_a_damaged_image_stops_or_is_skipped_with_a_count(folder: Path, tmp_path
     assert sorted(fit(pieces).bad) == sorted(map(str, bad))
     weights = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("whole", "pieces")]
     assert training.same(*weights) == []
+
+
+@pytest.mark.parametrize("part", ["train/bee/0.jpg", "val/bee/0.jpg"])
+def test_nothing_is_lost_at_a_damaged_image(part: str, folder: Path, tmp_path: Path) -> None:
+    """Steps before it are saved, an evaluation that was due is made later: with the file repaired all is as without."""
+    whole = training.config(
+        tmp_path / "whole", recipe=recipe(), data_folder=folder, backend="cpu", workers=0, checkpoint_every=100,
+        evaluate_every=1, log_every=2,
+    )  # fmt: skip
+    history = fit(whole)
+    good = (folder / part).read_bytes()
+    (folder / part).write_bytes(good[:300])
+    config = replace(whole, out=tmp_path / "run", resume=True)
+    with pytest.raises(TrainingError, match=r"stopped behind step (\d): .*bee/0\.jpg: cannot.*checkpoint\.pt, of step \1"):
+        fit(replace(config, seed=0))
+    (folder / part).write_bytes(good)
+    rows = [[replace(row, images_per_second=0) for row in found.rows] for found in (history, fit(config))]
+    assert rows[0] == rows[1] and [row.step for row in rows[0] if row.split == "test"] == [3, 6, 9]
+    for name in ("checkpoint.pt", "best.pt"):
+        saved = [torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "run")]
+        for contents in saved:
+            contents.pop("window", None)
+        assert training.same(*saved) == []
 
 
 def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import training
 
 from fused_resnet.cli import main
-from fused_resnet.train import TrainingError, UsageError, WarmUp, fit
+from fused_resnet.train import TrainingError, UsageError, WarmUp, data, fit, loop
 
 
 @pytest.fixture
@@ -110,6 +109,9 @@ def test_going_on_with_something_else(recipe: Path, tmp_path: Path, capsys: pyte
     torch.save({**saved, "schema": 99}, out / "checkpoint.pt")
     assert train(recipe, out, "--resume") == 2
     refused(capsys, "written by a newer version (schema 99, this one reads up to 1)")
+    torch.save({key: value for key, value in saved.items() if key != "optimizer"}, out / "checkpoint.pt")
+    assert train(recipe, out, "--resume") == 2
+    refused(capsys, "there is no 'optimizer' in it: not a checkpoint to go on behind")
     other = {name: value for name, value in saved["model"].items() if "bias" not in name}
     torch.save({**saved, "model": other}, out / "checkpoint.pt")
     assert train(recipe, out, "--resume") == 2
@@ -136,23 +138,37 @@ def test_nothing_but_tensors_is_unpickled(recipe: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("rate", [1e38, 1e4])
-def test_a_loss_that_is_not_finite(rate: float, tmp_path: Path) -> None:
-    """The step is named, and the checkpoint that is left is of finite weights; the rate rises behind step 3."""
-    wild = training.recipe(
+def stopped(out: Path, says: str, rate: float) -> None:
+    """A run whose rate rises behind step 3 stops; what is left is of finite weights."""
+    recipe = training.recipe(
         lr=rate, schedule="constant", warm_up=WarmUp(3, 1e-3 / rate, "constant"), weight_decay=0.0, length=40
     )
-    config = training.config(tmp_path / "run", recipe=wild, backend="cpu", checkpoint_every=3)
-    with pytest.raises(TrainingError, match=r"stopped: .*the last good checkpoint is .*checkpoint.pt, of step (\d+)") as error:
-        fit(config)
-    assert "step" in str(error.value) and "\n" not in str(error.value)
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in saved["model"].values())
-    assert f"of step {saved['step']}" in str(error.value)
+    with pytest.raises(TrainingError, match=says) as error:
+        fit(training.config(out, recipe=recipe, backend="cpu"))
+    assert "\n" not in str(error.value)
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["model"].values()) and saved["step"] == 3
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named with its step; where only the weights are not finite yet, they are not saved."""
+    last = r"; the last good checkpoint is .*\.pt, of step 3"
+    stopped(tmp_path / "loss", r"stopped: the loss of step [56] is (nan|inf)" + last, 1e38)
+    real = loop._Run._step
+
+    def step(self: loop._Run, got: data.Batch) -> None:
+        real(self, got)
+        if self.state.step == 6:
+            with torch.no_grad():
+                next(self.state.model.parameters())[0, 0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    stopped(tmp_path / "weights", r"stopped: after step 6 0\.0\.weight is not finite" + last, 1e-3)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
     """The checkpoint before is whole, nothing half-written is left, and with room again the run ends as if nothing had been."""
+    resource = pytest.importorskip("resource")
     config = training.config(tmp_path / "run", backend="cpu", recipe=training.recipe(length=12), resume=True)
     fit(replace(config, stop_after=3))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

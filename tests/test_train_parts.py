@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import training
 
-from fused_resnet.train import UsageError, WarmUp, augment, data, metrics, recipe, sampler
+from fused_resnet.train import UsageError, WarmUp, augment, data, logs, metrics, progress, recipe, sampler
 from fused_resnet.train.distributed import World
 from fused_resnet.train.ema import Average
 from fused_resnet.train.loop import parameter_groups
@@ -60,6 +62,7 @@ def test_every_recipe_loads(name: str) -> None:
         ({"ema": 1.5}, "ema of recipe 'test'"),
         ({"warm_up": {"length": 1, "shape": "square"}}, "warm_up.shape"),
         ({"warm_up": {"lenth": 1}}, "lenth"),
+        ({"batch": 16.5}, "batch of recipe 'test' must be a whole number, got 16.5"),
     ],
 )
 def test_a_recipe_that_is_none(changes: dict, says: str, tmp_path: Path) -> None:
@@ -72,6 +75,22 @@ def test_a_recipe_that_is_none(changes: dict, says: str, tmp_path: Path) -> None
         recipe.load(str(path))
     with pytest.raises(UsageError, match="did you mean cifar-paper"):
         recipe.load("cifar-papr")
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ({"name": "pad_crop"}, "padding"),
+        ({"name": "pad_crop", "pading": 4}, "pading"),
+        ({"name": "scale_crop", "shorter": [200, 300], "size": 224}, "shorter must be at least the size 224"),
+        ({"name": "flap"}, "unknown step 'flap'; did you mean flip"),
+        ("flip", "not an object with a name"),
+    ],
+)
+def test_a_step_that_does_not_run(step: Any, says: str) -> None:
+    """Found out before the first image, on an example."""
+    with pytest.raises(UsageError, match=says):
+        augment.check((step,), augment.NAMES, "a test")
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -127,6 +146,28 @@ def test_digits() -> None:
     assert test.x.dtype == torch.uint8
     together = torch.cat([train.x, found.normalise(test.x)]).flatten(1)
     assert len(torch.unique(together, dim=0)) == 1797
+
+
+def test_the_bar_tells_loss_error_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = progress.Progress(100, 20, True, Terminal())
+    now[0] += 30
+    shown.bar(logs.Row(40, 2.0, "train", 0.51234, 0.125, 0.1, 1234.5))
+    assert shown.stream.getvalue().endswith(
+        "[########............] step 40/100  loss 0.5123  error 12.50%  1,234 images/s  1:30 left"
+    )
+    window = metrics.Window(loss=8.0, wrong=2.0, images=16.0)
+    shown.between(41, window)
+    assert "step 41" not in shown.stream.getvalue(), "drawn a moment ago"
+    now[0] += 2
+    shown.between(42, window)
+    assert shown.stream.getvalue().endswith("step 42/100  loss 0.5000  error 12.50%  8 images/s  1:24 left")
+    assert progress.duration(3700) == "1:01:40"
 
 
 def test_an_image_that_fills_up_is_not_counted(tmp_path: Path) -> None:

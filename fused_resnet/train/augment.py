@@ -22,16 +22,30 @@ NAMES = ("pad_crop", "flip", *SIZED, "colour", "trivial")
 
 
 def check(steps: Sequence[dict[str, Any]], names: Sequence[str], what: str) -> None:
-    """Steps are among ``names``.
+    """Steps are among ``names`` and run, on an example: a batch in memory, or an image where ``names`` are all.
 
     Raises:
-        UsageError: one is not, or has no name.
+        UsageError: a step has no such name, or does not take its arguments.
     """
     for step in steps:
-        name = step.get("name")
+        name = step.get("name") if isinstance(step, dict) else f"{step} (not an object with a name)"
         if name not in names:
             known = f"{name!r} is not for {what}" if name in NAMES else str(unknown("step", str(name), list(NAMES)))
             raise UsageError(f"augment: {known}; for {what} there are {', '.join(names)}")
+    with torch.random.fork_rng(devices=[]):
+        try:
+            _try(steps, tuple(names) == NAMES)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"augment: {str(error).splitlines()[0]}") from error
+
+
+def _try(steps: Sequence[dict[str, Any]], single: bool) -> None:
+    if single:
+        from torchvision.transforms.v2 import functional as T
+
+        image(T.to_pil_image(torch.zeros(3, 40, 50, dtype=torch.uint8)), steps)
+    else:
+        batch(torch.zeros(1, 3, 32, 32), steps, torch.Generator())
 
 
 def pad_crop(x: Tensor, generator: torch.Generator, padding: int) -> Tensor:
@@ -68,7 +82,7 @@ def _call(known: dict[str, Callable[..., Any]], step: dict[str, Any], *given: An
     try:
         return known[step["name"]](*given, **arguments)
     except TypeError as error:
-        raise UsageError(f"augment: {step}: {error}") from error
+        raise TypeError(f"{step}: {error}") from error
 
 
 # Of one decoded image (PIL); random numbers come from PyTorch's own generator, which the caller has seeded for this image.
@@ -82,6 +96,8 @@ def scale_crop(image: Any, shorter: Sequence[int], size: int) -> Any:
     """The shorter side to a random length, then a random crop (Simonyan and Zisserman 2015; He et al. 2016, section 3.4)."""
     from torchvision.transforms.v2 import functional as T
 
+    if min(shorter) < size:
+        raise ValueError(f"scale_crop: shorter must be at least the size {size}, got {list(shorter)}")
     image = T.resize(image, [_between(*shorter)], antialias=True)
     top, left = _between(0, image.height - size), _between(0, image.width - size)
     return T.crop(image, top, left, size, size)

@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
         TrainingError: it cannot be read.
     """
     state = tensors(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("schema"), int):
         raise UsageError(f"{path}: not a checkpoint of fused-resnet train")
     if state["schema"] > SCHEMA:
         raise UsageError(f"{path}: written by a newer version (schema {state['schema']}, this one reads up to {SCHEMA})")

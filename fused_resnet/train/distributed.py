@@ -33,13 +33,14 @@ class World:
 
     @staticmethod
     def join(device: str) -> World:
-        """Join the processes that torchrun started, by nccl on GPUs and gloo elsewhere; alone where it started none.
+        """Join the processes that torchrun started, by nccl on GPUs and gloo elsewhere; alone where none were started.
 
         Raises:
             UsageError: the device is not there.
         """
         where = automatic_device() if device == "auto" else _device(device)
-        started = dist.is_available() and (dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ)
+        told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # as torchrun tells
+        started = dist.is_available() and (dist.is_initialized() or told)
         if not started:
             return World(where)
         if where == torch.device("cuda"):  # no number given

@@ -9,3 +9,7 @@ class UsageError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run or an evaluation that cannot go on: exit code 1. What was saved before is whole."""
+
+
+class DataError(TrainingError):
+    """An image that cannot be read; the network is as it was after the last whole step."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import augment, seeds
 from .data import Batch, Data, Draw
-from .errors import TrainingError, UsageError
+from .errors import DataError, UsageError
 from .recipe import Recipe
 
 #: Mean and standard deviation of ImageNet's channels, as torchvision's weights expect them.
@@ -98,7 +98,7 @@ class Folder:
         and the image's number, whichever worker decodes it.
 
         Raises:
-            TrainingError: an image cannot be read and ``on_corrupt`` is ``stop``; or none of a batch can.
+            DataError: an image cannot be read and ``on_corrupt`` is ``stop``; or none of a batch can.
         """
         loader: DataLoader[Any] = DataLoader(
             _Images(self.samples, self.steps, self.view),
@@ -110,9 +110,9 @@ class Folder:
         )
         for x, labels, bad in loader:
             if bad and self.on_corrupt == "stop":
-                raise TrainingError(f"{bad[0][0]}: cannot be read as an image ({bad[0][1]}); --on-corrupt skip leaves such out")
+                raise DataError(f"{bad[0][0]}: cannot be read as an image ({bad[0][1]}); --on-corrupt skip leaves such out")
             if x is None:
-                raise TrainingError(f"{bad[0][0]} and the rest of its batch: cannot be read as images ({bad[0][1]})")
+                raise DataError(f"{bad[0][0]} and the rest of its batch: cannot be read as images ({bad[0][1]})")
             names = tuple(path for path, _ in bad)
             yield Batch(x, labels, names) if isinstance(x, Tensor) else Batch(torch.empty(0), labels, names, x)
 

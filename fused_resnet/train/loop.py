@@ -18,14 +18,14 @@ from . import checkpoint, data, metrics, networks, sampler, seeds
 from .config import Config
 from .distributed import World, whole, wrap
 from .ema import Average, tensors
-from .errors import TrainingError, UsageError
+from .errors import DataError, TrainingError, UsageError
 from .logs import Log, Row
 from .progress import Progress
 from .recipe import learning_rate
 from .state import State
 
-#: What a full disk says; EFBIG is a limit of the process.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: What a full disk says: no room, the user's quota (not known on Windows), a limit of the process.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,14 @@ class _Run:
         seeds.seed_everything("training", config.seed, world.rank)
         self.state = State(model, optimizer, scaler, average)
         if saved is not None:
-            self.state.load(saved, world)
+            self._load(saved)
         self.saved_step: int | None = self.state.step if saved is not None else None
-        self.evaluate_every = round(config.evaluate_every * self.per_epoch) or self.total
+        between = max(1, round(config.evaluate_every * self.per_epoch))
+        self.evaluate_every = between if config.evaluate_every else self.total
         self.log_every = config.log_every or max(1, self.per_epoch // 10)
         self.checkpoint_every = config.checkpoint_every or min(self.per_epoch, 1000)
         self.seconds = self.waited = 0.0
+        self.lr = learning_rate(recipe, max(0, self.state.step - 1), self.per_epoch)
 
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint to go on behind, if that is wanted and there is one."""
@@ -129,6 +131,14 @@ class _Run:
             raise UsageError(f"{self.path} is of another run, --resume goes on with the same only: {'; '.join(changed)}")
         return saved
 
+    def _load(self, saved: dict[str, Any]) -> None:
+        try:
+            self.state.load(saved, self.world)
+        except KeyError as error:
+            raise UsageError(f"{self.path}: there is no {error} in it: not a checkpoint to go on behind") from error
+        except UsageError as error:
+            raise UsageError(f"{self.path}: {error}") from error
+
     def __call__(self) -> History:
         state, config = self.state, self.config
         self.progress = Progress(self.total, state.step, self.world.first and not config.quiet)
@@ -136,15 +146,19 @@ class _Run:
         if self.world.first:
             try:
                 config.out.mkdir(parents=True, exist_ok=True)
+                self.log = Log(config.out, state.step, config.tensorboard)
             except OSError as error:
                 raise UsageError(f"{config.out}: cannot be written ({error.strerror})") from error
-            self.log = Log(config.out, state.step, config.tensorboard)
         if config.resume:
             self.progress.say(
                 f"going on behind step {state.step}" if self.saved_step else f"{self.path}: not there yet, starting anew"
             )
         try:
             self._train()
+        except DataError as error:
+            if self.world.size == 1 and state.step:  # else the others would have to save too
+                self._save()
+            raise TrainingError(f"stopped behind step {state.step}: {error}; {self._last()}") from error
         except metrics.NotFinite as error:
             raise TrainingError(f"stopped: {error}; {self._last()}") from error
         except OSError as error:
@@ -169,6 +183,8 @@ class _Run:
             config.seed, len(self.data.train), config.recipe.batch, range(state.step, end), self.world.rank, self.world.size
         )
         self.clock = time.perf_counter()
+        if state.untested:
+            self._test(None)
         batches = self.data.train.batches(draws, config.workers)
         while state.step < end:
             asked = time.perf_counter()
@@ -176,8 +192,9 @@ class _Run:
             state.window.waited += time.perf_counter() - asked
             self._note(got.bad)
             self._step(got)
-            if self.world.device.type == "cpu" and self.world.size == 1:
+            if self.world.size == 1 and (self.world.device.type == "cpu" or self.progress.due()):
                 state.window.read()
+                self.progress.between(state.step, state.window)
             self._after(end)
 
     def _note(self, bad: Iterable[str]) -> None:
@@ -258,6 +275,7 @@ class _Run:
 
     def _test(self, train: Row | None) -> None:
         state = self.state
+        state.untested = True
         self._tick()
         with state.average.in_place_of(state.model) if state.average is not None else nullcontext():
             self.world.share_buffers(state.model)  # process 0's: of an average, too, each has its own
@@ -266,6 +284,7 @@ class _Run:
             )
         self._note(bad)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        state.untested = False
         row = Row(state.step, self._epoch(), "test", loss, error, self.lr, images / max(seconds, 1e-9))
         self._write(row)
         self.progress.tested(train, row)

@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from .logs import Row
+from .metrics import Window
 
 
 def duration(seconds: float) -> str:
@@ -29,7 +30,7 @@ class Progress:
         self.stream = stream or sys.stderr
         self.total, self.first, self.show = total, done, show
         self.terminal = show and self.stream.isatty()
-        self.began = time.monotonic()
+        self.began = self.drawn = self.rowed = time.monotonic()
 
     def left(self, step: int) -> str:
         """Time left, at the speed so far."""
@@ -38,14 +39,27 @@ class Progress:
             return "?"
         return duration((time.monotonic() - self.began) / done * (self.total - step))
 
+    def due(self) -> bool:
+        """The bar is older than half a second."""
+        return self.terminal and time.monotonic() - self.drawn > 0.5
+
+    def between(self, step: int, window: Window) -> None:
+        """The bar between two rows, if it is due."""
+        if self.due() and window.images:
+            speed = window.images / max(time.monotonic() - self.rowed, 1e-9)
+            self._draw(step, window.loss / window.images, window.wrong / window.images, speed)
+
     def bar(self, row: Row) -> None:
         """The bar after a row of the log."""
+        self.rowed = time.monotonic()
+        self._draw(row.step, row.loss, row.error, row.images_per_second)
+
+    def _draw(self, step: int, loss: float, error: float, speed: float) -> None:
         if self.terminal:
-            filled = round(20 * row.step / self.total)
-            numbers = (
-                f"loss {row.loss:.4f}  error {row.error:.2%}  {row.images_per_second:,.0f} images/s  {self.left(row.step)} left"
-            )
-            text = f"[{'#' * filled}{'.' * (20 - filled)}] step {row.step}/{self.total}  {numbers}"
+            self.drawn = time.monotonic()
+            filled = round(20 * step / self.total)
+            numbers = f"loss {loss:.4f}  error {error:.2%}  {speed:,.0f} images/s  {self.left(step)} left"
+            text = f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self.total}  {numbers}"
             print(f"\r\033[K{text}", end="", file=self.stream, flush=True)
 
     def say(self, text: str) -> None:

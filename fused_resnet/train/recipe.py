@@ -83,6 +83,8 @@ class Recipe:
         for name in ("batch", "length", "lr"):
             if not (isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) < math.inf):
                 raise UsageError(f"{name} of recipe {self.name!r} must be a number above 0, got {getattr(self, name)!r}")
+        if not isinstance(self.batch, int):
+            raise UsageError(f"batch of recipe {self.name!r} must be a whole number, got {self.batch!r}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UsageError(f"ema of recipe {self.name!r} must be at least 0 and below 1, got {self.ema}")
         if self.warm_up is not None and self.warm_up.shape not in ("constant", "linear"):

@@ -26,6 +26,7 @@ class State:
         window: sums for the next row of the log.
         best: smallest test error so far.
         bad: files that could not be read.
+        untested: an evaluation is due, and was not made since an image could not be read.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class State:
     window: Window = field(default_factory=Window)
     best: float = float("inf")
     bad: list[str] = field(default_factory=list)
+    untested: bool = False
 
     def save(self, world: World) -> dict[str, Any]:
         """As plain data; all processes have to call, and all get it."""
@@ -54,6 +56,7 @@ class State:
             "window": world.gather([window.loss, window.wrong, window.images, window.seconds, window.waited]),
             "random": world.gather(seeds.states(world.device)),
             "best": self.best,
+            "untested": self.untested,
             "bad": sorted({path for bad in world.gather(self.bad) for path in bad}),
         }
 
@@ -75,6 +78,7 @@ class State:
             self.optimizer.state[parameters[name]][key] = fresh
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best, self.bad = saved["step"], saved["best"], list(saved["bad"])
+        self.untested = saved["untested"]
         if len(saved["random"]) == world.size:
             self.window = Window(*saved["window"][world.rank])
             seeds.restore(saved["random"][world.rank], world.device)
