@@ -374,7 +374,8 @@ def rebuild_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype) -> Pl
     side, last = chain.projection, sizes[chain.layers[-1].name]
     if side is not None and not side.weights:
         launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd")
-    launches.append(_gate(chain, last, dtype) if chain.gate is not None else _bn_add_relu(chain, last, dtype, "out"))
+    gated = chain.gate is not None
+    launches.append(_gate(chain, last, dtype, chain.pre_activation(-1)) if gated else _bn_add_relu(chain, last, dtype, "out"))
     made = tuple(slot for launch in launches for _, slot in launch.outputs if slot != "out")
     return Plan(tuple(launches), ("out",), made)
 
