@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 
 from .boxes import Place, Step, lanes_of, loaded, locate
-from .finish import Column, arrive, ordered_sum, part_offsets, store_row, sum_rows
-from .gradients import inverse_deviation, vector
-from .numerics import dot, rounded
+from .finish import arrive, ordered_sum, part_offsets
+from .numerics import dot
+from .wgrad_end import write_rest, write_tile
 
 #: Elements of a tile that are added together: a tile's parts are joined piece by piece, so that the registers which the main
 #: loop's accumulators had hold several parts on their way. (128 by 128, sm_90: 130 registers instead of 184 in one piece.)
@@ -54,100 +54,6 @@ class Shares(NamedTuple):
     counters: Any
     counters_of: Any
     products: Any
-
-
-class Given(NamedTuple):
-    """Pointers to what the gradients of a filter's other parameters are made of, ``None`` where the launch has none."""
-
-    eps: Any
-    w: Any
-    sum: Any
-    bias: Any
-    gamma: Any
-    mean: Any
-    var: Any
-
-
-class Results(NamedTuple):
-    """Pointers to what is written, ``None`` for what nobody wants: dw like w, the others fp32 [K]."""
-
-    dw: Any
-    dbias: Any
-    dgamma: Any
-    dbeta: Any
-
-
-@triton.jit
-def write_vectors(inner, filters, exists, results, given, SCALED: tl.constexpr, BATCH: tl.constexpr):
-    """Gradients of the per-filter parameters. ``inner``: ``<w_k, G_k>``, fp32 [1, K], or None without dgamma."""
-    row = filters[None, :]
-    mask = exists[None, :]
-    if BATCH:
-        if results.dbias is not None:  # BatchNorm subtracts what a bias adds
-            tl.store(results.dbias + row, tl.zeros(row.shape, dtype=tl.float32), mask=mask)
-    elif given.sum is not None:
-        total = vector(given.sum, filters, exists)
-        if results.dbeta is not None:
-            tl.store(results.dbeta + row, total, mask=mask)
-        if SCALED:
-            invstd = inverse_deviation(given.var, given.eps, filters, exists)
-            if results.dbias is not None:
-                factor = invstd
-                if given.gamma is not None:
-                    factor = factor * vector(given.gamma, filters, exists)
-                tl.store(results.dbias + row, factor * total, mask=mask)
-            if inner is not None:
-                offset = -vector(given.mean, filters, exists)
-                if given.bias is not None:
-                    offset += vector(given.bias, filters, exists)
-                tl.store(results.dgamma + row, invstd * (inner + offset * total), mask=mask)
-        elif results.dbias is not None:
-            tl.store(results.dbias + row, total, mask=mask)
-
-
-@triton.jit
-def write_tile(total, offsets, mask, filters, exists, results, given, SCALED: tl.constexpr):
-    """Store a piece of dw. Returns its part of ``<w_k, G_k>``, fp32 [K], or None without dgamma."""
-    if results.dw is not None:
-        dw = total
-        if SCALED:
-            factor = inverse_deviation(given.var, given.eps, filters, exists)
-            if given.gamma is not None:
-                factor = factor * vector(given.gamma, filters, exists)
-            dw = total * factor.trans()
-        tl.store(results.dw + offsets, rounded(dw, results.dw.dtype.element_ty), mask=mask)
-    if results.dgamma is not None:
-        w = tl.load(given.w + offsets, mask=mask, other=0.0).to(tl.float32)
-        return tl.sum(tl.where(mask, w * total, 0.0), axis=1)
-    else:
-        return None
-
-
-@triton.jit
-def write_rest(
-    inner,
-    filters,
-    exists,
-    column,
-    columns,
-    row,
-    tiles,
-    K,
-    shares,
-    results,
-    given,
-    SCALED: tl.constexpr,
-    BATCH: tl.constexpr,
-):
-    """What follows from a tile of dw, ``inner``: its :func:`write_tile`'s. ``column``, ``row``: index of the tile."""
-    if results.dgamma is not None:
-        parts = Column(shares.products, shares.counters, column, columns, columns, filters, exists, K)
-        store_row(parts, 0, column, inner)
-        if arrive(shares.counters + tiles * shares.counters_of + row, columns):
-            inner = sum_rows(parts, 0, 0, columns, 1)
-            write_vectors(inner[None, :], filters, exists, results, given, SCALED, BATCH)
-    elif column == 0:
-        write_vectors(None, filters, exists, results, given, SCALED, BATCH)
 
 
 @triton.jit
@@ -379,7 +285,7 @@ def wgrad(
         x: [N, H, W, C] of the same type, as ``PIXELS`` wants it.
         sizes: :class:`.boxes.Sizes`, of the forward convolution.
         columns: tiles of dw in a row, taps by chunks of channels (of the groups of a tile of filters).
-        results: :class:`Results`. given: :class:`Given`. shares: :class:`Shares`.
+        results, given: of wgrad_end.py. shares: :class:`Shares`.
         COEFFICIENTS, GRADIENT: functions of gradients.py. PROLOGUE: of prologues.py.
         LOAD: loader of gradients.py. PIXELS: of boxes.py; ``None`` for both means :func:`direct`.
         TAPS: :class:`.boxes.Taps`. TILE: extents, powers of two: ``images, rows, columns`` a step's box of output pixels.
@@ -450,10 +356,3 @@ def wgrad(
         offsets, mask = where(k, filters, exists, column, 0, sizes, acc.shape[1], LOAD, TAPS, TILE, FLAT, SPANS)
         inner = write_tile(acc, offsets, mask, filters, exists, results, given, SCALED)
         write_rest(inner, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH)
-
-
-@triton.jit
-def vectors_only(sizes, results, given, FILTERS: tl.constexpr, SCALED: tl.constexpr, BATCH: tl.constexpr):
-    """Gradients of a layer's per-filter parameters where nobody wants those of its filters (they are frozen)."""
-    filters = tl.program_id(0) * FILTERS + tl.arange(0, FILTERS)
-    write_vectors(None, filters, filters < sizes.K, results, given, SCALED, BATCH)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import activations, boxes, dgrad, gradients, prologues, wgrad
+from ..kernels import activations, boxes, dgrad, gradients, prologues, wgrad, wgrad_end
 from ..launch import Geometry, Launch
 from ..tuning import Tile, choose
 from . import workspace
@@ -334,7 +334,7 @@ def _columns(g: Geometry, tile: Tile, pixels: str | None, spans: bool) -> int:
 
 def _plan_vectors(launch: Launch, g: Geometry) -> GradientStart:
     constants = {"FILTERS": _VECTOR, "SCALED": launch.gradient == "scale", "BATCH": launch.gradient == "bn_backward"}
-    return GradientStart(wgrad.vectors_only, ceil(g.K / _VECTOR), constants, _sizes(g), None, None, 4, 1)
+    return GradientStart(wgrad_end.vectors_only, ceil(g.K / _VECTOR), constants, _sizes(g), None, None, 4, 1)
 
 
 def bind(
@@ -354,9 +354,9 @@ def bind(
         role: start.views[role].of(named[role]) if role in start.views else named[role] for role in named if role in _VIEWED
     }
     counters, partials = space
-    results = wgrad.Results(*(outputs.get(role) for role in wgrad.Results._fields))
-    given = wgrad.Given(*(named.get(name) for name in wgrad.Given._fields))
-    if start.kernel is wgrad.vectors_only:
+    results = wgrad_end.Results(*(outputs.get(role) for role in wgrad_end.Results._fields))
+    given = wgrad_end.Given(*(named.get(name) for name in wgrad_end.Given._fields))
+    if start.kernel is wgrad_end.vectors_only:
         return {"sizes": start.sizes, "results": results, "given": given, **start.constants}
     reads_y = launch.gradient == "bn_backward"
     common_arguments = {

@@ -66,7 +66,7 @@ def by_rule(launch: Launch, arch: str, tf32: bool = False) -> Tile | Strip:
 
 def _splits(launch: Launch, tile: Tile, held: int, multiprocessors: int) -> list[int]:
     """Into how many shares the sum of a tile may go; ``held``: programs that a multiprocessor holds at once."""
-    slots = held * multiprocessors
+    slots = max(held, 1) * multiprocessors
     g = launch.geometry
     assert isinstance(g, Geometry)
     if launch.kind == "wgrad":
