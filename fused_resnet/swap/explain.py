@@ -133,7 +133,7 @@ def _walk(name: str, module: nn.Module, reason: str, rows: list[Row], seen: set[
             seen.update(id(part) for part in parts.modules)
         reason = f"stands alone in a {module.unfused_class.__name__}"
     elif (
-        is_convolution(module)
+        (is_convolution(module) and type(module) is not nn.Linear)  # a Linear by itself is nothing one would expect fused
         or is_norm(module)
         or isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase))
     ):

@@ -150,8 +150,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
        Stages as many as shared memory holds, at most 4.
 
     Depthwise convolutions have nothing to multiply matrices of: 64 pixels by 64 filters, so that loads are whole sectors. That
-    tile for grouped ones with a prologue too, whose exact branch has it twice. 64 pixels and 4 warps, each with up to 512
-    registers a lane, on AMD with an exponential on load (1x1 and GELU, 8 warps: 832 bytes spilled; so: none).
+    tile for grouped ones with a prologue too, whose exact branch has it twice. 64 pixels with an exponential on load
+    (GELU, sm_80: 456 bytes spilled with 128), on AMD by 4 warps, each with up to 512 registers a lane (8: 832 bytes).
     The interpreter pays by the program and step, not by the element: larger tiles there.
     """
     g = launch.geometry
@@ -169,8 +169,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     while not flat and channels > 32 and g.C % channels:
         channels //= 2
     filters = power_of_two(g.K, 16, 64 if g.groups > 1 or single else 128)
-    alone = arch.startswith("gfx") and launch.x_activation in EXPONENTIAL
-    low = alone or (g.groups > 1 and (g.groups == g.C or launch.prologue != "identity"))
+    exponential = launch.x_activation in EXPONENTIAL and not interpreted
+    low = exponential or (g.groups > 1 and (g.groups == g.C or launch.prologue != "identity"))
     pixels = power_of_two(g.N * g.P * g.Q, 16, 512 if interpreted else 64 if low else 128)
 
     def tile() -> Tile:
@@ -189,7 +189,7 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     each = 32 if crowded else 64
     if launch.epilogue == "stats" and g.groups == g.C > 1:
         each = 16
-    warps = 4 if alone else power_of_two(pixels * filters // (32 * each), 4, 8)
+    warps = 4 if exponential and arch.startswith("gfx") else power_of_two(pixels * filters // (32 * each), 4, 8)
     stages = max(2, min(4, device.shared * 1024 // tile().stage_bytes(launch.dtype)))
     return replace(tile(), num_warps=warps, num_stages=stages)
 
