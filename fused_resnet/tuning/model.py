@@ -271,7 +271,7 @@ def refetched(launch: Launch, tile: Tile, device: Device, held: int) -> int:
     share's pixels, from the L2 if it holds them.
     """
     size = dict(launch.sizes)
-    wave = device.multiprocessors * max(held, 1)
+    wave = device.multiprocessors * held
     holds = L2_HOLDS * device.l2_mib * 2**20
     tiles = tiles_of(launch, tile)
     if launch.kind == "wgrad":
