@@ -166,7 +166,7 @@ def max_pool_backward(
                 if x_bn is not None:
                     # Rounded, as what was pooled. In fp32: the form for 16 bits spills here (sm_90).
                     z = rounded(batch_norm(z, channels, exists, None, *x_bn), value.dtype).to(tl.float32)
-                gradient = tl.where(mask, BACKWARD(gradient, z, slope), 0.0)
+                gradient = BACKWARD(gradient, z, slope)
         gradient = rounded(gradient, dx.dtype.element_ty)
         tl.store(dx + offsets, gradient, mask=mask)
         if sums is not None:
