@@ -325,9 +325,9 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
 
     2048 elements a step, 1024 of fp32: 16 (8) a thread, loaded 16 bytes at a time; 1024, too, where a max-pooling applies an
     exponential to each tap (2048 spill 240 bytes, compiled), and in its backward (behind a BatchNorm 2048 spill 8 bytes on
-    sm_90). Up to 256 channels, so that a row of a strip is whole sectors. Reductions take up to 16 steps, fewer while that would
-    leave less than 16 programs a multiprocessor: each step but the first saves a row of partials. The interpreter pays by the
-    program: all in one step there.
+    sm_90). Up to 256 channels, so that a row of a strip is whole sectors. Reductions take up to 16 steps, fewer while that
+    would leave less than 16 programs a multiprocessor: each step but the first saves a row of partials. The interpreter pays by
+    the program: all in one step there.
     """
     g = launch.geometry
     channels = power_of_two(g.y_shape[1], 1, 256)
