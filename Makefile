@@ -21,7 +21,7 @@ build_site = NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 match = $(if $(K),-k "$(K)")
 pytest_tests = OMP_NUM_THREADS=$(THREADS) $(1)/bin/python -m pytest tests -n $(WORKERS) -p no:benchmark $(match)
 
-.PHONY: help demo test test-all bench check site format clean
+.PHONY: help demo test test-all compiled bench check site format clean
 
 help:  ## list the targets
 	@echo "fused_resnet: each target does its own set-up in .venv/ (the first call downloads PyTorch, a few GB)"
@@ -37,6 +37,9 @@ test-all: .venv/.with-test .venv-oldest/.with-test  ## the long sweeps too, then
 	@$(call pytest_tests,.venv) --durations=10
 	@echo "Again, with the oldest supported versions:"
 	@$(call pytest_tests,.venv-oldest) --durations=10
+
+compiled: .venv/.with-test  ## write anew what the compiler makes of ResNet-18 and 50, which the tests compare with; no GPU needed
+	@.venv/bin/python tools/compiled.py
 
 bench: .venv/.with-test  ## time eager, compiled and fused side by side (pytest-benchmark)
 	@.venv/bin/python -m pytest bench/ --benchmark-only $(match)

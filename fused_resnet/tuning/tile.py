@@ -324,15 +324,16 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
     """The strip of a launch.
 
     2048 elements a step, 1024 of fp32: 16 (8) a thread, loaded 16 bytes at a time; 1024, too, where a max-pooling applies an
-    exponential to each tap (2048 spill 240 bytes, compiled). Up to 256 channels, so that a row of a strip is whole sectors.
-    Reductions take up to 16 steps, fewer while that would leave less than 16 programs a multiprocessor: each step but the first
-    saves a row of partials. The interpreter pays by the program: all in one step there.
+    exponential to each tap (2048 spill 240 bytes, compiled), and in its backward (behind a BatchNorm 2048 spill 8 bytes on
+    sm_90). Up to 256 channels, so that a row of a strip is whole sectors. Reductions take up to 16 steps, fewer while that
+    would leave less than 16 programs a multiprocessor: each step but the first saves a row of partials. The interpreter pays by
+    the program: all in one step there.
     """
     g = launch.geometry
     channels = power_of_two(g.y_shape[1], 1, 256)
     if arch == "interpreter":
         return Strip(max(1, 16384 // channels), channels)
-    crowded = launch.kind == "max_pool" and launch.x_activation in EXPONENTIAL
+    crowded = launch.kind == "max_pool_backward" or (launch.kind == "max_pool" and launch.x_activation in EXPONENTIAL)
     elements = 1024 if launch.dtype.itemsize == 4 or crowded else 2048
     if launch.kind in ("conv_end", "dgrad_end") and len(launch.outputs) > 1:
         return Strip(4 * elements // channels, channels, num_warps=8)  # a row of partials for each strip: fewer, larger ones
