@@ -50,11 +50,6 @@ def work(rank: int) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ranks.run("test_train_distributed", "work", tmp_path_factory.mktemp("ranks"))[0]
-
-
 def written_out() -> dict[str, torch.Tensor]:
     """The steps in fp64: gradients of the two halves of a batch, each with its own statistics, averaged."""
     recipe = training.recipe(length=STEPS)
@@ -80,28 +75,24 @@ def written_out() -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_written_out(kind: str, results: dict[str, Any]) -> None:
-    truth, saved = written_out(), results[kind]["model"]
-    assert list(saved) == list(truth)
-    for key, value in truth.items():
-        assert relative_error(saved[key], value) < 1e-4, key
-    train, test = results[f"{kind} rows"][-2:]
-    assert (train.split, test.split, test.step) == ("train", "test", STEPS) and 0 < test.error < 1
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP and FSDP2 take the steps as written out; in pieces bit for bit; and one process can go on behind two.
 
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_in_pieces(kind: str, results: dict[str, Any]) -> None:
-    """Bit for bit, of each process, with an average of the weights."""
-    whole, pieces = results[kind], results[f"{kind} pieces"]
-    assert whole["ema"] is not None and len(whole["random"]) == 2
-    for saved in (whole, pieces):
-        saved["window"] = [sums[:3] for sums in saved["window"]]
-    assert training.same(whole, pieces) == []
-
-
-def test_one_process_goes_on_behind_two(results: dict[str, Any], tmp_path: Path) -> None:
-    """A checkpoint does not depend on how many wrote it, or on shards."""
+    One test, since the processes are started once for all of it.
+    """
+    results = ranks.run("test_train_distributed", "work", tmp_path)[0]
+    truth = written_out()
+    for kind in ("ddp", "fsdp2"):
+        whole, pieces, rows = results[kind], results[f"{kind} pieces"], results[f"{kind} rows"]
+        assert list(whole["model"]) == list(truth)
+        for key, value in truth.items():
+            assert relative_error(whole["model"][key], value) < 1e-4, f"{kind}: {key}"
+        train, test = rows[-2:]
+        assert (train.split, test.split, test.step) == ("train", "test", STEPS) and 0 < test.error < 1
+        assert whole["ema"] is not None and len(whole["random"]) == 2
+        for saved in (whole, pieces):
+            saved["window"] = [sums[:3] for sums in saved["window"]]
+        assert training.same(whole, pieces) == [], kind
     (tmp_path / "run").mkdir()
     torch.save(results["fsdp2"], tmp_path / "run" / "checkpoint.pt")
     history = fit(config(tmp_path / "run", resume=True))
