@@ -54,6 +54,10 @@ class Fused(nn.Module):
         """The chains of this module, as it is now, by name."""
         return self.chains_of(self)
 
+    def inlined(self) -> list[nn.Module]:
+        """Modules inside that are not called as such, besides those of the chains."""
+        return []
+
     def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
         return self.run_owned(parts, x, unfused, False)[0]

@@ -100,6 +100,11 @@ class Matcher:
     def is_identity(self, node: Node) -> bool:
         return type(self.module(node)) is nn.Identity and self._one(node) is not None
 
+    def is_pool(self, node: Node) -> bool:
+        """A max-pooling that can be launched."""
+        pool: Any = self.module(node)
+        return type(pool) is nn.MaxPool2d and self._one(node) is not None and not (pool.ceil_mode or pool.return_indices)
+
     def added(self, node: Node) -> tuple[Node, Node, bool] | None:
         """The two tensors that a node adds, and whether into the first."""
         table: Any = _ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS if node.op == "call_method" else {}
@@ -206,7 +211,7 @@ class Matcher:
             if not self.is_conv(node):
                 continue
             place, nodes = self.layer(node)
-            reason = refusal(Parts([self.weight_layer(place)]), structure_only=True)
+            reason = self.refused(place)
             if reason is not None:
                 self.reasons[place.conv] = reason
                 continue
@@ -217,6 +222,14 @@ class Matcher:
                 match = self._appended(before, match, by_out)
             by_out[match.out] = match
         return by_out
+
+    def refused(self, place: LayerPlace) -> str | None:
+        """Why a layer cannot be launched, or None."""
+        return refusal(Parts([self.weight_layer(place)]), structure_only=True)
+
+    def names(self, place: LayerPlace) -> set[str]:
+        """What must not be twice in a chain: its convolution and its BatchNorm, whose statistics each call moves on."""
+        return {name for name in (place.conv, place.norm) if name is not None}
 
     def strip(self, node: Node) -> tuple[Node, list[Node]]:
         """What identities in front of a node hand on, and these."""
@@ -233,8 +246,8 @@ class Matcher:
         if before is None or before.residual or any(len(node.users) != 1 for node in (source, *passed)):
             return None
         last = before.layers[-1]
-        known = {name for layer in before.layers for name in (layer.conv, layer.norm)}
-        twice = any(layer.conv in known or (layer.norm is not None and layer.norm in known) for layer in match.layers)
+        known = {name for layer in before.layers for name in self.names(layer)}
+        twice = any(known & self.names(layer) for layer in match.layers)
         return before if not twice and (last.norm is not None or last.activation is not None) else None
 
     def _appended(self, before: Match, match: Match, by_out: dict[Node, Match]) -> Match:
@@ -290,7 +303,7 @@ class Matcher:
             if before is None or before in runs:
                 return None
             runs.insert(0, before)
-        names = [name for run in runs for layer in run.layers for name in (layer.conv, layer.norm) if name is not None]
+        names = [name for run in runs for layer in run.layers for name in self.names(layer)]
         return runs if len(set(names)) == len(names) else None
 
     def _quiet(self, mine: list[Node], node: Node) -> bool:
@@ -320,11 +333,7 @@ class Matcher:
         """Take the max-pooling behind a chain into it."""
         behind: list[Node] = []
         following = self.follow(match.out, behind)
-        module = self.module(following) if following is not None else None
-        if following is None or type(module) is not nn.MaxPool2d or self._one(following) is None or match.residual:
-            return
-        pool: Any = module
-        if not (pool.ceil_mode or pool.return_indices):
+        if following is not None and self.is_pool(following) and not match.residual:
             match.pool = str(following.target)
             match.nodes += [*behind, following]
             match.out = following

@@ -1,7 +1,7 @@
 """Regions: modules of any class whose forward holds chains.
 
 A region is the innermost module whose forward calls all of a chain, itself or through children. Its class is swapped as
-that of every fused module; the fused forward is the traced one (:mod:`.tracing`), written out again with a call for each chain
+that of every fused module; its forward is the traced one (:mod:`.tracing`), written out again with a call for each chain
 (:mod:`.patterns`). A child that no chain looks out of stays one call, with its hooks and its own chains. Where a guard no longer
 holds, the forward of the original class runs.
 """
@@ -78,6 +78,7 @@ class Region:
         required: how many tensors it is given.
         reasons: place -> why a convolution is in no chain.
         source: the code of ``run``, for people.
+        inlined: modules that are not called as such, since a chain looks out of them.
     """
 
     run: Callable[..., Any]
@@ -86,6 +87,7 @@ class Region:
     required: int
     reasons: dict[str, str]
     source: str
+    inlined: tuple[Path, ...] = ()
 
     def broken(self, module: nn.Module) -> str | None:
         """Why it holds no longer, or None."""
@@ -224,7 +226,8 @@ class _Writer:
         run, source = _compiled(self.graph)
         required, _ = arguments_of(self.module)
         reasons = {**self.matcher.reasons, **self.traced.leaves}
-        return Region(run, tuple(sites), self._guards(), required, reasons, source)
+        inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
+        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined)
 
     def _folded_parent(self, frame: Frame) -> Frame | None:
         return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)
@@ -352,6 +355,11 @@ class FusedRegion(Fused):
     def chains_of(module: Any) -> list[tuple[str, Parts]]:
         region, _ = usable(module)
         return [] if region is None else [(site.name, site.parts(module)) for site in region.sites]
+
+    def inlined(self) -> list[nn.Module]:
+        region, _ = usable(self)
+        found = [descend(self, path) for path in region.inlined] if region is not None else []
+        return [module for module in found if module is not None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         region, _ = usable(self)

@@ -3,8 +3,8 @@
 torch.fx runs a forward once on stand-ins for tensors and writes down what is called. What the forward decided on the way is
 then fixed, so this tracer
 
-* stops at modules whose inside is nobody's business: those of torch.nn, those with hooks, those without a convolution in
-  them, and those that cannot be traced, which stay calls (``leaves``);
+* stops at modules whose inside is nobody's business: those of torch.nn, with hooks, or without a convolution, and those
+  that cannot be traced, which stay calls (``leaves``);
 * notes in a :class:`Guard` all that a decision can have hung on, attributes and the classes of children, so that a caller can tell
   at each call whether the graph still holds;
 * refuses a forward that does more than compute from its arguments: draws random numbers, sets attributes, makes tensors, asks
