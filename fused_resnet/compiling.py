@@ -8,7 +8,6 @@ and Inductor take as it is. Nothing in the model is changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch

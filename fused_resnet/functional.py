@@ -24,7 +24,6 @@ from .describe import Reading
 from .launch import accumulation_dtype
 from .plan import backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
 
-
 #: Chains whose forward is running: who counts operators leaves out those by which an executor runs launches.
 running: list[Chain] = []
 

@@ -58,7 +58,7 @@ def test_it_computes_what_eager_does(training: bool, inner: str) -> None:
         (expected * weights).sum().backward(), (actual * weights).sum().backward()
         assert relative_error(second.grad, first.grad) < 1e-4
         for (key, a), (_, b) in zip(plain.named_parameters(), same.named_parameters()):
-            assert relative_error(b.grad, a.grad) < 1e-3, key
+            assert float((b.grad - a.grad).norm()) < 1e-3 * float(a.grad.norm()) + 1e-4, key  # a bias in front of BatchNorm: 0
         for (key, a), (_, b) in zip(plain.named_buffers(), same.named_buffers()):
             assert relative_error(b.double(), a.double()) < 1e-5, key
 

@@ -131,6 +131,7 @@ class _Walk:
         self.seen: set[int] = set()
         self.reasons: dict[int, str] = {}  # of single convolutions, as the region around them knows them
         self.traced = analysis()
+        self.fallen: set[str] = set()  # reasons why regions run unfused now, with all that they stand for
 
     def visit(self, name: str, module: nn.Module, reason: str) -> None:
         """Rows of a module and of what is in it; ``reason`` is why what stands alone does."""
@@ -163,9 +164,13 @@ class _Walk:
         region, reason = usable(module)
         for place, why in region.reasons.items() if region is not None else ():
             self.reasons.setdefault(id(module.get_submodule(place)), why)
+        if reason is not None:
+            self.fallen.add(reason)
         return reason or f"stands alone in a {module.unfused_class.__name__}: no chain reaches it"
 
     def _unfused(self, module: nn.Module, reason: str) -> str:
+        if reason in self.fallen:
+            return reason
         fused, refused = fused_forward(module, self.traced)
         if refused is not None:
             return refused if ":" in refused or "forward" not in refused else f"{refused}: {type(module).__name__}"

@@ -1,9 +1,9 @@
 """Regions: modules of any class whose forward holds chains.
 
-A region is the innermost module whose forward calls all of a chain, itself or through children. Its class is swapped as
-that of every fused module; its forward is the traced one (:mod:`.tracing`), written out again with a call for each chain
-(:mod:`.patterns`). A child that no chain looks out of stays one call, with its hooks and its own chains. Where a guard no longer
-holds, the forward of the original class runs.
+A region is the innermost module whose forward calls all of a chain, itself or through children. Its class is swapped
+as that of every fused module; its forward is the traced one (:mod:`.tracing`), written out again with a call for each chain
+(:mod:`.patterns`). A child that no chain looks out of stays one call, with its hooks and its own chains. Where a guard no
+longer holds, the forward of the original class runs.
 """
 
 from __future__ import annotations

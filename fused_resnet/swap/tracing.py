@@ -5,8 +5,8 @@ then fixed, so this tracer
 
 * stops at modules whose inside is nobody's business: those of torch.nn, with hooks, or without a convolution, and those
   that cannot be traced, which stay calls (``leaves``);
-* notes in a :class:`Guard` all that a decision can have hung on, attributes and the classes of children, so that a caller can tell
-  at each call whether the graph still holds;
+* notes in a :class:`Guard` all that a decision can have hung on, attributes and the classes of children, so that at each
+  call it can be told whether the graph still holds;
 * refuses a forward that does more than compute from its arguments: draws random numbers, sets attributes, makes tensors, asks
   for the gradient mode, returns a container that a graph cannot make;
 * lets stand-ins pass ``isinstance(x, torch.Tensor)``, as the tensors do that they stand for.
