@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .chain import Chain, Layer
 from .functional import traced
-from .swap.patterns import LayerPlace, Match, Matcher
+from .swap.patterns import LayerPlace, Match, Matcher, function_activation
 
 Node = fx.Node
 
@@ -109,7 +109,7 @@ class _Functions(Matcher):
             following = self.follow(following, [])
         if following is not None and self.is_activation(following):
             nodes.append(following)
-            activation = True
+            activation = function_activation(following)
         return LayerPlace(conv.name, norm, activation), nodes
 
     def refused(self, place: LayerPlace) -> str | None:

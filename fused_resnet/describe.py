@@ -285,7 +285,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 _NO_NORM: tuple[Any, ...] = (False, False, 0.0, False, False, False, 0.0, "")
 
 
-def _activation(module: Any) -> tuple[str, float]:
+def activation_name(module: Any) -> tuple[str, float]:
     """Name and slope of an activation, a key of :data:`.activations.ACTIVATIONS`."""
     name = "identity" if module is None else _ACTIVATIONS[type(module)]
     if name == "gelu" and module.approximate == "tanh":
@@ -352,7 +352,7 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     state = _read_norm(layer.norm, parameters)
     windows = _windows(conv)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them
-    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *_activation(layer.activation))
+    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *activation_name(layer.activation))
 
 
 def _chain(

@@ -36,8 +36,9 @@ def _vision(name: str, share: float = 0.95, size: int = 64, **options: Any) -> N
     ZOO[f"torchvision {name}"] = ("torchvision.models", build, (2, 3, size, size), share)
 
 
-for _name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet", "vgg11_bn"):
+for _name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "googlenet", "vgg11_bn"):
     _vision(_name)
+_vision("densenet121", 0.85)
 for _name, _share in (("mnasnet0_5", 0.95), ("shufflenet_v2_x0_5", 0.95), ("mobilenet_v2", 0.9), ("squeezenet1_1", 0.95)):
     _vision(_name, _share)
 for _name in ("efficientnet_b0", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf"):
@@ -54,7 +55,7 @@ _timm("resnet50", features_only=True, output_stride=8)
 _timm("resnet26d", output_stride=16)
 _timm("resnet18", drop_path_rate=0.0, drop_block_rate=0.0)
 _timm("resnest14d", 0.9)
-_timm("densenet121")
+_timm("densenet121", 0.85)
 
 
 def _detection(name: str) -> None:
@@ -208,6 +209,7 @@ def _fill(model: nn.Module, x: Tensor) -> None:
 def _step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs, and gradients by name, of one forward and backward."""
     x = x.detach().clone().requires_grad_()
+    torch.manual_seed(5)  # of dropouts
     out = outputs(model(x))
     generator = torch.Generator().manual_seed(3)
     total = sum(
@@ -243,7 +245,10 @@ def check(name: str, training: bool) -> int:
     for key, t in exact.state_dict().items():
         assert _far(wide.state_dict()[key], t) < 1e-9, key
     with torch.no_grad():
-        for a, e, t in zip(outputs(fused(x)), outputs(plain(x)), truth, strict=True):
+        torch.manual_seed(5)
+        eager = outputs(plain(x))
+        torch.manual_seed(5)
+        for a, e, t in zip(outputs(fused(x)), eager, truth, strict=True):
             assert a.shape == e.shape and a.dtype == e.dtype
             assert _far(a, t) <= max(3 * _far(e, t), 1e-5), f"output: {_far(a, t):.1e}, eager's own {_far(e, t):.1e}"
             assert _far(a, t) <= (1e-3 if training else 1e-4)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -25,22 +26,48 @@ from ..describe import Parts, WeightLayer, activation_of, is_activation, is_conv
 
 Node = fx.Node
 
-#: Functions and methods that are ReLU.
-_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
+#: Functions that are activations -> the module that stands for them among a chain's, and its options by argument.
+_ACTIVATION_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    F.relu: (nn.ReLU, ()), F.relu_: (nn.ReLU, ()), torch.relu: (nn.ReLU, ()), torch.relu_: (nn.ReLU, ()),
+    F.relu6: (nn.ReLU6, ()), F.silu: (nn.SiLU, ()), F.hardswish: (nn.Hardswish, ()), F.gelu: (nn.GELU, ("approximate",)),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope",)), F.hardtanh: (nn.Hardtanh, ("min_val", "max_val")),
+}  # fmt: skip
 _RELU_METHODS = ("relu", "relu_")
 #: Functions and methods that add two tensors; True: into the first.
 _ADD_FUNCTIONS = {operator.add: False, torch.add: False, operator.iadd: True}
 _ADD_METHODS = {"add": False, "add_": True}
-RELU = nn.ReLU()  # what stands for the functions among a chain's modules
+
+
+@cache
+def _stand_in(kind: Any, *options: Any) -> nn.Module:
+    if kind is nn.Hardtanh:
+        return nn.ReLU6()
+    module: nn.Module = kind(**dict(options))
+    return module
+
+
+def function_activation(node: Node) -> nn.Module | None:
+    """The module that computes what a call of a function or method does, if that is an activation that is known."""
+    if node.op == "call_method" and node.target in _RELU_METHODS and len(node.args) == 1:
+        return _stand_in(cast(Any, nn.ReLU))
+    if node.op != "call_function" or node.target not in _ACTIVATION_FUNCTIONS or not node.args:
+        return None
+    kind, names = _ACTIVATION_FUNCTIONS[node.target]
+    options = {**dict(zip((*names, "inplace"), node.args[1:])), **node.kwargs}
+    options.pop("inplace", None)
+    plain = set(options) <= set(names) and all(type(value) in (int, float, str) for value in options.values())
+    if not plain or (kind is nn.Hardtanh and (options.get("min_val"), options.get("max_val")) != (0.0, 6.0)):
+        return None
+    return _stand_in(cast(Any, kind), *options.items())
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where the modules of a weight layer are, dotted, from the root; ``activation`` True is a function."""
+    """Where the modules of a weight layer are, dotted, from the root; an activation that is a function is a module's place."""
 
     conv: str
     norm: str | None = None
-    activation: str | bool | None = None
+    activation: str | nn.Module | None = None
 
 
 @dataclass
@@ -93,12 +120,16 @@ class Matcher:
         if node.op == "call_module":
             module = self.module(node)
             return module is not None and is_activation(module) and self._one(node) is not None
-        if node.op == "call_function" and node.target in _RELU_FUNCTIONS:
-            return bool(node.args) and not set(node.kwargs) - {"inplace"}
-        return node.op == "call_method" and node.target in _RELU_METHODS and len(node.args) == 1
+        return function_activation(node) is not None
+
+    def activation(self, node: Node) -> str | nn.Module | None:
+        """The place of an activation, or what stands for it."""
+        return str(node.target) if node.op == "call_module" else function_activation(node)
 
     def is_identity(self, node: Node) -> bool:
-        return type(self.module(node)) is nn.Identity and self._one(node) is not None
+        module = self.module(node)
+        empty = type(module) is nn.Sequential and not module._modules
+        return (type(module) is nn.Identity or empty) and self._one(node) is not None
 
     def is_pool(self, node: Node) -> bool:
         """A max-pooling that can be launched."""
@@ -157,7 +188,7 @@ class Matcher:
             following = self.follow(following, passed)
         if following is not None and self.is_activation(following):
             nodes += [*passed, following]
-            place = replace(place, activation=str(following.target) if following.op == "call_module" else True)
+            place = replace(place, activation=self.activation(following))
         return place, nodes
 
     # ---- chains
@@ -259,7 +290,7 @@ class Matcher:
     def weight_layer(self, place: LayerPlace) -> WeightLayer:
         """The modules at a place."""
         find: Any = self.modules.get
-        activation = RELU if place.activation is True else find(place.activation) if place.activation else None
+        activation = find(place.activation) if isinstance(place.activation, str) else place.activation
         return WeightLayer(place.conv, find(place.conv), find(place.norm) if place.norm else None, activation)
 
     def _join(self, node: Node, pair: tuple[Node, Node, bool], by_out: dict[Node, Match]) -> None:
@@ -321,8 +352,7 @@ class Matcher:
         behind: list[Node] = []
         following = self.follow(node, behind)
         if following is not None and self.is_activation(following):
-            activation = str(following.target) if following.op == "call_module" else True
-            layers[-1] = replace(layers[-1], activation=activation)
+            layers[-1] = replace(layers[-1], activation=self.activation(following))
             nodes += [*behind, following]
             out = following
         nodes.sort(key=self.order.__getitem__)

@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 
 from ..blocks import Fused
 from ..describe import Parts, WeightLayer
-from .patterns import RELU, LayerPlace, Match, Matcher
+from .patterns import LayerPlace, Match, Matcher
 from .tracing import CannotTrace, Frame, Guard, Traced, arguments_of, descend, signature, trace
 
 Path = tuple[str, ...]
+Places = tuple[str, Path, Path | None, Path | nn.Module | None]
 
 
 def _path(place: str | None) -> Path | None:
@@ -33,13 +34,13 @@ def _path(place: str | None) -> Path | None:
 class Site:
     """A chain in a region, by the places of its modules; ``unfused(region, x)`` calls them one by one.
 
-    Layers are ``(name, convolution, norm, activation)``; the activation ``()`` is a function.
+    Layers are ``(name, convolution, norm, activation)``; the activation is a module of its own where a function is called.
     """
 
     name: str
-    layers: tuple[tuple[str, Path, Path | None, Path | None], ...]
+    layers: tuple[Places, ...]
     residual: bool
-    projection: tuple[str, Path, Path | None, Path | None] | None
+    projection: Places | None
     pool: Path | None
     passed: tuple[Path, ...]
     unfused: Callable[..., Tensor]
@@ -47,8 +48,8 @@ class Site:
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
 
-        def at(path: Path | None) -> Any:
-            return None if path is None else RELU if path == () else _at(region, path)
+        def at(path: Path | nn.Module | None) -> Any:
+            return _at(region, path) if isinstance(path, tuple) else path
 
         def layer(places: Any) -> WeightLayer:
             return WeightLayer(places[0], at(places[1]), at(places[2]), at(places[3]))
@@ -254,8 +255,8 @@ class _Writer:
         alone.output(inner[match.out])
         unfused, _ = _compiled(alone)
 
-        def place(layer: LayerPlace) -> tuple[str, Path, Path | None, Path | None]:
-            activation = () if layer.activation is True else _path(cast("str | None", layer.activation))
+        def place(layer: LayerPlace) -> Places:
+            activation = _path(layer.activation) if isinstance(layer.activation, str) else layer.activation
             return layer.conv, cast(Path, _path(layer.conv)), _path(layer.norm), activation
 
         passed = tuple(cast(Path, _path(str(node.target))) for node in match.nodes if self.matcher.is_identity(node))
@@ -275,7 +276,8 @@ class _Writer:
             if self._folded_parent(frame) is None:
                 paths.update(".".join(names[:depth]) for depth in range(len(names)))
         found = ((path, descend(self.module, tuple(path.split(".")) if path else ())) for path in sorted(paths))
-        return tuple(Guard.of(path, module, True) for path, module in found if module is not None)
+        called = {frame.path for frame in self.open if frame.parent is not None}
+        return tuple(Guard.of(path, module, path in called) for path, module in found if module is not None)
 
 
 def _call_of(site: Site) -> Callable[[Any, Tensor], Tensor]:

@@ -101,17 +101,18 @@ class Guard:
     plain: tuple[tuple[str, Any], ...]
     others: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, type[Any]], ...]
-    training: bool | None
+    training: bool
+    called: bool
 
     @staticmethod
-    def of(path: str, module: nn.Module, by_mode: bool) -> Guard:
-        """Of the module as it is."""
+    def of(path: str, module: nn.Module, called: bool) -> Guard:
+        """Of the module as it is; ``called``: it would run, and its hooks with it (a ModuleList does not)."""
         own = {key: value for key, value in module.__dict__.items() if key not in _OWN}
         plain = tuple((key, value) for key, value in own.items() if type(value) in _PLAIN)
         others = tuple((key, _print(value)) for key, value in own.items() if type(value) not in _PLAIN)
         children = tuple((name, _original(type(child))) for name, child in module._modules.items())
         names = tuple(path.split(".")) if path else ()
-        return Guard(names, _original(type(module)), plain, others, children, module.training if by_mode else None)
+        return Guard(names, _original(type(module)), plain, others, children, module.training, called)
 
     def broken(self, root: nn.Module) -> str | None:
         """What has changed, or None."""
@@ -121,9 +122,9 @@ class Guard:
         found = module.__dict__
         if "forward" in found:
             return f"forward was replaced on its {self.kind.__name__}"
-        if self.path and (hooked(module) or module._compiled_call_impl is not None):
+        if self.called and (hooked(module) or module._compiled_call_impl is not None):
             return f"a hook looks into its {self.kind.__name__}"
-        if self.training is not None and module.training is not self.training:
+        if module.training is not self.training:
             return f"its {self.kind.__name__} is in another mode than when it was traced"
         children = module._modules
         if len(children) != len(self.children):
@@ -382,6 +383,8 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None]) -> Trace
     """
     if hooks_everywhere():
         raise CannotTrace("a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)")
+    if "forward" in module.__dict__:
+        raise CannotTrace(f"forward was replaced on this {type(module).__name__}")
     arguments_of(module)
     untraceable: dict[nn.Module, str] = {}
     with _lock:
