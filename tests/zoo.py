@@ -177,6 +177,9 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     package, make, shape, _ = ZOO[name]
     pytest.importorskip(package.split(".")[0])
     model = randomise(make(import_module(package)))
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # which draws in the order of memory, and the layout differs
+            module.p = 0.0
     return model, torch.randn(shape)
 
 
@@ -209,7 +212,6 @@ def _fill(model: nn.Module, x: Tensor) -> None:
 def _step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs, and gradients by name, of one forward and backward."""
     x = x.detach().clone().requires_grad_()
-    torch.manual_seed(5)  # of dropouts
     out = outputs(model(x))
     generator = torch.Generator().manual_seed(3)
     total = sum(
@@ -245,10 +247,7 @@ def check(name: str, training: bool) -> int:
     for key, t in exact.state_dict().items():
         assert _far(wide.state_dict()[key], t) < 1e-9, key
     with torch.no_grad():
-        torch.manual_seed(5)
-        eager = outputs(plain(x))
-        torch.manual_seed(5)
-        for a, e, t in zip(outputs(fused(x)), eager, truth, strict=True):
+        for a, e, t in zip(outputs(fused(x)), outputs(plain(x)), truth, strict=True):
             assert a.shape == e.shape and a.dtype == e.dtype
             assert _far(a, t) <= max(3 * _far(e, t), 1e-5), f"output: {_far(a, t):.1e}, eager's own {_far(e, t):.1e}"
             assert _far(a, t) <= (1e-3 if training else 1e-4)
