@@ -9,6 +9,7 @@ import torch
 from nets import launches, randomise
 from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from zoo import CifarNet
 
 from fused_resnet import count_launches, explain, fuse, unfuse
@@ -146,7 +147,7 @@ def test_reparametrised_filters_are_left_alone(how: str) -> None:
     _, fused = nets()
     block = fused.stages[0]
     if how == "pruned":
-        nn.utils.prune.random_unstructured(block.conv1, "weight", 0.5)
+        prune.random_unstructured(block.conv1, "weight", 0.5)
     else:
         nn.utils.parametrizations.weight_norm(block.conv1)
     x = images()
