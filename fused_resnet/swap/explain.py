@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import backends, blocks
-from ..describe import Parts, is_convolution, is_norm, read
+from ..describe import Parts, is_norm, read
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .recognise import analysis, fused_forward
 from .region import FusedRegion, usable

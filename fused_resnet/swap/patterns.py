@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..describe import Parts, WeightLayer, activation_of, is_activation, is_convolution, is_norm, refusal
+from ..describe import Parts, WeightLayer, activation_of, is_activation, is_norm, refusal
 
 Node = fx.Node
 
@@ -109,11 +109,12 @@ class Matcher:
 
     def is_conv(self, node: Node) -> bool:
         module = self.module(node)
-        return module is not None and is_convolution(module) and self._one(node) is not None
+        return type(module) is nn.Conv2d and self._one(node) is not None
 
     def is_norm(self, node: Node) -> bool:
         module = self.module(node)
-        return module is not None and is_norm(module) and self._one(node) is not None
+        images = module is not None and is_norm(module) and type(module) is not nn.BatchNorm1d
+        return images and self._one(node) is not None
 
     def is_activation(self, node: Node) -> bool:
         """As a module or a function that is known."""
