@@ -17,7 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional, plain, plain_paper, plain_rows
-from .describe import Parts, WeightLayer, follows, hooked, hooks_everywhere, is_activation, is_convolution, is_norm, read
+from .describe import (
+    Parts,
+    WeightLayer,
+    activation_of,
+    follows,
+    hooked,
+    hooks_everywhere,
+    is_activation,
+    is_convolution,
+    is_norm,
+    read,
+)
 
 
 class Fused(nn.Module):
@@ -43,6 +54,10 @@ class Fused(nn.Module):
         """The chains of this module, as it is now, by name."""
         return self.chains_of(self)
 
+    def inlined(self) -> list[nn.Module]:
+        """Modules inside that are not called as such, besides those of the chains."""
+        return []
+
     def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
         """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
         return self.run_owned(parts, x, unfused, False)[0]
@@ -54,6 +69,8 @@ class Fused(nn.Module):
 
         ``donate``: nobody else has ``x``, it may be written over. ``drop``: see :func:`fused_resnet.functional.chain`.
         """
+        if issubclass(type(x), torch.fx.Proxy):  # torch.fx traces the model: into the modules themselves
+            return unfused(x), False
         reading = read(parts, self.fused_memory)
         if reading.chain is None or functional.transformed() or functional.unfit(reading, x):
             return unfused(x), False
@@ -230,7 +247,10 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
             if index < len(children) and is_norm(children[index][1]) and follows(layer.conv, children[index][1]):
                 layer.norm = children[index][1]
                 index += 1
-            if index < len(children) and is_activation(children[index][1]):
+            own = activation_of(layer.norm)
+            if own is not None and type(own) is not nn.Identity:
+                layer.activation = own
+            elif index < len(children) and is_activation(children[index][1]):
                 layer.activation = children[index][1]
                 index += 1
             layers.append(layer)

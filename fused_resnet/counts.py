@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import functional
 from .backends import LaunchLog, backend, count_launches
 from .blocks import Fused
 from .describe import read
@@ -178,7 +179,7 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         results = _tensors(result)
-        if results and not function.is_view and function not in _FREE:
+        if results and not function.is_view and function not in _FREE and not functional.running:
             self.counter.note(self.kernels(function, args, kwargs, result, results))
         return result
 
@@ -245,13 +246,12 @@ class _Counter:
         self.stack.append(_Frame(self.names.get(id(module), self.stack[-1].place), module))
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        """A module ends. The operators by which an executor ran launches are the launches, not kernels beside them."""
+        """A module ends."""
         self.claim()
         frame = self.stack.pop()
+        self.kernels += frame.operators
         if isinstance(frame.module, Fused) and frame.launches:
             self.kernels += _by_chain(frame.module, frame)
-        else:
-            self.kernels += frame.operators
 
     def enter_backward(self, gradients: Any) -> None:
         """The backward of a chain starts."""
@@ -289,6 +289,7 @@ def _followed(model: nn.Module) -> list[nn.Module]:
         for _, parts in module.chains() if isinstance(module, Fused) else []:
             if read(parts).chain is not None:
                 inside.update(id(part) for part in (*parts.modules, *parts.containers))
+        inside.update(id(part) for part in (module.inlined() if isinstance(module, Fused) else ()))
     return [module for module in model.modules() if id(module) not in inside]
 
 
@@ -318,6 +319,18 @@ def kernels(model: nn.Module, x: Tensor) -> list[Kernel]:
     with torch.no_grad(), _counting(model, x) as counter:
         model(x)
     return [kernel for _, kernel in counter.in_order()]
+
+
+def fused_share(model: nn.Module, x: Any) -> float:
+    """The part of the FLOPs of all convolutions that runs in launches of plans, 0 to 1, in one forward pass.
+
+    Args:
+        model: fused.
+        x: its input, as :func:`kernels` takes it.
+    """
+    ran = [kernel for kernel in kernels(model, x) if kernel.fused or "convolution" in kernel.name]
+    total = sum(kernel.flops for kernel in ran)
+    return sum(kernel.flops for kernel in ran if kernel.fused) / total if total else 0.0
 
 
 def nodes(outputs: Iterable[Tensor]) -> set[Any]:
@@ -384,7 +397,7 @@ def _places(model: nn.Module) -> dict[str, str]:
         for chain, parts in module.chains():
             place = ".".join(filter(None, (name, chain)))
             places[place] = place
-            places.update((names[id(part)], place) for part in parts.modules)
+            places.update((names[id(part)], place) for part in parts.modules if id(part) in names)
             if not chain:
                 places[name] = place
     return places

@@ -41,21 +41,53 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """BatchNorm over channels, or torchvision's frozen one."""
-    return type(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module)
+    """BatchNorm over channels, a frozen one, or timm's with an activation of its own."""
+    if type(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module):
+        return True
+    if not _is(module, _NORMS_WITH_ACTIVATION):
+        return False
+    with_activation: Any = module
+    return type(with_activation.drop) is nn.Identity
 
 
 def follows(conv: nn.Module, module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm, or a max-pooling, of inputs with as many dimensions as ``conv`` gives."""
     dimensions = _CONVOLUTIONS[type(conv)]
     if is_norm(module):
-        return type(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (_is_frozen_norm(module) and dimensions == 4)
+        of_images = _is_frozen_norm(module) or _is(module, _NORMS_WITH_ACTIVATION)
+        return type(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (of_images and dimensions == 4)
     return type(module) is _POOLS.get(dimensions)
 
 
-def _is_frozen_norm(module: nn.Module) -> bool:
+#: BatchNorms of others, by the end of the class's name and the start of its module's.
+_FROZEN: dict[str, tuple[str, ...]] = {
+    "FrozenBatchNorm2d": ("torchvision.ops", "transformers.models."),
+    "FrozenBatchNormAct2d": ("timm.layers.",),
+}
+_NORMS_WITH_ACTIVATION: dict[str, tuple[str, ...]] = {
+    "BatchNormAct2d": ("timm.layers.",),
+    "SyncBatchNormAct": ("timm.layers.",),
+    "FrozenBatchNormAct2d": ("timm.layers.",),
+}
+
+
+def _is(module: nn.Module, classes: dict[str, tuple[str, ...]]) -> bool:
     kind = type(module)
-    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
+    return any(kind.__name__.endswith(name) and kind.__module__.startswith(places) for name, places in classes.items())
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    return _is(module, _FROZEN)
+
+
+def activation_of(norm: Any) -> nn.Module | None:
+    """The activation that timm's BatchNorms call by themselves."""
+    return norm.act if _is(norm, _NORMS_WITH_ACTIVATION) else None
+
+
+def _eps(norm: Any) -> float:
+    """eps of a BatchNorm; those of transformers have 1e-5 written into their forward."""
+    return getattr(norm, "eps", 1e-5)
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -188,6 +220,16 @@ def _refuse_mixture(parts: Parts) -> str | None:
     return None
 
 
+def _refuse_activation(layer: WeightLayer) -> str | None:
+    if layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
+        known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
+        return f"the activation behind {layer.name} is a {type(layer.activation).__name__}, none of {known}"
+    own = activation_of(layer.norm)
+    if own is not None and own is not layer.activation and type(own) is not nn.Identity:
+        return f"the {type(layer.norm).__name__} behind {layer.name} calls an activation of its own, a {type(own).__name__}"
+    return None
+
+
 def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     """Why these modules cannot run as one chain now, or None.
 
@@ -202,9 +244,8 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
         reason = _refuse_convolution(layer.name, layer.conv)
         if reason is None and layer.norm is not None:
             reason = _refuse_norm(layer.name, layer.conv, layer.norm)
-        if reason is None and layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
-            known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
-            reason = f"the activation behind {layer.name} is a {type(layer.activation).__name__}, none of {known}"
+        if reason is None:
+            reason = _refuse_activation(layer)
         if reason is not None:
             return reason
     reason = _refuse_mixture(parts)
@@ -244,7 +285,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 _NO_NORM: tuple[Any, ...] = (False, False, 0.0, False, False, False, 0.0, "")
 
 
-def _activation(module: Any) -> tuple[str, float]:
+def activation_name(module: Any) -> tuple[str, float]:
     """Name and slope of an activation, a key of :data:`.activations.ACTIVATIONS`."""
     name = "identity" if module is None else _ACTIVATIONS[type(module)]
     if name == "gelu" and module.approximate == "tanh":
@@ -271,7 +312,7 @@ def _layer(
 
 def _sync_group(norm: Any) -> str:
     """Name of the process group that shares the batch of a SyncBatchNorm; empty where PyTorch would not share it either."""
-    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return ""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
@@ -289,7 +330,7 @@ def _read_norm(norm: Any, parameters: list[Tensor]) -> tuple[Any, ...]:
     batch = not _is_frozen_norm(norm) and (norm.training or norm.running_mean is None)
     if not batch:
         parameters += [norm.running_mean, norm.running_var]
-        return (True, affine, norm.eps, *_NO_NORM[3:])
+        return (True, affine, _eps(norm), *_NO_NORM[3:])
     tracked = norm.training and norm.track_running_stats and norm.running_mean is not None
     counted = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
     if tracked:
@@ -311,7 +352,7 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     state = _read_norm(layer.norm, parameters)
     windows = _windows(conv)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them
-    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *_activation(layer.activation))
+    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *activation_name(layer.activation))
 
 
 def _chain(

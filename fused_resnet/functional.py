@@ -24,6 +24,9 @@ from .describe import Reading
 from .launch import accumulation_dtype
 from .plan import backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
 
+#: Chains whose forward is running: who counts operators leaves out those by which an executor runs launches.
+running: list[Chain] = []
+
 
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
@@ -281,6 +284,14 @@ def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None
         raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
 
 
+def traced(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
+    """As :func:`chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs."""
+    wanted = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
+    outputs = torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", wanted)
+    _write_back(spec, parameters, outputs)
+    return outputs[0]
+
+
 def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Under autocast: x, filters and biases in its dtype; BatchNorm's vectors stay as they are (as in eager PyTorch)."""
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -415,14 +426,15 @@ def chain(
     if isinstance(x, Tensor) and _autocasts(x):
         x, parameters = _autocast(spec, x, parameters)
     check(spec, x, parameters)
-    if torch.compiler.is_compiling():  # the backend is decided when the operator runs
-        wanted = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
-        outputs = torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", wanted)
-        _write_back(spec, parameters, outputs)
-        return outputs[0]
+    if torch.compiler.is_compiling():
+        return traced(x, parameters, spec, backend)
     name = backends.resolve(backend, x.device)
-    if torch.is_grad_enabled():
-        flags = _flags(spec, x, parameters)
-        if any(flags):
-            return ChainFunction.apply(spec, name, flags, drop and droppable(spec), x, *parameters)
-    return forward(spec, name, x, parameters, frozenset(), donate)[0]
+    running.append(spec)
+    try:
+        if torch.is_grad_enabled():
+            flags = _flags(spec, x, parameters)
+            if any(flags):
+                return ChainFunction.apply(spec, name, flags, drop and droppable(spec), x, *parameters)
+        return forward(spec, name, x, parameters, frozenset(), donate)[0]
+    finally:
+        running.pop()

@@ -41,9 +41,14 @@ def unknown(what: str, name: str, choices: list[str]) -> ValueError:
 def eager_model(name: str) -> nn.Module:
     """The eager model ``name`` with random weights, in eval mode: torchvision's, or where that is missing our own plain one.
 
+    Args:
+        name: ``resnet50``; ``timm/resnet50d`` for a model of timm.
+
     Raises:
         ValueError: no such model.
     """
+    if name.startswith("timm/"):
+        return _timm_model(name.removeprefix("timm/"))
     vision = torchvision_models()
     if vision is not None:
         names: list[str] = vision.list_models()
@@ -53,6 +58,30 @@ def eager_model(name: str) -> nn.Module:
     if name not in MODELS:
         raise unknown("model", name, list(MODELS))
     return unfuse(MODELS[name]()).eval()
+
+
+def timm_names(pattern: str = "*") -> list[str]:
+    """Names of timm's models that match a pattern of the shell.
+
+    Raises:
+        ValueError: timm is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("timm is not installed: pip install 'fused_resnet[zoo]'") from error
+    names: list[str] = timm.list_models(pattern)
+    return names
+
+
+def _timm_model(name: str) -> nn.Module:
+    names = timm_names()
+    if name not in names:
+        raise unknown("timm model", name, names)
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model.eval()
 
 
 def images(batch: int, size: int, channels: int = 3, *, seed: int = 0) -> Tensor:

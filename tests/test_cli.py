@@ -220,3 +220,18 @@ def test_models_of_others_are_left_as_they_are(models: Path) -> None:
     assert isinstance(model, nn.Sequential)
     assert not any(isinstance(module, blocks.Fused) for module in model.modules())
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
+
+
+def test_zoo_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows, page = tmp_path / "zoo.csv", tmp_path / "models.md"
+    small = ["--size", "32", "--counted", "32", "--csv", str(rows), "--markdown", str(page)]
+    assert main(["zoo", "resnet18", *small]) == 0
+    assert "1 of them new; 0 disagree" in capsys.readouterr().out
+    assert main(["zoo", "resnet18", *small]) == 0
+    assert "1 models" in (out := capsys.readouterr().out) and "0 of them new" in out
+    header, line = rows.read_text().splitlines()
+    assert dict(zip(header.split(","), line.split(",")))["launches_fused"] == "23"
+    assert "| resnet18 | 9 | 68 → 23 |" in page.read_text()
+    rows.write_text(rows.read_text().replace(",yes,", ",NO,"))
+    assert main(["zoo", *small]) == 1 and "resnet18" in capsys.readouterr().out
+    assert main(["zoo", "zebra*", *small]) == 2

@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch._dynamo
+
+import fused_resnet.compiling
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +54,11 @@ def test_snippets_run(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     """Each block alone: a reader copies one."""
     name, line = place.rsplit(":", 1)
     code = dict(python_blocks(name))[int(line)]
+    for package in ("timm", "transformers"):
+        if package in code:
+            pytest.importorskip(package)
+    if 'backend="fused_resnet"' in code and "fused_resnet" not in torch._dynamo.list_backends():
+        torch._dynamo.register_backend(fused_resnet.compiling.fused_resnet)  # a checkout that is not installed
     execute(code, tmp_path / "snippet.py", {"__name__": "snippet"})
 
 

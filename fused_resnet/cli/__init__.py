@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, evaluate, fuse_check, gpu, info, inspect, paper, profile, report, train, tune
+from . import demo, evaluate, fuse_check, gpu, info, inspect, paper, profile, report, train, tune, zoo
 from .arguments import CommandError, Parser
 
 
@@ -19,7 +19,7 @@ def _parser() -> Parser:
     parser = Parser(prog="fused-resnet", description="ResNets with convolution, BatchNorm, ReLU and shortcut fused.")
     parser.add_argument("--version", action="version", version=f"fused-resnet {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (demo, info, inspect, fuse_check, train, evaluate, paper, profile, gpu, tune, report):
+    for command in (demo, info, inspect, fuse_check, train, evaluate, paper, profile, gpu, tune, report, zoo):
         command.add(commands)
     return parser
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .. import backends, blocks
-from ..describe import Parts, is_convolution, is_norm, read
+from ..describe import Parts, is_norm, read
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
-from .recognise import fused_forward
+from .recognise import analysis, fused_forward
+from .region import FusedRegion, usable
 from .replace import stands_for
 
 
@@ -122,34 +123,69 @@ def _left_alone(name: str, module: nn.Module, reason: str) -> Row:
     return Row(name, type(module).__name__, "pytorch", 1, 1, reason)
 
 
-def _walk(name: str, module: nn.Module, reason: str, rows: list[Row], seen: set[int]) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if isinstance(module, blocks.Fused):
-        for chain, parts in module.chains():
-            place = ".".join(filter(None, (name, chain)))
-            rows.append(_chain_row(place, " + ".join(layer.name for layer in parts.weight_layers), module, parts))
-            seen.update(id(part) for part in parts.modules)
-        reason = f"stands alone in a {module.unfused_class.__name__}"
-    elif (
-        (is_convolution(module) and type(module) is not nn.Linear)  # a Linear by itself is nothing one would expect fused
-        or is_norm(module)
-        or isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase))
-    ):
-        rows.append(_left_alone(name, module, reason))
-        return
-    else:
-        fused, refused = fused_forward(module)
+class _Walk:
+    """Goes through a model from the outside in; a chain is told of by the outermost module that runs it."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.seen: set[int] = set()
+        self.reasons: dict[int, str] = {}  # of single convolutions, as the region around them knows them
+        self.traced = analysis()
+        self.fallen: set[str] = set()  # reasons why regions run unfused now, with all that they stand for
+
+    def visit(self, name: str, module: nn.Module, reason: str) -> None:
+        """Rows of a module and of what is in it; ``reason`` is why what stands alone does."""
+        if id(module) in self.seen:
+            return
+        self.seen.add(id(module))
+        if isinstance(module, blocks.Fused):
+            reason = self._fused(name, module)
+        elif is_norm(module) or isinstance(module, _LAYERS):  # a Linear by itself is nothing one would expect fused
+            self.rows.append(_left_alone(name, module, self.reasons.get(id(module), reason)))
+            return
+        else:
+            reason = self._unfused(module, reason)
+        for child_name, child in module.named_children():
+            if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
+                self.visit(f"{name}.{child_name}" if name else child_name, child, reason)
+
+    def _fused(self, name: str, module: blocks.Fused) -> str:
+        chains, before = module.chains(), set(self.seen)
+        for chain, parts in chains:
+            layers = [layer.conv for layer in parts.weight_layers]
+            if all(id(conv) in before for conv in layers):  # of a module around this one
+                continue
+            whole = isinstance(module, FusedRegion) and len(chains) == 1 and _is_all(module, parts)
+            place = ".".join(filter(None, (name, "" if whole else chain)))
+            self.rows.append(_chain_row(place, " + ".join(layer.name for layer in parts.weight_layers), module, parts))
+            self.seen.update(id(part) for part in parts.modules)
+        if not isinstance(module, FusedRegion):
+            return f"stands alone in a {module.unfused_class.__name__}"
+        region, reason = usable(module)
+        for place, why in region.reasons.items() if region is not None else ():
+            self.reasons.setdefault(id(module.get_submodule(place)), why)
+        if reason is not None:
+            self.fallen.add(reason)
+        return reason or f"stands alone in a {module.unfused_class.__name__}: no chain reaches it"
+
+    def _unfused(self, module: nn.Module, reason: str) -> str:
+        if reason in self.fallen:
+            return reason
+        fused, refused = fused_forward(module, self.traced)
         if refused is not None:
-            reason = refused
-        elif fused is not None:
-            reason = "not fused yet: call fuse(model)"
-        elif list(module.children()) and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            reason = f"its order is in the forward of {type(module).__name__}, which is not a block we know"
-    for child_name, child in module.named_children():
-        if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
-            _walk(f"{name}.{child_name}" if name else child_name, child, reason, rows, seen)
+            return refused if ":" in refused or "forward" not in refused else f"{refused}: {type(module).__name__}"
+        if fused is not None:
+            return "not fused yet: call fuse(model)"
+        return reason
+
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+
+
+def _is_all(module: nn.Module, parts: Parts) -> bool:
+    """Whether a chain is all that a module has of layers."""
+    inside = {id(part) for part in parts.modules}
+    return all(id(part) in inside for part in module.modules() if isinstance(part, _LAYERS))
 
 
 def explain(model: nn.Module, *, show: bool = True) -> Explanation:
@@ -167,9 +203,9 @@ def explain(model: nn.Module, *, show: bool = True) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    rows: list[Row] = []
-    _walk("", model, "stands alone: nothing around it to fuse with", rows, set())
-    explanation = Explanation(tuple(rows))
+    walk = _Walk()
+    walk.visit("", model, "stands alone: nothing around it to fuse with")
+    explanation = Explanation(tuple(walk.rows))
     if show:
         print(explanation)
     return explanation

@@ -10,10 +10,13 @@ import sys
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import blocks, plain, plain_paper, plain_rows
 from ..describe import Parts, refusal
+from .region import Analysis, FusedRegion, Region
+from .tracing import has_layers
 
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
 _TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
@@ -43,13 +46,38 @@ def _same_forward(kind: type[Any], known: type[Any]) -> bool:
 
 def _is_stage(module: nn.Sequential) -> bool:
     """Two residual blocks in a row."""
-    kinds = [type(child) if isinstance(child, blocks.Fused) else fused_forward(child)[0] for child in module]
+    kinds = [type(child) if isinstance(child, blocks.Fused) else known_forward(child)[0] for child in module]
     residual = [kind is not None and issubclass(kind, blocks.FusedResidual) for kind in kinds]
     return any(first and second for first, second in pairwise(residual))
 
 
-def fused_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
-    """The fused forward for a module, and why there is none where one could be expected.
+def analysis() -> Analysis:
+    """What traced regions are found with, for one look at a model."""
+    return Analysis(known_forward)
+
+
+def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[type[blocks.Fused] | None, str | None]:
+    """The fused forward for a module: that of its class where it is known, else the traced one, if chains are found in it.
+
+    Args:
+        traced: what the modules of the same model were found to be, see :func:`analysis`.
+
+    Returns:
+        As :func:`known_forward`.
+    """
+    fused, reason = known_forward(module)
+    if fused is not None or not list(module.children()):
+        return fused, reason
+    if isinstance(module, (torch.jit.ScriptModule, nn.modules.batchnorm._NormBase)) or not has_layers(module):
+        return None, reason
+    region = (traced or analysis()).region(module)
+    if isinstance(region, Region):
+        return FusedRegion, None
+    return None, region or reason
+
+
+def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
+    """The fused forward for a module of a class we know, and why there is none where one could be expected.
 
     Returns:
         ``(class, None)`` for a module that can be swapped, ``(None, reason)`` for one that looks like a block but is left

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +17,8 @@ from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
-from .recognise import fused_forward
+from .recognise import analysis, fused_forward
+from .region import Analysis, FusedRegion, Regions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,6 +59,7 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[An
         "unfused_class": original,
         "fused_forward_class": fused,
         "__reduce_ex__": _reduce,
+        "unfused_forward": original.forward,
         "__module__": __name__,
         "__doc__": original.__doc__,
     }
@@ -68,20 +72,41 @@ def stands_for(module: blocks.Fused, child: nn.Module) -> bool:
     return all(id(part) in inside for part in child.modules() if not list(part.children()))
 
 
-def _swap(module: nn.Module, backend: str | None, memory: str, seen: set[int]) -> None:
+@contextmanager
+def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """All modules say that they are in one mode, without their ``train()`` being called."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = mode
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _swap(module: nn.Module, backend: str | None, memory: str, traced: dict[bool, Analysis], seen: set[int]) -> None:
     """Swap ``module`` and what is in it."""
     if id(module) in seen:
         return
     seen.add(id(module))
-    fused, _ = fused_forward(module)
+    found = {}
+    for mode, known in traced.items():
+        with _in_mode(module, mode):
+            found[mode] = fused_forward(module, known)[0]
+    fused = found[True] or found[False]
     if fused is not None:
-        module.__class__ = fused_class(type(module), fused)
         swapped: Any = module
+        if fused is FusedRegion:
+            swapped.fused_region = Regions()
+            for mode, known in traced.items():
+                swapped.fused_region.add(mode, known.region(module))
+        module.__class__ = fused_class(type(module), fused)
         swapped.fused_backend = backend
         swapped.fused_memory = memory
     for child in module.children():
         if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
-            _swap(child, backend, memory, seen)
+            _swap(child, backend, memory, traced, seen)
 
 
 def fuse(model: Model, *, backend: str | None = None, memory: str = "default", inplace: bool = True) -> Model:
@@ -127,7 +152,7 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
     if not inplace:
         model = copy.deepcopy(model)
-    _swap(model, backend, memory, set())
+    _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, set())
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
     return model
@@ -146,7 +171,7 @@ def unfuse(model: Model) -> Model:
     if not fused:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
-        for option in ("fused_backend", "fused_memory"):
+        for option in ("fused_backend", "fused_memory", "fused_region"):
             module.__dict__.pop(option, None)
         kind: type[Any] = module.unfused_class
         module.__class__ = kind

@@ -1,0 +1,155 @@
+"""``fused-resnet zoo PATTERN...``: fuses every model whose name matches and keeps a row of each in a CSV file.
+
+A file that exists is gone on with: names that have a row are not done again. ``--markdown`` makes docs/models.md of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import counts, specimens
+from ..swap import explain, fuse
+from .arguments import CommandError, natural, one_line, refusing
+from .fuse_check import agreement
+from .text import Progress
+
+#: Columns of the file.
+COLUMNS = (
+    "model", "chains", "launches_eager", "launches_fused", "megabytes_eager", "megabytes_fused", "fused_share",
+    "error_eager", "error_fused", "agrees", "fuse_seconds", "note",
+)  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    text = "fuse every model whose name matches, and keep what came out as CSV"
+    parser = commands.add_parser("zoo", help=text, description=f"{text.capitalize()}. Exit code 1 where one disagrees.")
+    parser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help="resnet*, timm/resnet* (quoted); none with --markdown only"
+    )
+    parser.add_argument("--csv", type=Path, default=Path("bench/results/zoo.csv"), metavar="FILE", help="rows kept here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of all rows here (docs/models.md)")
+    parser.add_argument("--size", type=natural, default=64, metavar="N", help="rows and columns of the images compared (64)")
+    parser.add_argument("--counted", type=natural, default=224, metavar="N", help="of the images counted, on meta (224)")
+    parser.set_defaults(run=run)
+
+
+def names(patterns: list[str]) -> list[str]:
+    """The models that match, each once."""
+    vision = specimens.torchvision_models()
+    known = vision.list_models(module=vision) if vision is not None else []
+    found: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith("timm/"):
+            matching = refusing(partial(specimens.timm_names, pattern.removeprefix("timm/")), ValueError)
+            found += [f"timm/{name}" for name in matching]
+        else:
+            found += [name for name in known if fnmatch(name, pattern)]
+    if patterns and not found:
+        raise CommandError(f"no model matches {' '.join(patterns)}")
+    return list(dict.fromkeys(found))
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _counts(name: str, size: int) -> dict[str, Any]:
+    """Launches and bytes of one image, from sizes alone."""
+    with torch.device("meta"):
+        eager, fused = specimens.eager_model(name), fuse(specimens.eager_model(name))
+        x = torch.empty(1, 3, size, size)
+        works = [counts.Work.of(counts.kernels(model, x)) for model in (eager, fused)]
+        share = counts.fused_share(fused, x)
+    return {
+        "launches_eager": works[0].kernels,
+        "launches_fused": works[1].kernels,
+        "megabytes_eager": f"{works[0].bytes / 1e6:.1f}",
+        "megabytes_fused": f"{works[1].bytes / 1e6:.1f}",
+        "fused_share": f"{share:.3f}",
+    }
+
+
+def row(name: str, size: int, counted: int) -> dict[str, Any]:
+    """Fuse one model; what came out by :data:`COLUMNS`."""
+    made: dict[str, Any] = {"model": name}
+    try:
+        eager = specimens.eager_model(name)
+        specimens.randomise(eager)
+        x = specimens.images(2, size)
+        specimens.calibrate(eager, specimens.images(8, size, seed=1))
+        began = time.perf_counter()
+        fused: nn.Module = fuse(eager, inplace=False)
+        made["fuse_seconds"] = f"{time.perf_counter() - began:.2f}"
+        made["chains"] = sum(line.fused for line in explain(fused, show=False).rows)
+        found = agreement(eager, fused, x, torch.float32)
+        made |= {"error_eager": f"{found.eager:.1e}", "error_fused": f"{found.fused:.1e}"}
+        made |= {"agrees": "yes" if found.ok else "NO", "note": found.skipped or ""}
+        made |= _counts(name, counted)
+    except Exception as error:  # the code of others
+        made.setdefault("agrees", "")
+        made["note"] = f"{type(error).__name__}: {one_line(error)[:120]}"
+    return made
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table of the rows, for people."""
+    head = """# Models
+
+What `fuse` does to models of others: chains fused, launches and bytes of one image of 224 x 224 before and after, the part of
+the convolutions' FLOPs that runs in launches of plans, and the relative error against float64, fp32, eager's and ours.
+
+Evidence: launches and bytes are *counted from sizes*, errors are *measured* on a CPU with random weights and small images
+(64 x 64). No time is measured here. Made by `fused-resnet zoo --markdown docs/models.md` from
+[`bench/results/zoo.csv`](../bench/results/zoo.csv).
+
+| model | chains | launches | MB | fused share | error eager, fused | |
+|---|---|---|---|---|---|---|
+"""
+    lines = []
+    for found in rows:
+        launches = f"{found['launches_eager']} → {found['launches_fused']}"
+        moved = f"{found['megabytes_eager']} → {found['megabytes_fused']}"
+        errors = f"{found['error_eager']}, {found['error_fused']}"
+        said = "agrees" if found["agrees"] == "yes" else f"**{found['agrees'] or 'not compared'}** {found['note']}"
+        lines.append(
+            f"| {found['model']} | {found['chains']} | {launches} | {moved} | {found['fused_share']} | {errors} | {said} |"
+        )
+    return head + "\n".join(lines) + "\n"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Go on with the file; 1 if a model disagrees."""
+    done = {found["model"] for found in _rows(arguments.csv)}
+    wanted = [name for name in names(arguments.patterns) if name not in done]
+    progress = Progress()
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate(wanted):
+        progress.step(f"{index + 1} of {len(wanted)}: {name}")
+        progress.bar(index / len(wanted))
+        made = row(name, arguments.size, arguments.counted)
+        new = not arguments.csv.exists()
+        with arguments.csv.open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(made)
+    progress.clear()
+    rows = _rows(arguments.csv)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
+    bad = [found["model"] for found in rows if found["agrees"] == "NO"]
+    print(f"{len(rows)} models in {arguments.csv}, {len(wanted)} of them new; {len(bad)} disagree {' '.join(bad)}".rstrip())
+    return 1 if bad else 0

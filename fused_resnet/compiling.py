@@ -1,0 +1,219 @@
+"""``torch.compile(model, backend="fused_resnet")``: chains in the graph that Dynamo hands over, the rest to Inductor.
+
+Dynamo's graph calls functions on tensors, parameters among its inputs. The patterns are those of
+:mod:`fused_resnet.swap.patterns`; a chain becomes the operator ``fused_resnet::chain``, forward and backward, which AOTAutograd
+and Inductor take as it is. Nothing in the model is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .chain import Chain, Layer
+from .functional import traced
+from .swap.patterns import LayerPlace, Match, Matcher, function_activation
+
+Node = fx.Node
+
+_POOLS = ("adaptive_avg_pool2d", "max_pool2d", "avg_pool2d", "interpolate")
+#: What reads a tensor in any layout. Behind others a chain's output gets the layout that eager PyTorch would give it.
+_ANY_LAYOUT = frozenset(
+    (*_POOLS, "conv2d", "batch_norm", "relu", "relu_", "add", "iadd", "mul", "flatten", "mean", "run_chain")
+)
+
+
+def _example(node: Any) -> Tensor | None:
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _arguments(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**defaults, **dict(zip(names, node.args)), **node.kwargs}
+
+
+def _convolution(node: Node) -> dict[str, Any]:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return _arguments(node, names, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+
+
+def _norm(node: Node) -> dict[str, Any]:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    return _arguments(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    values = values * 2 if len(values) == 1 else values
+    return values if len(values) == 2 and all(type(part) is int for part in values) else None
+
+
+def _optional(value: Any) -> bool:
+    return value is None or _example(value) is not None
+
+
+class _Functions(Matcher):
+    """The patterns in a graph of functions. A place is the name of a node."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(torch.nn.Module(), graph)
+        self.by_name = {node.name: node for node in self.nodes}
+
+    def is_conv(self, node: Node) -> bool:
+        if node.op != "call_function" or node.target not in (torch.conv2d, F.conv2d):
+            return False
+        found = _convolution(node)
+        numbers = all(_pair(found[name]) is not None for name in ("stride", "padding", "dilation"))
+        x, weight = _example(found["input"]), _example(found["weight"])
+        if x is None or weight is None or not numbers or type(found["groups"]) is not int or not _optional(found["bias"]):
+            return False
+        return x.dim() == 4 and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+    def is_norm(self, node: Node) -> bool:
+        if node.op != "call_function" or node.target is not F.batch_norm:
+            return False
+        found = _norm(node)
+        tensors = [found[name] for name in ("running_mean", "running_var", "weight", "bias")]
+        pairs = [(tensors[0] is None) == (tensors[1] is None), (tensors[2] is None) == (tensors[3] is None)]
+        numbers = type(found["training"]) is bool and type(found["momentum"]) is float and type(found["eps"]) is float
+        return all(map(_optional, tensors)) and all(pairs) and numbers and (found["training"] or tensors[0] is not None)
+
+    def is_activation(self, node: Node) -> bool:
+        return node.op != "call_module" and super().is_activation(node)
+
+    def is_identity(self, node: Node) -> bool:
+        return False
+
+    def is_pool(self, node: Node) -> bool:
+        return False
+
+    def is_pure(self, node: Node) -> bool:
+        value = _example(node)
+        if node.op == "call_method" and node.target == "add_" and value is not None and value.dim() == 0:
+            return True  # a BatchNorm counts its batches
+        if node.op == "call_function" and node.target not in (torch.conv2d, F.batch_norm) and True in node.args:
+            return False  # inplace, perhaps
+        return super().is_pure(node)
+
+    def layer(self, conv: Node) -> tuple[LayerPlace, list[Node]]:
+        nodes, norm, activation = [conv], None, None
+        following = self.follow(conv, [])
+        if following is not None and self.is_norm(following):
+            nodes.append(following)
+            norm = following.name
+            following = self.follow(following, [])
+        if following is not None and self.is_activation(following):
+            nodes.append(following)
+            activation = function_activation(following)
+        return LayerPlace(conv.name, norm, activation), nodes
+
+    def refused(self, place: LayerPlace) -> str | None:
+        return None
+
+    def names(self, place: LayerPlace) -> set[str]:
+        found = {str(_convolution(self.by_name[place.conv])["weight"])}
+        if place.norm is not None:
+            running = _norm(self.by_name[place.norm])["running_mean"]
+            found.add(place.norm if running is None else str(running))
+        return found
+
+    def _tell(self, chains: list[Match]) -> None:
+        """Nobody asks for reasons here."""
+
+    # ---- chains as data
+
+    def described(self, place: LayerPlace) -> tuple[Layer, list[Node]]:
+        """A layer, and the nodes of its tensors."""
+        found = _convolution(self.by_name[place.conv])
+        weight: Any = _example(found["weight"])
+        tensors = [found["weight"], *([found["bias"]] if found["bias"] is not None else [])]
+        windows: dict[str, Any] = {name: _pair(found[name]) for name in ("stride", "padding", "dilation")}
+        norm: dict[str, Any] = {}
+        if place.norm is not None:
+            given = _norm(self.by_name[place.norm])
+            running = [given["running_mean"], given["running_var"]] if given["running_mean"] is not None else []
+            tensors += [given["weight"], given["bias"]] if given["weight"] is not None else []
+            tensors += running
+            norm = {"norm": True, "affine": given["weight"] is not None, "eps": given["eps"]}
+            if given["training"]:
+                norm |= {"batch": True, "tracked": bool(running), "momentum": given["momentum"]}
+        K, C, R, S = (int(size) for size in weight.shape)
+        ends: dict[str, Any] = {
+            "bias": found["bias"] is not None,
+            "activation": "relu" if place.activation else "identity",
+            **norm,
+        }
+        return Layer(place.conv, K, C * found["groups"], (R, S), groups=found["groups"], **windows, **ends), tensors
+
+    def one_type(self, match: Match) -> bool:
+        """Whether all that a chain makes has its input's type, and the shortcut its output's shape."""
+        x, values = _example(match.x), [_example(node) for node in match.nodes]
+        same = x is not None and all(value is not None and value.dtype == x.dtype for value in values)
+        joined = [node for node in match.nodes if self.added(node) is not None]
+        shapes: list[list[Any]] = [[_example(part) for part in (node, *node.all_input_nodes)] for node in joined]
+        return same and all(all(v is not None and str(v.shape) == str(row[0].shape) for v in row) for row in shapes)
+
+
+def run_chain(x: Tensor, parameters: Sequence[Tensor], chain: str, contiguous: bool) -> Tensor:
+    """A chain of the graph; ``contiguous`` is the layout that what follows counts on."""
+    out = traced(x, parameters, Chain.parse(chain))
+    return out.contiguous() if contiguous else out
+
+
+def fuse_graph(gm: fx.GraphModule) -> int:
+    """Put chains into a graph of Dynamo's, in place; returns how many."""
+    matcher = _Functions(gm.graph)
+    matches = [match for match in matcher.find(lambda a, b: True) if matcher.one_type(match)]
+    made: dict[Node, Node] = {}
+    for match in matches:
+        layers = [matcher.described(place) for place in match.layers]
+        side = matcher.described(match.projection) if match.projection is not None else None
+        spec = Chain(tuple(layer for layer, _ in layers), match.residual, side[0] if side is not None else None)
+        tensors = [tensor for _, found in (*layers, *([side] if side is not None else [])) for tensor in found]
+        with gm.graph.inserting_before(match.nodes[0]):
+            call = gm.graph.call_function(run_chain, (made.get(match.x, match.x), tensors, spec.token, True))
+        call.meta = dict(match.out.meta)
+        match.out.replace_all_uses_with(call)
+        made[match.out] = call
+        for node in reversed(match.nodes):
+            gm.graph.erase_node(node)
+    for call in made.values():
+        value = _example(call)
+        free = all(getattr(user.target, "__name__", str(user.target)) in _ANY_LAYOUT for user in call.users)
+        call.update_arg(3, not free and value is not None and value.is_contiguous())
+    gm.graph.lint()
+    gm.recompile()
+    return len(made)
+
+
+def fused_resnet(
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend: what ``torch.compile(model, backend="fused_resnet")`` calls with each graph.
+
+    Args:
+        gm: Dynamo's graph; changed.
+        example_inputs: what it is called with.
+        mode: not taken by custom backends; None.
+        options: ``{"inner": name}`` hands the rest to that backend of torch.compile instead of Inductor; other keys are
+            Inductor's.
+
+    Raises:
+        ValueError: a mode, which only Inductor itself takes.
+    """
+    if mode is not None and mode != "default":
+        raise ValueError(f"mode must be None with backend='fused_resnet', got {mode!r}: give Inductor's options instead")
+    given = dict(options or {})
+    inner = given.pop("inner", "inductor")
+    fuse_graph(gm)
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=given or None)
+        return compiled
+    return torch._dynamo.lookup_backend(inner)(gm, example_inputs)

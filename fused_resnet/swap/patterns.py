@@ -1,0 +1,402 @@
+"""The one table of patterns: what counts as a convolution, a BatchNorm, an activation, an addition, and how they make a chain.
+
+A chain in a graph is ``conv [BatchNorm] [activation]``, once or more, ``[+ shortcut] [activation]`` behind the last,
+``[max-pool]``; between two of them nobody else may read what is handed on. The rules:
+
+* a weight layer is a convolution with something behind it; a convolution alone has nothing to be fused with;
+* layers follow each other into one chain while the same frame holds them, or a shortcut spans them;
+* the shortcut is the chain's input, or a convolution and BatchNorm of it, and the sum may be in place only in what the
+  chain itself made;
+* a chain reads its input where its first convolution stands, and nothing between that and its end may write in place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..describe import Parts, WeightLayer, activation_of, is_activation, is_norm, refusal
+
+Node = fx.Node
+
+#: Functions that are activations -> the module that stands for them among a chain's, and its options by argument.
+_ACTIVATION_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    F.relu: (nn.ReLU, ()), F.relu_: (nn.ReLU, ()), torch.relu: (nn.ReLU, ()), torch.relu_: (nn.ReLU, ()),
+    F.relu6: (nn.ReLU6, ()), F.silu: (nn.SiLU, ()), F.hardswish: (nn.Hardswish, ()), F.gelu: (nn.GELU, ("approximate",)),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope",)), F.hardtanh: (nn.Hardtanh, ("min_val", "max_val")),
+}  # fmt: skip
+_RELU_METHODS = ("relu", "relu_")
+#: Functions and methods that add two tensors; True: into the first.
+_ADD_FUNCTIONS = {operator.add: False, torch.add: False, operator.iadd: True}
+_ADD_METHODS = {"add": False, "add_": True}
+
+
+@cache
+def _stand_in(kind: Any, *options: Any) -> nn.Module:
+    if kind is nn.Hardtanh:
+        return nn.ReLU6()
+    module: nn.Module = kind(**dict(options))
+    return module
+
+
+def function_activation(node: Node) -> nn.Module | None:
+    """The module that computes what a call of a function or method does, if that is an activation that is known."""
+    if node.op == "call_method" and node.target in _RELU_METHODS and len(node.args) == 1:
+        return _stand_in(cast(Any, nn.ReLU))
+    if node.op != "call_function" or node.target not in _ACTIVATION_FUNCTIONS or not node.args:
+        return None
+    kind, names = _ACTIVATION_FUNCTIONS[node.target]
+    options = {**dict(zip((*names, "inplace"), node.args[1:])), **node.kwargs}
+    options.pop("inplace", None)
+    plain = set(options) <= set(names) and all(type(value) in (int, float, str) for value in options.values())
+    if not plain or (kind is nn.Hardtanh and (options.get("min_val"), options.get("max_val")) != (0.0, 6.0)):
+        return None
+    return _stand_in(cast(Any, kind), *options.items())
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where the modules of a weight layer are, dotted, from the root; an activation that is a function is a module's place."""
+
+    conv: str
+    norm: str | None = None
+    activation: str | nn.Module | None = None
+
+
+@dataclass
+class Match:
+    """A chain in a graph."""
+
+    layers: list[LayerPlace]
+    nodes: list[Node]
+    x: Node
+    out: Node
+    residual: bool = False
+    projection: LayerPlace | None = None
+    pool: str | None = None
+
+
+class Matcher:
+    """Finds the chains of one graph.
+
+    Args:
+        root: the module that was traced.
+        graph: its graph.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.nodes = list(graph.nodes)
+        self.modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+        self.reasons: dict[str, str] = {}
+
+    # ---- what a node is
+
+    def module(self, node: Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _one(self, node: Node) -> Node | None:
+        """The only tensor that a node reads."""
+        return node.args[0] if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node) else None
+
+    def is_conv(self, node: Node) -> bool:
+        module = self.module(node)
+        return type(module) is nn.Conv2d and self._one(node) is not None
+
+    def is_norm(self, node: Node) -> bool:
+        module = self.module(node)
+        images = module is not None and is_norm(module) and type(module) is not nn.BatchNorm1d
+        return images and self._one(node) is not None
+
+    def is_activation(self, node: Node) -> bool:
+        """As a module or a function that is known."""
+        if node.op == "call_module":
+            module = self.module(node)
+            return module is not None and is_activation(module) and self._one(node) is not None
+        return function_activation(node) is not None
+
+    def activation(self, node: Node) -> str | nn.Module | None:
+        """The place of an activation, or what stands for it."""
+        return str(node.target) if node.op == "call_module" else function_activation(node)
+
+    def is_identity(self, node: Node) -> bool:
+        module = self.module(node)
+        empty = type(module) is nn.Sequential and not module._modules
+        return (type(module) is nn.Identity or empty) and self._one(node) is not None
+
+    def is_pool(self, node: Node) -> bool:
+        """A max-pooling that can be launched."""
+        pool: Any = self.module(node)
+        return type(pool) is nn.MaxPool2d and self._one(node) is not None and not (pool.ceil_mode or pool.return_indices)
+
+    def added(self, node: Node) -> tuple[Node, Node, bool] | None:
+        """The two tensors that a node adds, and whether into the first."""
+        table: Any = _ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS if node.op == "call_method" else {}
+        if node.target not in table or len(node.args) != 2 or node.kwargs:
+            return None
+        first, second = node.args
+        if not (isinstance(first, Node) and isinstance(second, Node)) or first is second:
+            return None
+        return first, second, table[node.target]
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether a node surely writes to nothing that it is given."""
+        if node.op == "call_module":
+            module: Any = self.module(node)
+            return type(module).__module__.startswith("torch.nn") and not getattr(module, "inplace", False)
+        if node.op == "call_method":
+            return not str(node.target).endswith("_")
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", "_")
+            inside = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator", "builtins", "fused_resnet"))
+            written = name.endswith("_") or node.target in _IN_PLACE or node.kwargs.get("inplace") or "out" in node.kwargs
+            return inside and not written
+        return True
+
+    # ---- walking
+
+    def follow(self, node: Node, passed: list[Node]) -> Node | None:
+        """The only node that reads this one, past identities, which are added to ``passed``."""
+        while True:
+            if len(node.users) != 1:
+                return None
+            node = next(iter(node.users))
+            if not self.is_identity(node):
+                return node
+            passed.append(node)
+
+    def layer(self, conv: Node) -> tuple[LayerPlace, list[Node]]:
+        """A convolution with what follows it."""
+        nodes, place = [conv], LayerPlace(str(conv.target))
+        norm: nn.Module | None = None
+        passed: list[Node] = []
+        following = self.follow(conv, passed)
+        if following is not None and self.is_norm(following):
+            nodes += [*passed, following]
+            norm = self.module(following)
+            place = replace(place, norm=str(following.target))
+            if type(activation_of(norm)) not in (type(None), nn.Identity):
+                return replace(place, activation=f"{following.target}.act"), nodes
+            passed = []
+            following = self.follow(following, passed)
+        if following is not None and self.is_activation(following):
+            nodes += [*passed, following]
+            place = replace(place, activation=self.activation(following))
+        return place, nodes
+
+    # ---- chains
+
+    def find(self, same: Callable[[Node, Node], bool]) -> list[Match]:
+        """All chains, in the order of their first convolutions.
+
+        Args:
+            same: whether two nodes were called in the same frame.
+        """
+        by_out = self._runs(same)
+        for node in self.nodes:
+            pair = self.added(node)
+            if pair is not None:
+                self._join(node, pair, by_out)
+        for match in by_out.values():
+            self._pool(match)
+        chains = [match for match in by_out.values() if self._worth(match)]
+        self._tell(chains)
+        return sorted(chains, key=lambda match: self.order[match.nodes[0]])
+
+    def _tell(self, chains: list[Match]) -> None:
+        """Why each layer that is in no chain is in none."""
+        inside = {node for match in chains for node in match.nodes}
+        for node in self.nodes:
+            module = self.module(node)
+            if module is None or node in inside:
+                continue
+            place = str(node.target)
+            if isinstance(module, nn.modules.conv._ConvNd):
+                refused = refusal(Parts([WeightLayer(place, module)]), structure_only=True)
+                self.reasons.setdefault(place, refused or self._behind(node))
+            elif is_norm(module):
+                self.reasons.setdefault(place, "no convolution in front of it that hands its output to it alone")
+            elif isinstance(module, nn.modules.batchnorm._NormBase):
+                self.reasons.setdefault(place, f"a {type(module).__name__} is no BatchNorm2d")
+
+    def _behind(self, node: Node) -> str:
+        """What keeps a convolution alone."""
+        if len(node.users) != 1:
+            return f"its output is read {len(node.users)} times"
+        user = next(iter(node.users))
+        module = self.module(user)
+        name = type(module).__name__ if module is not None else getattr(user.target, "__name__", str(user.target))
+        return f"stands alone: behind it is {name}, nothing to fuse with"
+
+    def _runs(self, same: Callable[[Node, Node], bool]) -> dict[Node, Match]:
+        """Weight layers by what they hand on; those that follow each other in one frame together."""
+        by_out: dict[Node, Match] = {}
+        for node in self.nodes:
+            if not self.is_conv(node):
+                continue
+            place, nodes = self.layer(node)
+            reason = self.refused(place)
+            if reason is not None:
+                self.reasons[place.conv] = reason
+                continue
+            x: Any = node.args[0]
+            match = Match([place], nodes, x, nodes[-1])
+            before = self._before(match, by_out)
+            if before is not None and same(before.nodes[-1], node):
+                match = self._appended(before, match, by_out)
+            by_out[match.out] = match
+        return by_out
+
+    def refused(self, place: LayerPlace) -> str | None:
+        """Why a layer cannot be launched, or None."""
+        return refusal(Parts([self.weight_layer(place)]), structure_only=True)
+
+    def names(self, place: LayerPlace) -> set[str]:
+        """What must not be twice in a chain: its convolution and its BatchNorm, whose statistics each call moves on."""
+        return {name for name in (place.conv, place.norm) if name is not None}
+
+    def strip(self, node: Node) -> tuple[Node, list[Node]]:
+        """What identities in front of a node hand on, and these."""
+        passed: list[Node] = []
+        while self.is_identity(node):
+            passed.insert(0, node)
+            node = cast(Node, node.args[0])
+        return node, passed
+
+    def _before(self, match: Match, by_out: dict[Node, Match]) -> Match | None:
+        """The run in front of a run, if the two can be one: nobody else reads what is between, no module twice."""
+        source, passed = self.strip(match.x)
+        before = by_out.get(source)
+        if before is None or before.residual or any(len(node.users) != 1 for node in (source, *passed)):
+            return None
+        last = before.layers[-1]
+        known = {name for layer in before.layers for name in self.names(layer)}
+        twice = any(known & self.names(layer) for layer in match.layers)
+        return before if not twice and (last.norm is not None or last.activation is not None) else None
+
+    def _appended(self, before: Match, match: Match, by_out: dict[Node, Match]) -> Match:
+        """Two runs as one."""
+        del by_out[before.out]
+        nodes = [*before.nodes, *self.strip(match.x)[1], *match.nodes]
+        return Match([*before.layers, *match.layers], nodes, before.x, match.out)
+
+    def weight_layer(self, place: LayerPlace) -> WeightLayer:
+        """The modules at a place."""
+        find: Any = self.modules.get
+        activation = find(place.activation) if isinstance(place.activation, str) else place.activation
+        return WeightLayer(place.conv, find(place.conv), find(place.norm) if place.norm else None, activation)
+
+    def _join(self, node: Node, pair: tuple[Node, Node, bool], by_out: dict[Node, Match]) -> None:
+        """Make the runs that end in a sum one chain with a shortcut, if they are one."""
+        for main, side in ((0, 1), (1, 0)):
+            (out, passed), (shortcut, side_passed) = (self.strip(cast(Node, pair[part])) for part in (main, side))
+            match = by_out.get(out)
+            if match is None or match.residual or match.layers[-1].activation is not None:
+                continue
+            if any(len(part.users) != 1 for part in (out, *passed, *side_passed)):
+                continue
+            projection = by_out.get(shortcut)
+            if projection is not None and (projection is match or not self._projects(projection)):
+                projection = None
+            start = self.strip(shortcut if projection is None else projection.x)[0]
+            runs = self._reach(match, start, by_out)
+            if runs is None and projection is not None:
+                continue
+            if runs is None or (pair[2] and side == 0 and projection is None):  # += would write into the chain's input
+                continue
+            mine = [*passed, *side_passed, *(projection.nodes if projection is not None else ())]
+            mine += [part for run in runs for part in (*self.strip(run.x)[1], *run.nodes)]
+            if runs[0].x is not start:
+                mine = [part for part in mine if part not in self.strip(runs[0].x)[1]]
+            if projection is not None and projection.x is not runs[0].x:
+                continue
+            if self._quiet(mine, node):
+                self._merge(runs, projection, mine, node, by_out)
+                return
+
+    @staticmethod
+    def _projects(run: Match) -> bool:
+        """Whether a run can be a projection shortcut: one layer, without an activation, for the sum alone."""
+        return len(run.layers) == 1 and run.layers[0].activation is None and not run.residual and len(run.out.users) == 1
+
+    def _reach(self, match: Match, start: Node, by_out: dict[Node, Match]) -> list[Match] | None:
+        """The runs from ``start`` to the end of ``match``, or None."""
+        runs = [match]
+        while self.strip(runs[0].x)[0] is not start:
+            before = self._before(runs[0], by_out)
+            if before is None or before in runs:
+                return None
+            runs.insert(0, before)
+        names = [name for run in runs for layer in run.layers for name in self.names(layer)]
+        return runs if len(set(names)) == len(names) else None
+
+    def _quiet(self, mine: list[Node], node: Node) -> bool:
+        """Whether nothing that is not of the chain writes between its first node and its last."""
+        first = min(self.order[part] for part in mine)
+        between = self.nodes[first : self.order[node]]
+        return all(part in mine or self.is_pure(part) for part in between)
+
+    def _merge(
+        self, runs: list[Match], projection: Match | None, mine: list[Node], node: Node, by_out: dict[Node, Match]
+    ) -> None:
+        for run in (*runs, *([projection] if projection is not None else [])):
+            del by_out[run.out]
+        layers, nodes, out = [layer for run in runs for layer in run.layers], [*mine, node], node
+        behind: list[Node] = []
+        following = self.follow(node, behind)
+        if following is not None and self.is_activation(following):
+            layers[-1] = replace(layers[-1], activation=self.activation(following))
+            nodes += [*behind, following]
+            out = following
+        nodes.sort(key=self.order.__getitem__)
+        side = projection.layers[0] if projection is not None else None
+        by_out[out] = Match(layers, nodes, runs[0].x, out, True, side)
+
+    def _pool(self, match: Match) -> None:
+        """Take the max-pooling behind a chain into it."""
+        behind: list[Node] = []
+        following = self.follow(match.out, behind)
+        if following is not None and self.is_pool(following) and not match.residual:
+            match.pool = str(following.target)
+            match.nodes += [*behind, following]
+            match.out = following
+
+    def _worth(self, match: Match) -> bool:
+        """Whether there is something to fuse, of which something is gained."""
+        if match.residual or any(layer.norm is not None for layer in match.layers):
+            return True
+        if all(layer.activation is None for layer in match.layers):
+            return False
+        if self._pooled(match.x):
+            for layer in match.layers:
+                self.reasons.setdefault(layer.conv, "behind a global pooling: one pixel an image, nothing to gain")
+            return False
+        return True
+
+    def _pooled(self, node: Node) -> bool:
+        """Whether a tensor is one pixel an image: what a squeeze-and-excitation computes on."""
+        for _ in range(8):
+            module = self.module(node)
+            name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+            if "AdaptiveAvgPool" in name or "GlobalPool" in name or "AdaptivePool" in name or name in _POOLING:
+                return True
+            sources = node.all_input_nodes
+            if len(sources) != 1:
+                return False
+            node = sources[0]
+        return False
+
+
+_IN_PLACE = (
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.delitem,
+)  # fmt: skip
+_POOLING = ("mean", "adaptive_avg_pool2d")

@@ -1,0 +1,404 @@
+"""A module's forward as a graph: torch.fx, made safe for modules that nobody wrote for it.
+
+torch.fx runs a forward once on stand-ins for tensors and writes down what is called. What the forward decided on the way is
+then fixed, so this tracer
+
+* stops at modules whose inside is nobody's business: those of torch.nn, with hooks, or without a convolution, and those
+  that cannot be traced, which stay calls (``leaves``);
+* notes in a :class:`Guard` all that a decision can have hung on, attributes and the classes of children, so that at each
+  call it can be told whether the graph still holds;
+* refuses a forward that does more than compute from its arguments: draws random numbers, sets attributes, makes tensors, asks
+  for the gradient mode, returns a container that a graph cannot make;
+* lets stand-ins pass ``isinstance(x, torch.Tensor)``, as the tensors do that they stand for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..describe import hooked, hooks_everywhere
+
+_lock = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
+
+
+class CannotTrace(Exception):
+    """Why a forward cannot be traced, in a sentence without a full stop."""
+
+
+class _TensorProxy(fx.Proxy):
+    """A stand-in that says it is a tensor: ``isinstance(x, Tensor)`` must decide as it will for the real one."""
+
+    __class__ = property(lambda self: Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A call of a module that was traced through.
+
+    Attributes:
+        path: of the module, dotted, from the root.
+        parent: the frame around it; None for the root's own.
+        mark: the node that marks where the call begins.
+    """
+
+    path: str
+    parent: Frame | None
+    mark: fx.Node | None
+    args: Any = ()
+    kwargs: Any = None
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.parent is None else 1 + self.parent.depth
+
+    def lineage(self) -> list[Frame]:
+        """The root's frame first, this one last."""
+        return [self] if self.parent is None else [*self.parent.lineage(), self]
+
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def _print(value: Any, depth: int = 3) -> Any:
+    """What two equal values have in common: plain values themselves, containers by their contents, others as objects."""
+    if type(value) in (*_PLAIN, complex, bytes, torch.dtype, torch.device):
+        return (type(value), value)
+    if depth and type(value) in (tuple, list):
+        return (type(value), tuple(_print(part, depth - 1) for part in value))
+    if depth and isinstance(value, dict):
+        return (type(value), tuple((_print(key, 0), _print(part, depth - 1)) for key, part in value.items()))
+    if depth and type(value) in (set, frozenset):
+        return (type(value), frozenset(_print(part, 0) for part in value))
+    return (type(value), id(value))
+
+
+#: Attributes of every nn.Module that say nothing about its forward, or that are compared otherwise.
+_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region"}
+
+
+def _original(kind: Any) -> type[Any]:
+    """The class behind a fused one."""
+    return getattr(kind, "unfused_class", None) or kind
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a traced forward may have read of one module: its class, its attributes and its children's classes."""
+
+    path: tuple[str, ...]
+    kind: type[Any]
+    plain: tuple[tuple[str, Any], ...]
+    others: tuple[tuple[str, Any], ...]
+    children: tuple[tuple[str, type[Any]], ...]
+    training: bool
+    called: bool
+
+    @staticmethod
+    def of(path: str, module: nn.Module, called: bool) -> Guard:
+        """Of the module as it is; ``called``: it would run, and its hooks with it (a ModuleList does not)."""
+        own = {key: value for key, value in module.__dict__.items() if key not in _OWN}
+        plain = tuple((key, value) for key, value in own.items() if type(value) in _PLAIN)
+        others = tuple((key, _print(value)) for key, value in own.items() if type(value) not in _PLAIN)
+        children = tuple((name, _original(type(child))) for name, child in module._modules.items())
+        names = tuple(path.split(".")) if path else ()
+        return Guard(names, _original(type(module)), plain, others, children, module.training, called)
+
+    def broken(self, root: nn.Module) -> str | None:
+        """What has changed, or None."""
+        module = descend(root, self.path)
+        if module is None or _original(type(module)) is not self.kind:
+            return f"{'.'.join(self.path) or 'the module'} is no longer a {self.kind.__name__}"
+        found = module.__dict__
+        if "forward" in found:
+            return f"forward was replaced on its {self.kind.__name__}"
+        if self.called and (hooked(module) or module._compiled_call_impl is not None):
+            return f"a hook looks into its {self.kind.__name__}"
+        if module.training is not self.training:
+            return f"its {self.kind.__name__} is in another mode than when it was traced"
+        children = module._modules
+        if len(children) != len(self.children):
+            return f"the children of its {self.kind.__name__} changed"
+        for name, kind in self.children:
+            if name not in children or _original(type(children[name])) is not kind:
+                return f"{name} of its {self.kind.__name__} was replaced"
+        for key, value in self.plain:
+            if key not in found or type(found[key]) is not type(value) or found[key] != value:
+                return f"the attribute {key} of its {self.kind.__name__} changed"
+        if torch.compiler.is_compiling():  # which cannot compare objects by their ids
+            return None
+        for key, value in self.others:
+            if key not in found or _print(found[key]) != value:
+                return f"the attribute {key} of its {self.kind.__name__} changed"
+        return None
+
+
+def signature(module: nn.Module) -> Any:
+    """What two modules have in common that are traced to the same graph: all that their forwards can decide by."""
+    own = tuple((key, _print(value)) for key, value in module.__dict__.items() if key not in _OWN)
+    tensors = tuple((key, type(value)) for key, value in (*module._parameters.items(), *module._buffers.items()))
+    children = tuple((name, child is not None and signature(child)) for name, child in module._modules.items())
+    watched = hooked(module) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return type(module), module.training, watched, own, tensors, children
+
+
+def descend(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """The module at a place, or None."""
+    module: Any = root
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+@dataclass
+class Traced:
+    """A graph with the frames of its nodes.
+
+    Attributes:
+        graph: calls of leaves (``call_module``) and functions.
+        frames: node -> the innermost frame that it was called in.
+        results: frame -> what the call gave back, nodes in containers.
+        leaves: path -> why a module was not traced through, for those with convolutions in them.
+    """
+
+    graph: fx.Graph
+    frames: dict[fx.Node, Frame]
+    results: dict[Frame, Any]
+    leaves: dict[str, str] = field(default_factory=dict)
+
+
+def _mark() -> None:
+    """Where a frame begins. Never runs: marks are left out of the code."""
+
+
+def has_layers(module: nn.Module) -> bool:
+    """Whether there are convolutions or normalisations in it."""
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    return any(isinstance(part, kinds) or "BatchNorm" in type(part).__name__ for part in module.modules())
+
+
+def code_of(module: nn.Module) -> FunctionType:
+    """The forward of a module's original class.
+
+    Raises:
+        CannotTrace: it is no plain function of tensors.
+    """
+    forward = _original(type(module)).forward
+    if not isinstance(forward, FunctionType):
+        raise CannotTrace("its forward is no Python function")
+    if hasattr(forward, "__wrapped__"):
+        raise CannotTrace("its forward is wrapped by a decorator")
+    return forward
+
+
+def arguments_of(module: nn.Module) -> tuple[int, int]:
+    """How many arguments its forward must be given, and how many it can be given.
+
+    Raises:
+        CannotTrace: it takes any number of them.
+    """
+    kinds = inspect.Parameter
+    parameters = list(inspect.signature(code_of(module)).parameters.values())[1:]
+    if any(p.kind not in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise CannotTrace("its forward takes any number of arguments, or keywords only")
+    return sum(p.default is kinds.empty for p in parameters), len(parameters)
+
+
+class _Tracer(fx.Tracer):
+    """See the module. One for each trace."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, opaque: Callable[[nn.Module], str | None], untraceable: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+        self.opaque = opaque
+        self.untraceable = untraceable
+        self.frame = Frame("", None, None)
+        self.running: list[nn.Module] = []
+        self.traced = Traced(fx.Graph(), {}, {})
+
+    # ---- what torch.fx calls
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Stand-ins for the arguments without a default; the others keep theirs."""
+        required = list(inspect.signature(root_fn).parameters.values())[1:]
+        names = [p.name for p in required if p.default is inspect.Parameter.empty]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        self.traced.frames[node] = self.frame
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        plain = node.op == "call_function" and not str(getattr(node.target, "__module__", "")).startswith("torch")
+        return fx.Proxy(node, self) if plain or node.target in ("size", "dim", "numel") else _TensorProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        raise CannotTrace("its forward makes or reads a tensor that is no parameter or buffer of its")
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):  # it says that it is a tensor
+            return a.node
+        if isinstance(a, OrderedDict) and type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg([*a.items()]),), {})
+        if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
+            raise CannotTrace(f"its forward makes a {type(a).__name__}")
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # torch.fx catches the calls of all threads
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        reason = self._leaf(m)
+        if reason is not None:
+            if reason and has_layers(m):
+                self.traced.leaves[path] = reason
+            return self.create_proxy("call_module", path, args, kwargs)
+        outer = self.frame
+        mark = self.create_node("call_function", _mark, (), {})
+        self.frame = Frame(path, outer, mark, self.create_arg(args), self.create_arg(kwargs))
+        self.running.append(m)
+        result = _original(type(m)).forward(m, *args, **kwargs)
+        self.running.pop()
+        self.traced.results[self.frame] = self.create_arg(result)
+        self.frame = outer
+        return result
+
+    def _leaf(self, m: nn.Module) -> str | None:
+        """Why a module is not traced through; empty where nobody asks."""
+        if m in self.untraceable:
+            return self.untraceable[m]
+        kind = _original(type(m))
+        if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
+            return ""
+        if not list(m.children()) or not has_layers(m):
+            return ""
+        if isinstance(m, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
+            return ""
+        if "forward" in m.__dict__:
+            return f"forward was replaced on this {type(m).__name__}"
+        if hooked(m) or m._compiled_call_impl is not None:
+            return f"a hook looks into this {type(m).__name__}"
+        reason = self.opaque(m)
+        if reason is not None:
+            return reason
+        try:
+            code_of(m)
+        except CannotTrace as error:
+            return str(error)
+        return None
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[None]:
+    """Raise if what runs inside does more than compute: attributes set, random numbers drawn, the gradient mode read.
+
+    What was changed is put back.
+    """
+    composites = [part for part in module.modules() if part._modules]
+    before = [(part, dict(part.__dict__), _print(_plain(part))) for part in composites]
+    lists = [(value, value.copy()) for _, state, _ in before for value in state.values() if type(value) in (list, dict, set)]
+    states = random.getstate(), torch.random.get_rng_state()
+    asked: list[str] = []
+    modes = {name: getattr(torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")}
+
+    def spy(name: str) -> Callable[..., Any]:
+        def spied(*args: Any) -> Any:
+            asked.append(name)
+            return modes[name](*args)
+
+        return spied
+
+    for name in modes:
+        setattr(torch, name, spy(name))
+    try:
+        yield
+    finally:
+        for name, function in modes.items():
+            setattr(torch, name, function)
+        changed = [part for part, _, mark in before if _print(_plain(part)) != mark]
+        for value, copy in lists:
+            if type(value) is list:
+                value[:] = copy
+            elif value != copy or len(value) != len(copy):
+                value.clear()
+                value.update(copy)
+        for part, state, _ in before:
+            if part in changed:
+                part.__dict__.clear()
+                part.__dict__.update(state)
+    if changed:
+        raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
+    if random.getstate() != states[0] or not torch.equal(torch.random.get_rng_state(), states[1]):
+        random.setstate(states[0])
+        torch.random.set_rng_state(states[1])
+        raise CannotTrace("its forward draws random numbers")
+    if asked:
+        raise CannotTrace(f"its forward asks torch.{asked[0]}()")
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in module.__dict__.items() if key not in ("_forward_hooks", "_modules")}
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, CannotTrace):
+        return str(error)
+    text = str(error).strip().split("\n")[0]
+    if "control flow" in text:
+        return "the control flow of its forward depends on data"
+    if "iterat" in text or "len" in text:
+        return "its forward takes apart an argument that is no tensor, or counts with sizes"
+    return f"its forward cannot be traced ({type(error).__name__}: {text[:100]})"
+
+
+def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None]) -> Traced:
+    """The graph of a module's forward, its children traced through where that can be done.
+
+    Args:
+        module: fused or not; the forward of its original class is traced.
+        opaque: why a child must stay a call, or None; empty where that needs no reason.
+
+    Raises:
+        CannotTrace: the forward of the module itself cannot be traced.
+    """
+    if hooks_everywhere():
+        raise CannotTrace("a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)")
+    if "forward" in module.__dict__:
+        raise CannotTrace(f"forward was replaced on this {type(module).__name__}")
+    arguments_of(module)
+    untraceable: dict[nn.Module, str] = {}
+    with _lock:
+        while True:
+            tracer = _Tracer(opaque, untraceable)
+            tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
+            try:
+                with _watched(module):
+                    graph = tracer.trace(module)
+            except Exception as error:  # the code of others, run on stand-ins: whatever it raises
+                if not tracer.running:
+                    raise CannotTrace(_message(error)) from error
+                blamed = tracer.running[-1]  # try again with a call of it in its place
+                untraceable[blamed] = _message(error)
+                continue
+            tracer.traced.graph = graph
+            return tracer.traced

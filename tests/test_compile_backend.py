@@ -1,0 +1,120 @@
+"""torch.compile(model, backend="fused_resnet"): the same patterns in Dynamo's graph."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from nets import projection, randomise
+from tolerances import relative_error
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from fused_resnet import count_launches
+from fused_resnet.compiling import fused_resnet as backend
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+
+class Net(nn.Module):
+    """A stem, blocks with and without a projection, an activation nobody knows, and a view that counts on its layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 8, 2, projection(4, 8, 2)))
+        self.last = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x))
+        return self.last(x).view(x.shape[0], -1)
+
+
+#: Chains of Net in launches of one forward: eval and training.
+LAUNCHES = {False: 1 + 2 + 3 + 1, True: 2 + 3 + 4 + 2}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_it_computes_what_eager_does(training: bool, inner: str) -> None:
+    torch._dynamo.reset()
+    plain = randomise(Net()).train(training)
+    same = copy.deepcopy(plain)
+    compiled = torch.compile(same, backend=backend, options={"inner": inner}, fullgraph=True)
+    for images in (2, 3, 5):  # from the second on the batch is dynamic
+        x = torch.randn(images, 3, 13, 14)
+        first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected = plain(first)
+        with count_launches() as log:
+            actual = compiled(second)
+        assert relative_error(actual, expected) < 1e-5 and len(log) == LAUNCHES[training]
+        weights = torch.randn_like(expected)
+        plain.zero_grad(), same.zero_grad()
+        (expected * weights).sum().backward(), (actual * weights).sum().backward()
+        assert relative_error(second.grad, first.grad) < 1e-4
+        for (key, a), (_, b) in zip(plain.named_parameters(), same.named_parameters()):
+            assert float((b.grad - a.grad).norm()) < 1e-3 * float(a.grad.norm()) + 1e-4, key  # a bias in front of BatchNorm: 0
+        for (key, a), (_, b) in zip(plain.named_buffers(), same.named_buffers()):
+            assert relative_error(b.double(), a.double()) < 1e-5, key
+
+
+def test_without_gradients_and_under_autocast() -> None:
+    torch._dynamo.reset()
+    plain = randomise(Net()).eval()
+    compiled = torch.compile(copy.deepcopy(plain), backend=backend, options={"inner": "aot_eager"}, fullgraph=True)
+    x = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        assert relative_error(compiled(x), plain(x)) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, actual = plain(x), compiled(x)
+    assert actual.dtype == expected.dtype and relative_error(actual, expected) < 0.05
+
+
+def test_a_sum_that_broadcasts_and_an_input_that_is_written() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            y = self.bn(self.conv(x))
+            x.mul_(3)
+            return y + x + (self.bn(self.conv(x)) + x.mean((2, 3), keepdim=True))
+
+    torch._dynamo.reset()
+    plain = randomise(Odd()).eval()
+    compiled = torch.compile(copy.deepcopy(plain), backend=backend, options={"inner": "aot_eager"})
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        assert relative_error(compiled(x), plain(x)) < 1e-5
+
+
+def test_a_mode_is_refused() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="mode must be None"):
+        torch.compile(Net().eval(), backend=backend, mode="max-autotune")(torch.randn(2, 3, 12, 12))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is part of Python from 3.11 on")
+def test_the_name_is_an_entry_point_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"]["torch_dynamo_backends"] == {"fused_resnet": "fused_resnet.compiling:fused_resnet"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_resnet50_through_inductor(training: bool) -> None:
+    torch._dynamo.reset()
+    plain = randomise(torchvision.models.resnet50(num_classes=5)).train(training)
+    compiled = torch.compile(copy.deepcopy(plain), backend=backend)
+    x = torch.randn(4, 3, 64, 64)
+    with count_launches() as log:
+        actual = compiled(x)
+    assert relative_error(actual, plain(x)) < (1e-3 if training else 1e-4)
+    assert len(log) > 50
