@@ -14,8 +14,7 @@ from .blocks import Fused
 from .counts import nodes
 from .functional import ChainFunction
 from .launch import Launch
-from .models import MODELS
-from .specimens import unknown
+from .models import build
 from .swap import fuse, unfuse
 
 #: ``infer``: eval mode. ``train``: the batch's statistics, forward and backward to all parameters (not to the images).
@@ -99,10 +98,8 @@ def network(name: str, memory: str = "default") -> nn.Module:
     Raises:
         ValueError: no such model.
     """
-    if name not in MODELS:
-        raise unknown("model", name, list(MODELS))
     with torch.device("meta"):
-        return fuse(unfuse(MODELS[name]()), memory=memory)
+        return fuse(unfuse(build(name)), memory=memory)
 
 
 def uses(name: str, batch: int, size: int, dtype: torch.dtype, mode: str, memory: str = "default") -> list[Use]:

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .models import MODELS
+from .models import build
 from .swap import unfuse
 
 #: Names of element types on the command line.
@@ -33,13 +33,13 @@ def unknown(what: str, name: str, choices: list[str]) -> ValueError:
     """The error for a name that is not among ``choices``: the near ones, or all of a short list."""
     near = get_close_matches(name, choices, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    if not near and len(choices) <= 12:
+    if not near and len(choices) <= 40:
         hint = f": expected one of {', '.join(choices)}"
     return ValueError(f"unknown {what} {name!r}{hint}")
 
 
 def eager_model(name: str) -> nn.Module:
-    """The eager model ``name`` with random weights, in eval mode: torchvision's, or where that is missing our own plain one.
+    """The eager model ``name`` with random weights, in eval mode: torchvision's, or our own plain one where it has none.
 
     Args:
         name: ``resnet50``; ``timm/resnet50d`` for a model of timm.
@@ -52,12 +52,11 @@ def eager_model(name: str) -> nn.Module:
     vision = torchvision_models()
     if vision is not None:
         names: list[str] = vision.list_models()
-        if name not in names:
+        if name in names:
+            return vision.get_model(name, weights=None).eval()
+        if not name.startswith(("cifar_", "plain", "highway")):
             raise unknown("model", name, names)
-        return vision.get_model(name, weights=None).eval()
-    if name not in MODELS:
-        raise unknown("model", name, list(MODELS))
-    return unfuse(MODELS[name]()).eval()
+    return unfuse(build(name)).eval()
 
 
 def timm_names(pattern: str = "*") -> list[str]:

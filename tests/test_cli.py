@@ -115,6 +115,7 @@ def test_fuse_check_finds_a_difference(
         (["dance"], "dance"),
         (["info", "resnet5"], "did you mean resnet50"),
         (["info", "zebra"], "resnet101"),
+        (["info", "cifar_resnet21"], "depth must be 6n + 2"),
         (["info"], "MODEL"),
         (["info", "resnet18", "--batch", "0"], "--batch"),
         (["info", "resnet18", "--size", "-3"], "--size"),
@@ -235,3 +236,10 @@ def test_zoo_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Capture
     rows.write_text(rows.read_text().replace(",yes,", ",NO,"))
     assert main(["zoo", *small]) == 1 and "resnet18" in capsys.readouterr().out
     assert main(["zoo", "zebra*", *small]) == 2
+
+
+def test_info_of_a_network_for_cifar(capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of its own size, without being told."""
+    assert main(["info", "cifar_resnet20", "--batch", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "input 2 x 3 x 32 x 32" in text and "20 weight layers, 270 k parameters, 162 MFLOP" in text

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from .. import counts
-from ..models import MODELS
-from ..specimens import unknown
+from ..models import MODELS, build, image_size
 from ..swap import fuse, unfuse
-from .arguments import CommandError, dtype, dtype_name, natural, one_line, refusing
+from .arguments import dtype, dtype_name, natural, one_line, refusing
 from .text import scaled, table
 
 
@@ -21,9 +20,9 @@ def add(commands: Any) -> None:
     """Declare the command."""
     text = "layers, parameters, FLOPs, launches and bytes of a forward pass and a training step, eager and fused"
     parser = commands.add_parser("info", help=text, description=f"Show {text}. Nothing is computed: sizes suffice.")
-    parser.add_argument("model", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, cifar_resnet20, plain34 ...")
     parser.add_argument("--batch", type=natural, default=1, metavar="N", help="images (1)")
-    parser.add_argument("--size", type=natural, default=224, metavar="N", help="rows and columns of an image (224)")
+    parser.add_argument("--size", type=natural, metavar="N", help="rows and columns of an image (224; for CIFAR 32)")
     parser.add_argument("--dtype", type=dtype, default="fp32", metavar="TYPE", help="fp32 (the default), fp16, bf16, fp64")
     parser.set_defaults(run=run)
 
@@ -78,17 +77,16 @@ def _show_step(eager: nn.Module, x: torch.Tensor) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables."""
-    if arguments.model not in MODELS:
-        raise CommandError(str(unknown("model", arguments.model, list(MODELS))))
+    size = arguments.size or image_size(arguments.model)
     with torch.device("meta"):
-        fused = MODELS[arguments.model]().eval().to(arguments.dtype)
-        x = torch.empty(arguments.batch, 3, arguments.size, arguments.size, dtype=arguments.dtype)
+        fused = refusing(lambda: build(arguments.model), ValueError).eval().to(arguments.dtype)
+        x = torch.empty(arguments.batch, 3, size, size, dtype=arguments.dtype)
     eager = unfuse(copy.deepcopy(fused))
     rows = refusing(lambda: counts.compare(eager, fused, x), RuntimeError)
     all_eager, all_fused = counts.total(rows)
 
     parameters = sum(parameter.numel() for parameter in eager.parameters())
-    shape = f"{arguments.batch} x 3 x {arguments.size} x {arguments.size}, {dtype_name(arguments.dtype)}"
+    shape = f"{arguments.batch} x 3 x {size} x {size}, {dtype_name(arguments.dtype)}"
     print(f"{arguments.model}, forward pass in eval mode, input {shape}")
     print(
         f"{weight_layers(eager)} weight layers, {scaled(parameters)} parameters, {scaled(all_eager.flops, 'FLOP')} "

@@ -145,7 +145,8 @@ def _notes(scale: Scale, where: dict[str, Any]) -> list[str]:
     return [
         f"Data {scale.data}, recipe {scale.recipe}, {length}{pooled}. The training error is that of the epoch as it was run:",
         "on augmented images, with the batch's statistics. Layer responses are of the trained network on test images, behind",
-        "each BatchNorm, in front of the ReLU and the sum.",
+        "each BatchNorm, in front of the ReLU and the sum: after few epochs they are near 1, where gamma starts, and what",
+        "differs from it may be running statistics that are behind the weights.",
         "",
         f"{where['evidence']}, {where['date']}.",
         "",
