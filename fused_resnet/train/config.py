@@ -33,7 +33,7 @@ class Config:
         resume: go on behind the folder's checkpoint, if there is one.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: ``auto`` (by the device), ``eager`` for the unfused network, or one of fused_resnet's.
-        memory: ``default`` or ``low``, see :func:`fused_resnet.fuse`.
+        memory: ``default``, ``less`` or ``low``, see :func:`fused_resnet.fuse`.
         compile: through ``torch.compile``.
         distributed: what shares the work under torchrun, ``ddp`` or ``fsdp2``.
         workers: processes that decode images of a folder.
