@@ -60,6 +60,9 @@ def _compiled() -> dict[str, dict[str, dict[str, list[int]]]]:
 #: Registers up to which a tile is taken. What needs more is one constant or stage away from a spill (1x1 on sm_80, 128x256: 255
 #: registers and 0 bytes with 3 stages, 8 bytes with 2).
 MOST_REGISTERS = 240
+#: CDNA gives a lane of four warps 512 registers (1x1 behind a BatchNorm with statistics: 284 and no spill with 4 warps, 256 and
+#: 176 bytes with 8).
+MOST_REGISTERS_CDNA = 480
 #: Activations that need a handful of registers for each element they work on; the compiler takes several at a time.
 EXPONENTIAL = frozenset(("silu", "gelu", "gelu_tanh"))
 #: Accumulators a thread up to which a tile is taken where one of these is at the end of a convolution; half of it where it is
@@ -72,6 +75,7 @@ def registers_of(launch: Launch, arch: str) -> dict[tuple[int, int, int], int]:
     """(rows, columns, warps) of a product -> registers a thread, for the tiles that compiled with room to spare."""
     of_arch = _compiled().get(STANDS_FOR.get(arch, arch), {})
     rows = of_arch.get(class_of(launch) or "", {})
+    registers_left = MOST_REGISTERS_CDNA if arch.startswith("gfx9") else MOST_REGISTERS
     found = {}
     most = 1 << 10
     if launch.x_activation in EXPONENTIAL or (launch.kind == "dgrad" and launch.activation in EXPONENTIAL):
@@ -79,7 +83,7 @@ def registers_of(launch: Launch, arch: str) -> dict[tuple[int, int, int], int]:
     elif launch.activation in EXPONENTIAL:
         most = MOST_BESIDE_EXPONENTIALS
     for name, (registers, spills) in rows.items():
-        if spills == 0 and registers <= MOST_REGISTERS:
+        if spills == 0 and registers <= registers_left:
             m, n, warps = (int(part) for part in name.split("x"))
             if m * n <= most * 32 * warps:
                 found[m, n, warps] = registers
