@@ -18,7 +18,7 @@ from fused_resnet.tuning.tile import ARCHS
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 HERE = Path(__file__).parent
-FEW = ["32x4d", "3x3 fp32", "dgrad mask"]
+FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d"]
 
 
 def compiled(target: str, *names: str) -> list[dict[str, Any]]:

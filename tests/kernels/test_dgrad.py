@@ -9,8 +9,6 @@ import pytest
 import torch
 from gradient_launches import dgrad, expected, last_program_first, operands_of, run_poisoned, two_layers
 from launches import DEVICE
-from test_compile import check as check_compiled
-from test_compile import compiled
 from tolerances import assert_close
 from torch import Tensor
 
@@ -335,20 +333,3 @@ def test_the_rules_tiles_are_legal(arch: str, dtype: torch.dtype) -> None:
         for extent in (tile.images, tile.rows, tile.columns, tile.filters, tile.channels):
             assert extent & (extent - 1) == 0
         assert tile.pixels >= 16 and tile.filters >= 16 and tile.channels >= 16
-
-
-@pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942"))]
-)
-def test_what_the_compiler_makes_of_it(target: str) -> None:
-    """No spills, and products on the tensor cores."""
-    check_compiled(target, compiled(target, "dgrad 3x3", "dgrad 1x1", "dgrad 3x3 stride 2", "dgrad and shortcut"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_what_the_compiler_makes_of_fp32(target: str) -> None:
-    check_compiled(
-        target,
-        compiled(target, *(f"{case} fp32" for case in ("dgrad 3x3", "dgrad 1x1", "dgrad 3x3 stride 2", "dgrad and shortcut"))),
-    )

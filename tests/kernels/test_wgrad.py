@@ -9,8 +9,6 @@ import pytest
 import torch
 from gradient_launches import expected, last_program_first, operands_of, run_poisoned, two_layers, wgrad
 from launches import DEVICE
-from test_compile import check as check_compiled
-from test_compile import compiled
 from tolerances import assert_close
 
 from fused_resnet.backends import triton, triton_gradients
@@ -341,19 +339,3 @@ def test_supports() -> None:
     launch = wgrad(1, 5, 6, 16, 24, 1, 1)
     assert triton.supports(launch) is None
     assert "float64" in str(triton.supports(wgrad(1, 5, 6, 16, 24, 1, 1, dtype=torch.float64)))
-
-
-@pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942"))]
-)
-def test_what_the_compiler_makes_of_it(target: str) -> None:
-    """No spills, and products on the tensor cores."""
-    check_compiled(target, compiled(target, "wgrad 3x3", "wgrad 1x1", "wgrad stem", "wgrad 32x4d"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_what_the_compiler_makes_of_fp32(target: str) -> None:
-    check_compiled(
-        target, compiled(target, *(f"{case} fp32" for case in ("wgrad 3x3", "wgrad 1x1", "wgrad stem", "wgrad 32x4d")))
-    )
