@@ -135,7 +135,9 @@ class FusedResidual(Fused):
         return self.run(self.parts_of(self), x, super().forward)
 
     def step(self, x: Tensor, donate: bool, drop: bool = False) -> tuple[Tensor, bool]:
-        """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory."""
+        """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory; with
+        ``drop`` the result is not kept for the backward but made again there.
+        """
         return self.run_owned(self.parts_of(self), x, super().forward, donate, drop)
 
 

@@ -42,9 +42,9 @@ def test_inner_results_share_memory() -> None:
     seen: list[tuple[int, int]] = []
     step = blocks.FusedResidual.step
 
-    def watched(self: blocks.FusedResidual, x: Tensor, donate: bool) -> tuple[Tensor, bool]:
+    def watched(self: blocks.FusedResidual, x: Tensor, donate: bool, drop: bool) -> tuple[Tensor, bool]:
         address = x.data_ptr()
-        out, ours = step(self, x, donate)
+        out, ours = step(self, x, donate, drop)
         seen.append((address, out.data_ptr()))
         return out, ours
 
