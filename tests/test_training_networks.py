@@ -203,7 +203,7 @@ def add_errors(errors: Errors, spec: Chain, h: int, w: int, backends: Sequence[s
 
 
 def worse(errors: Errors) -> list[str]:
-    """What is worse than twice eager, by the median of the inputs so far."""
+    """What is worse than twice eager, by the median of the inputs."""
     found = []
     for (kind, who), several in errors.items():
         ours, eagers = median(several), median(errors[kind, "eager"])
@@ -212,26 +212,17 @@ def worse(errors: Errors) -> list[str]:
     return found
 
 
-def check_no_worse(spec: Chain, h: int, w: int, backends: Sequence[str], inputs: Sequence[int]) -> None:
-    """In fp32 no worse than twice eager.
-
-    Gradients of one or a few numbers are sums that may cancel: their relative error varies by a factor of ten from input to
-    input, in eager PyTorch as here, and medians of few with it. Where ``inputs[0]`` inputs say worse, ``inputs[1]`` decide,
-    and so on.
-    """
+def check_no_worse(spec: Chain, h: int, w: int, backends: Sequence[str]) -> None:
+    """In fp32 no worse than twice eager, by the median of five inputs."""
     errors: Errors = {}
-    found: list[str] = []
-    for count in inputs:
-        while len(next(iter(errors.values()), [])) < count:
-            add_errors(errors, spec, h, w, backends)
-        found = worse(errors)
-        if not found:
-            return
-    raise AssertionError(f"{spec} on {h}x{w}: {'; '.join(found)}")
+    for _ in range(5):
+        add_errors(errors, spec, h, w, backends)
+    found = worse(errors)
+    assert not found, f"{spec} on {h}x{w}: {'; '.join(found)}"
 
 
 def check_random_chains(count: int) -> None:
-    """Exact in float64; in fp32 no worse than twice eager, by the median of five inputs or more."""
+    """Exact in float64; in fp32 no worse than twice eager, by the median of five inputs."""
     for _ in range(count):
         spec, h, w = runnable_chain()
         told = f"{spec} on {h}x{w}"
@@ -241,7 +232,7 @@ def check_random_chains(count: int) -> None:
         for what, expected in truth.items():
             near = actual[what].abs().max() < 1e-10 if what in zero else relative_error(actual[what], expected) < 1e-8
             assert near or expected.abs().max() < 1e-9 > actual[what].abs().max(), f"{what} of {told}"
-        check_no_worse(spec, h, w, BACKENDS, (5, 25))
+        check_no_worse(spec, h, w, BACKENDS)
 
 
 def check_random_chains_through_the_kernels(count: int) -> None:
@@ -250,7 +241,7 @@ def check_random_chains_through_the_kernels(count: int) -> None:
     for _ in range(count):
         spec, h, w = runnable_chain()
         with count_launches() as log:
-            check_no_worse(spec, h, w, ["triton"], (5, 25))
+            check_no_worse(spec, h, w, ["triton"])
         assert {backend for backend, _ in log.launches} == {"triton"} and len(log.kernels) >= len(log.launches) > 0
 
 
