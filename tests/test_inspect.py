@@ -68,6 +68,9 @@ def test_every_model(name: str, no_compiler: None, tmp_path: Path, capsys: pytes
     guess, text = part["totals"]["predicted"], capsys.readouterr().out
     assert 0 < guess["roofline_seconds"] < guess["launches_seconds"] < guess["fused_seconds"] < guess["eager_seconds"]
     assert guess["ratio"] == guess["eager_seconds"] / guess["fused_seconds"]
+    # No kernel of either side is faster than the roofline; the launches outside are on both.
+    assert guess["roofline_seconds"] < guess["eager_roofline_seconds"] < guess["eager_seconds"]
+    assert 1 < guess["roofline_ratio"] < guess["eager_roofline_seconds"] / guess["roofline_seconds"]
     for row in part["launches"].values():
         assert sum(line.startswith(f"  {row['label']}  ") for line in text.splitlines()) == 2, row["label"]
     assert "COMPILED" in text and "PREDICTED" in text and f"predicted ratio {guess['ratio']:.2f}" in text

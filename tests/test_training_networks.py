@@ -212,17 +212,23 @@ def worse(errors: Errors) -> list[str]:
     return found
 
 
+def inputs_needed(spec: Chain) -> int:
+    """Five, or 25 where a layer has one filter: the gradient of its bias is one number, which may cancel to next to nothing, and
+    the median of five such relative errors is off by a factor of two once in 25 times, for two equals as well."""
+    return 25 if any(layer.filters == 1 for layer in spec.weight_layers) else 5
+
+
 def check_no_worse(spec: Chain, h: int, w: int, backends: Sequence[str]) -> None:
-    """In fp32 no worse than twice eager, by the median of five inputs."""
+    """In fp32 no worse than twice eager, by the median of :func:`inputs_needed` inputs."""
     errors: Errors = {}
-    for _ in range(5):
+    for _ in range(inputs_needed(spec)):
         add_errors(errors, spec, h, w, backends)
     found = worse(errors)
     assert not found, f"{spec} on {h}x{w}: {'; '.join(found)}"
 
 
 def check_random_chains(count: int) -> None:
-    """Exact in float64; in fp32 no worse than twice eager, by the median of five inputs."""
+    """Exact in float64; in fp32 no worse than twice eager by the median of several inputs."""
     for _ in range(count):
         spec, h, w = runnable_chain()
         told = f"{spec} on {h}x{w}"

@@ -256,7 +256,11 @@ def _network(
     def seconds(kernels: Sequence[counts.Kernel]) -> float:
         return sum(eager_seconds(kernel, device, dtype, tf32) for kernel in kernels)
 
+    def at_the_ceilings(kernels: Sequence[counts.Kernel]) -> float:
+        return sum(roofline_seconds(kernel.flops, kernel.bytes + kernel.reread, device, dtype, tf32) for kernel in kernels)
+
     fused = totals["predicted"]["launches_seconds"] + seconds(outside)
+    fused_roofline = totals["predicted"]["roofline_seconds"] + at_the_ceilings(outside)
     return {
         "counted": {
             **totals["counted"],
@@ -270,6 +274,8 @@ def _network(
             "fused_seconds": fused,
             "eager_seconds": seconds(eager),
             "ratio": seconds(eager) / fused,
+            "eager_roofline_seconds": at_the_ceilings(eager),
+            "roofline_ratio": at_the_ceilings(eager) / fused_roofline,
         },
     }
 

@@ -153,6 +153,10 @@ def _predicted_total(totals: Mapping[str, Any]) -> str:
             f"  eager, its {counted['eager_kernels']} kernels ({counted['eager_bytes'] / 1e9:.2f} GB) by the same model:"
             f" {guess['eager_seconds'] * 1e3:.2f} ms; predicted ratio {guess['ratio']:.2f}"
         )
+        lines.append(
+            f"  eager with each kernel at the roofline: {guess['eager_roofline_seconds'] * 1e3:.2f} ms;"
+            f" ratio {guess['roofline_ratio']:.2f}, what the device's copy and matrix rates alone would allow"
+        )
     return "\n".join(lines)
 
 
