@@ -101,6 +101,11 @@ def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) ->
     return [next(given) if slot in needs else None for slot in ("x", *chain.parameter_slots)]
 
 
+def _said_otherwise(w: Tensor) -> bool:
+    """1x1 filters, contiguous: the memory of a channels_last gradient with strides that may say the same in another way."""
+    return w.dim() == 4 and w.shape[2:] == (1, 1) and w.is_contiguous()
+
+
 def _dropped(x: Tensor) -> Any:
     """The node whose output ``x`` is, if that node does not keep it but can make it again; else None."""
     node: Any = x.grad_fn
@@ -145,7 +150,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
         ctx.size = (x.shape[0], x.shape[2], x.shape[3])
-        ctx.strides = [tensor.stride() if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else None for tensor in parameters]
+        ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in parameters]
         return outputs[0]
 
     @staticmethod
