@@ -32,6 +32,14 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def _images_channels_last(slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a backward reads back: x was kept as it came, and hooks on saved tensors may copy into another layout."""
+    return {
+        slot: _channels_last(tensor) if tensor.dim() == 4 and not slot.endswith(".w") else tensor
+        for slot, tensor in slots.items()
+    }
+
+
 def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
     return frozenset(slot for slot, flag in zip(("x", *chain.parameter_slots), flags, strict=True) if flag)
 
@@ -68,10 +76,7 @@ def backward(
         saved: the tensors of :func:`fused_resnet.plan.saved_slots`.
     """
     plan = backward_plan(chain, *size, dout.dtype, needs)
-    slots = dict(zip(saved_slots(chain, needs), saved, strict=True))
-    slots["dout"] = _channels_last(dout)
-    if "x" in slots:
-        slots["x"] = _channels_last(slots["x"])  # kept as it came
+    slots = _images_channels_last({**dict(zip(saved_slots(chain, needs), saved, strict=True)), "dout": dout})
     results = backends.execute(plan, slots, backend)
     gradients: list[Tensor] = []
     taken = {tensor.data_ptr() for tensor in slots.values()}
@@ -123,7 +128,7 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
     if ctx.source is not None:
         slots["x"] = _slots_of(ctx.source)["out"]
     if ctx.drop:
-        given = {**slots, "x": _channels_last(slots["x"])}
+        given = _images_channels_last(slots)
         n, h, w = ctx.size
         slots.update(backends.execute(rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype), given, ctx.backend))
         ctx.made = slots  # the next block's backward comes first, and asks; the saved tensors are not unpacked twice
