@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from .chain import BUFFERS, UPDATED, Chain, Layer
-from .launch import Geometry, HashedOnce, Launch, PoolGeometry, tensor_bytes
+from .launch import Geometry, HashedOnce, Launch, PoolGeometry, index_dtype, tensor_bytes
 
 #: ``(role, slot)``: what a launch calls a tensor, what the plan calls it.
 Named = tuple[str, str]
@@ -106,8 +106,8 @@ def _operand_bytes(role: str, geometry: Geometry | PoolGeometry, dtype: torch.dt
         return tensor_bytes(geometry.x_shape, dtype)
     if role in _LIKE_OUTPUT:
         return tensor_bytes(geometry.y_shape, dtype)
-    if role == "indices":
-        return tensor_bytes(geometry.y_shape, torch.uint8)
+    if role == "indices" and isinstance(geometry, PoolGeometry):
+        return tensor_bytes(geometry.y_shape, index_dtype(geometry.kernel))
     if role in ("batches", "count"):
         return 8
     if role in ("w", "dw") and isinstance(geometry, Geometry):
@@ -208,8 +208,8 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
     for layer, shape in zip(chain.weight_layers, (*given, x_shape, x_shape)):
         if layer.channels != shape[1]:
             raise RuntimeError(
-                f"{layer.name}: given groups={layer.groups} and weight of size {list(sizes[layer.name].w_shape)}, expected input "
-                f"of size {list(shape)} to have {layer.channels} channels, but got {shape[1]} channels instead"
+                f"{layer.name}: given groups={layer.groups} and weight of size {list(sizes[layer.name].w_shape)}, expected "
+                f"input of size {list(shape)} to have {layer.channels} channels, but got {shape[1]} channels instead"
             )
     for layer in chain.weight_layers:
         shape = sizes[layer.name].y_shape
