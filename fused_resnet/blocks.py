@@ -282,10 +282,14 @@ class FusedSequential(Fused):
 
 
 def _one_by_one(parts: Parts) -> Callable[[Tensor], Tensor]:
+    """The modules of layers in a row, called as such: an activation that its BatchNorm calls by itself is left to that."""
+
     def unfused(x: Tensor) -> Tensor:
-        for module in parts.modules:
-            x = module(x)
-        return x
+        for layer in parts.layers:
+            for module in layer.modules:
+                if module is not activation_of(layer.norm):
+                    x = module(x)
+        return x if parts.pool is None else parts.pool(x)
 
     return unfused
 

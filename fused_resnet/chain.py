@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .activations import from_output
-from .launch import Geometry, HashedOnce, Pair, PoolGeometry, accumulation_dtype, output_size
+from .launch import Geometry, HashedOnce, Pair, PoolGeometry, accumulation_dtype, index_dtype, output_size
 
 #: What training may keep for the backward: what it reads; or, in a stage of blocks, every second block's output made again from
 #: what else is kept (``less``); or besides the last convolution and the projection of each block computed again (``low``).
@@ -258,7 +258,7 @@ class Chain(HashedOnce):
         if self.pool is not None:
             slots[self.pooled_slot] = ((n, filters, h, w), dtype)
             h, w = behind(self.pool, h, w)
-            slots["indices"] = ((n, filters, h, w), torch.uint8)
+            slots["indices"] = ((n, filters, h, w), index_dtype(self.pool.kernel))
         slots["out"] = ((n, filters, h, w), dtype)
         return slots
 

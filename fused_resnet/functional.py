@@ -32,6 +32,14 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def _images_channels_last(slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a backward reads back: x was kept as it came, and hooks on saved tensors may copy into another layout."""
+    return {
+        slot: _channels_last(tensor) if tensor.dim() == 4 and not slot.endswith(".w") else tensor
+        for slot, tensor in slots.items()
+    }
+
+
 def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
     return frozenset(slot for slot, flag in zip(("x", *chain.parameter_slots), flags, strict=True) if flag)
 
@@ -68,10 +76,7 @@ def backward(
         saved: the tensors of :func:`fused_resnet.plan.saved_slots`.
     """
     plan = backward_plan(chain, *size, dout.dtype, needs)
-    slots = dict(zip(saved_slots(chain, needs), saved, strict=True))
-    slots["dout"] = _channels_last(dout)
-    if "x" in slots:
-        slots["x"] = _channels_last(slots["x"])  # kept as it came
+    slots = _images_channels_last({**dict(zip(saved_slots(chain, needs), saved, strict=True)), "dout": dout})
     results = backends.execute(plan, slots, backend)
     gradients: list[Tensor] = []
     taken = {tensor.data_ptr() for tensor in slots.values()}
@@ -101,6 +106,11 @@ def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) ->
     return [next(given) if slot in needs else None for slot in ("x", *chain.parameter_slots)]
 
 
+def _said_otherwise(w: Tensor) -> bool:
+    """1x1 filters, contiguous: the memory of a channels_last gradient with strides that may say the same in another way."""
+    return w.dim() == 4 and w.shape[2:] == (1, 1) and w.is_contiguous()
+
+
 def _dropped(x: Tensor) -> Any:
     """The node whose output ``x`` is, if that node does not keep it but can make it again; else None."""
     node: Any = x.grad_fn
@@ -118,7 +128,7 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
     if ctx.source is not None:
         slots["x"] = _slots_of(ctx.source)["out"]
     if ctx.drop:
-        given = {**slots, "x": _channels_last(slots["x"])}
+        given = _images_channels_last(slots)
         n, h, w = ctx.size
         slots.update(backends.execute(rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype), given, ctx.backend))
         ctx.made = slots  # the next block's backward comes first, and asks; the saved tensors are not unpacked twice
@@ -145,7 +155,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
         ctx.size = (x.shape[0], x.shape[2], x.shape[3])
-        ctx.strides = [tensor.stride() if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else None for tensor in parameters]
+        ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in parameters]
         return outputs[0]
 
     @staticmethod

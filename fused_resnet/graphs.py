@@ -63,7 +63,7 @@ class Graphed(nn.Module):
         self._example = example.detach()
         self._recording: Any = None
         self._places: tuple[int, ...] = ()
-        self.train(module.training)
+        self.training = module.training  # not by train(), which would bring frozen parts of the model into its mode
 
     def _state(self) -> tuple[int, ...]:
         """Where the parameters and buffers lie: a recording reads there, whatever is written there since."""

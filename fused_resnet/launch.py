@@ -111,6 +111,11 @@ class Geometry:
         return (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
 
 
+def index_dtype(kernel: Pair) -> torch.dtype:
+    """What tells places of a pooling's window, ``r * S + s``: one byte where that does."""
+    return torch.uint8 if kernel[0] * kernel[1] <= 256 else torch.int32
+
+
 @dataclass(frozen=True)
 class PoolGeometry:
     """Sizes of one 2-D max-pooling (floor mode, as :class:`torch.nn.MaxPool2d` with ``ceil_mode=False``)."""

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from .chain import BUFFERS, UPDATED, Chain, Layer
-from .launch import Geometry, HashedOnce, Launch, PoolGeometry, tensor_bytes
+from .launch import Geometry, HashedOnce, Launch, PoolGeometry, index_dtype, tensor_bytes
 
 #: ``(role, slot)``: what a launch calls a tensor, what the plan calls it.
 Named = tuple[str, str]
@@ -106,8 +106,8 @@ def _operand_bytes(role: str, geometry: Geometry | PoolGeometry, dtype: torch.dt
         return tensor_bytes(geometry.x_shape, dtype)
     if role in _LIKE_OUTPUT:
         return tensor_bytes(geometry.y_shape, dtype)
-    if role == "indices":
-        return tensor_bytes(geometry.y_shape, torch.uint8)
+    if role == "indices" and isinstance(geometry, PoolGeometry):
+        return tensor_bytes(geometry.y_shape, index_dtype(geometry.kernel))
     if role in ("batches", "count"):
         return 8
     if role in ("w", "dw") and isinstance(geometry, Geometry):
@@ -200,7 +200,17 @@ def _geometries(chain: Chain, n: int, h: int, w: int) -> dict[str, Geometry]:
 
 
 def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
-    """Raise where the shortcut does not fit (PyTorch would broadcast, or raise as well), or a batch has no variance."""
+    """Raise what PyTorch raises: where a layer's channels are not those it is given, or a batch has no variance; and where the
+    shortcut does not fit (PyTorch would broadcast, or raise as well).
+    """
+    x_shape = sizes[chain.layers[0].name].x_shape
+    given = [x_shape, *[sizes[layer.name].y_shape for layer in chain.layers[:-1]]]
+    for layer, shape in zip(chain.weight_layers, (*given, x_shape, x_shape)):
+        if layer.channels != shape[1]:
+            raise RuntimeError(
+                f"{layer.name}: given groups={layer.groups} and weight of size {list(sizes[layer.name].w_shape)}, expected "
+                f"input of size {list(shape)} to have {layer.channels} channels, but got {shape[1]} channels instead"
+            )
     for layer in chain.weight_layers:
         shape = sizes[layer.name].y_shape
         if layer.batch and not layer.group and shape[0] * shape[2] * shape[3] == 1:
@@ -210,7 +220,7 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
             )
     if not chain.residual:
         return
-    side = sizes[chain.layers[0].name].x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
+    side = x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
     shape = sizes[chain.layers[-1].name].y_shape
     sides = {"shortcut": side} if chain.gate is None else {"shortcut": side, "gate": sizes[chain.gate.name].y_shape}
     for name, side in sides.items():
@@ -328,7 +338,7 @@ def forward_plan(
         donated: inputs that may be written over.
 
     Raises:
-        RuntimeError: a layer's output would be empty, or the shortcut does not fit.
+        RuntimeError: a layer's output would be empty, its channels are not those it is given, or the shortcut does not fit.
         ValueError: a BatchNorm in training has one value a channel.
     """
     sizes = _geometries(chain, n, h, w)

@@ -81,6 +81,20 @@ def test_frozen_batchnorm_under_autocast_keeps_eagers_type() -> None:
     assert relative_error(actual, expected) < CLOSE
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_a_batchnorm_that_calls_its_activation_calls_it_once(mode: bool) -> None:
+    """timm's; fused, and one by one under a hook."""
+    layers = pytest.importorskip("timm.layers")
+    norm = layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    plain, fused = copies(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.MaxPool2d(2))).train(mode))
+    fuse(fused)
+    x = images()
+    assert explain(fused, show=False).rows[0].fused
+    assert relative_error(fused(x), plain(x)) < CLOSE
+    fused[0].register_forward_hook(lambda *_: None)
+    assert relative_error(fused(x), plain(x)) < CLOSE
+
+
 def test_a_forward_replaced_on_a_convolution_is_called() -> None:
     net = fuse(tiny())
     conv, calls = net.basic.conv1, []

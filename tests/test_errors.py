@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import copies, images, randomise, tiny
+from nets import copies, images, projection, randomise, tiny
 from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -69,8 +69,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], object, str]] = {
     "channels of a group": (grouped_net, X, r"groups=2.*6 channels.*3 channels"),
     "channels_last by mistake": (norm_net, torch.ones(2, 9, 9, 3), r"3 channels.*9 channels"),
     "groups that do not divide": (broken_groups, torch.ones(1, 9, 9, 9), r"groups"),
-    "channels between two layers, fewer": (lambda: middle(4), X, r"4 channels.*8 channels|4.*8"),
-    "channels between two layers, more": (lambda: middle(16), X, r"16 channels.*8 channels|16.*8"),
+    "channels between two layers, fewer": (
+        lambda: middle(4),
+        X,
+        r"2: .*\[8, 4, 3, 3\].*\[2, 8, 7, 7\].*4 channels.*8 channels",
+    ),
+    "channels between two layers, more": (
+        lambda: middle(16),
+        X,
+        r"2: .*\[8, 16, 3, 3\].*\[2, 8, 7, 7\].*16 channels.*8 channels",
+    ),
+    "channels of a projection": (lambda: BasicBlock(3, 8, 1, projection(2, 8)), X, r"downsample: .*2 channels.*3 channels"),
     "BatchNorm of one channel": (lambda: norm_of(1), X, r"8.*1"),
     "BatchNorm of other channels": (lambda: norm_of(4), X, r"8.*4"),
     "BatchNorm in float64": (lambda: norm_of(8, torch.float64), X, r"(?i)float"),
@@ -107,6 +116,14 @@ def test_bad_input_raises_what_eager_raises(name: str, grad: bool) -> None:
         with pytest.raises(Exception, match=message) as ours:
             model(x)
     assert type(ours.value) is type(eager.value), f"eager raises {type(eager.value).__name__}: {eager.value}"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("channels between", "channels of a p"))])
+def test_no_kernel_is_started_that_would_read_channels_that_are_not_there(name: str) -> None:
+    build, x, message = CASES[name]
+    with pytest.raises(RuntimeError, match=message), count_launches() as log:
+        fuse(build().eval(), backend="triton")(x)
+    assert not len(log)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

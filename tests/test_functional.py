@@ -338,6 +338,32 @@ def test_any_strides_are_accepted(backend: str) -> None:
     assert relative_error(x.grad, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_filters_with_any_strides(backend: str) -> None:
+    """1x1 filters that are transposed, a slice, or expanded: gradients by element, not by memory."""
+    spec, h, w = CHAINS["bottleneck_groups"]
+    x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
+    expected = torch.autograd.grad(plain_chain(spec, x, parameters).square().sum(), parameters[0])[0]
+    filters = parameters[0].detach()
+    wide = torch.zeros(4, 16, 1, 1)
+    wide[:, ::2] = filters
+    layouts = {
+        "contiguous": filters,
+        "channels_last": filters.contiguous(memory_format=torch.channels_last),
+        "transposed": filters.transpose(0, 1).contiguous().transpose(0, 1),
+        "sliced": wide[:, ::2],
+    }
+    for label, given in layouts.items():
+        assert given.shape == filters.shape and torch.equal(given, filters)
+        given = given.detach().requires_grad_()
+        (actual,) = torch.autograd.grad(chain(x, [given, *parameters[1:]], spec, backend).square().sum(), given)
+        assert relative_error(actual, expected) < 1e-4, label
+    one = filters[:1].expand(4, -1, -1, -1).detach().requires_grad_()
+    (actual,) = torch.autograd.grad(chain(x, [one, *parameters[1:]], spec, backend).square().sum(), one)
+    (wanted,) = torch.autograd.grad(plain_chain(spec, x, [one, *parameters[1:]]).square().sum(), one)
+    assert relative_error(actual, wanted) < 1e-4, "expanded"
+
+
 @pytest.mark.parametrize("name", ["basic", "bottleneck_groups", "stem"])
 @pytest.mark.parametrize("side", [(1, 1), (1, 5), (4, 1)])
 def test_tiny_images_through_the_cpu_executor(name: str, side: tuple[int, int]) -> None:

@@ -78,6 +78,15 @@ def test_replayed_or_why_not(anywhere: None) -> None:
     assert FakeRecording.made == 1 and "2 x replayed" in net.explain()
 
 
+def test_modes_of_parts_stay_as_they_are(anywhere: None) -> None:
+    model = fuse(tiny()).train()
+    model.basic.bn1.eval()  # frozen statistics in a model that trains
+    before = {name: module.training for name, module in model.named_modules()}
+    net = fused_resnet.graphed(model, torch.randn(1, 3, 33, 35))
+    assert net.training and {name: module.training for name, module in model.named_modules()} == before
+    assert not fused_resnet.graphed(model.eval(), torch.randn(1, 3, 33, 35)).training
+
+
 def test_moved_parameters_are_recorded_anew_changed_ones_are_read(anywhere: None) -> None:
     model = fuse(tiny())
     x = torch.randn(2, 3, 33, 35)

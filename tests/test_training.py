@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tolerances import assert_no_worse, distance, relative_error
 from torch import Tensor
 
 from fused_resnet import count_launches
-from fused_resnet.chain import Chain
+from fused_resnet.chain import Chain, Pool
 from fused_resnet.functional import chain
 from fused_resnet.plan import trainable_slots
 
@@ -329,3 +330,16 @@ def test_the_graph_is_freed_after_backward() -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pooling_with_more_places_than_a_byte_counts(backend: str, frozen: bool) -> None:
+    """272 places a window. Behind given statistics and a SiLU, too, whose pooling tells where the maximum was."""
+    layer = CHAINS["stem"][0].layers[0]
+    spec = Chain((replace(layer, stride=(1, 1), activation="silu"),), pool=Pool((17, 16), (1, 2), (3, 0)))
+    spec = spec if frozen else in_training(spec)
+    tensors, dout, truth = problem(spec, 2, 19, 22, torch.float64 if backend == "reference" else torch.float32)
+    actual = step(spec, tensors, dout, backend)
+    for what, expected in truth.items():
+        assert distance([(actual[what], expected)]) < (1e-10 if backend == "reference" else 1e-4), what

@@ -12,6 +12,7 @@ from nets import TINY_TRAINING_LAUNCHES, TinyNet, copies, images, launches, rand
 from tolerances import assert_no_worse, distance, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
 from fused_resnet import count_launches, explain, fuse
@@ -201,6 +202,21 @@ def test_retain_graph_is_honoured() -> None:
         loss.backward(retain_graph=True)
         loss.backward()
     same(fused, eager, 1e-5)
+
+
+def test_hooks_may_give_saved_tensors_another_layout() -> None:
+    """``save_on_cpu(pin_memory=True)`` does: all comes back contiguous, which kernels must not take for channels_last.
+
+    The first block's output is made again, the second block's is kept.
+    """
+    eager = randomise(nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4))).train()
+    fused = fuse(copy.deepcopy(eager), backend="triton", memory="less")
+    x = torch.randn(2, 4, 3, 4)
+    truth = train_step(copy.deepcopy(eager).double(), x.double())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.empty(t.shape, dtype=t.dtype).copy_(t), lambda t: t):
+        actual = train_step(fused, x)
+    for what, exact in truth.items():
+        assert distance([(actual[what], exact)]) < CLOSE, what
 
 
 def test_a_hook_on_a_module_keeps_its_block_unfused() -> None:

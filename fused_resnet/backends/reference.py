@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, from_output
-from ..launch import Geometry, Launch, PoolGeometry, accumulation_dtype
+from ..launch import Geometry, Launch, PoolGeometry, accumulation_dtype, index_dtype
 
 Operands = dict[str, Tensor]
 
@@ -255,7 +255,7 @@ def zero_pad_backward(launch: Launch, operands: Operands) -> Tensor:
 
 
 def max_pool(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
-    """Max-pooling, floor mode, of what the prologue gives; and which place of each window it is, ``r * S + s``, in a byte."""
+    """Max-pooling, floor mode, of what the prologue gives; and which place of each window it is, ``r * S + s``."""
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
     return pooled(launch, g, prologue(launch, operands))
@@ -269,13 +269,14 @@ def pooled(launch: Launch, g: PoolGeometry, x: Tensor) -> Tensor | tuple[Tensor,
     flat = flat.to(torch.int32)
     row, column = _window_starts(g, x.device)
     # In which row of its window: comparisons instead of a division, which is slow. A row in the padding is below every index.
-    r = sum((flat >= (row + i * g.dilation[0]) * g.W).to(torch.uint8) for i in range(1, g.kernel[0]))
+    places = index_dtype(g.kernel)
+    r = sum((flat >= (row + i * g.dilation[0]) * g.W).to(places) for i in range(1, g.kernel[0]))
     s = flat.sub_(row * g.W + column)
     if g.kernel[0] > 1:
         s.sub_(r, alpha=g.dilation[0] * g.W)
     if g.dilation[1] > 1:
         s = s // g.dilation[1]
-    return y, s.to(torch.uint8).add_(r, alpha=g.kernel[1])
+    return y, s.to(places).add_(r, alpha=g.kernel[1])
 
 
 def _window_starts(g: PoolGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -288,7 +289,7 @@ def _window_starts(g: PoolGeometry, device: torch.device) -> tuple[Tensor, Tenso
 def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Gradient of the pooling's input from the places of :func:`pooled`. Of ``x`` only shape and type matter."""
     row, column = _window_starts(g, x.device)
-    r = sum((indices >= i * g.kernel[1]).to(torch.uint8) for i in range(1, g.kernel[0]))
+    r = sum((indices >= i * g.kernel[1]).to(indices.dtype) for i in range(1, g.kernel[0]))
     flat = (row * g.W + column).add(indices, alpha=g.dilation[1])
     if g.kernel[0] > 1:  # indices is r * S + s: the rest of a row's distance
         flat.add_(r, alpha=g.dilation[0] * g.W - g.dilation[1] * g.kernel[1])
