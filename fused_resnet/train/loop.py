@@ -152,7 +152,6 @@ class _Run:
         if saved is not None:
             self._load(saved)
         self.saved_step: int | None = state.step if saved is not None else None
-        self.lr = learning_rate(config.recipe, max(0, state.step - 1), self.per_epoch)
         self.progress = Progress(self.total, state.step, self.world.first and not config.quiet)
         self.log: Log | None = None
         if self.world.first:
@@ -220,9 +219,9 @@ class _Run:
         state, recipe, device = self.state, self.config.recipe, self.world.device
         x = self.data.normalise(got.x.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         labels = got.labels.to(device, non_blocking=True)
-        self.lr = learning_rate(recipe, state.step, self.per_epoch)
+        state.lr = learning_rate(recipe, state.step, self.per_epoch, state.falling.divided)
         for group in state.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = state.lr
         state.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=metrics.amp_dtype(self.config.amp), enabled=self.config.amp != "off"):
             logits = self.wrapped(x)
@@ -238,11 +237,21 @@ class _Run:
     def _after(self, end: int) -> None:
         """Rows of the log, evaluation, checkpoint: each where its turn is."""
         step = self.state.step
+        if self.config.recipe.plateau is not None and step % self.per_epoch == 0:
+            self._epoch_ended()
         train = self._train_row() if step % self.log_every == 0 or step == self.total else None
         if step % self.evaluate_every == 0 or step == self.total:
             self._test(train)
         if step % self.checkpoint_every == 0 or step == end:
             self._save()
+
+    def _epoch_ended(self) -> None:
+        """Whether the training error still falls."""
+        self._read()
+        window = self.state.window
+        wrong, images = self.world.sum([window.epoch_wrong, window.epoch_images])
+        window.epoch_wrong = window.epoch_images = 0.0
+        self.state.falling.look(wrong / images, self.state.step, self.config.recipe, self.per_epoch)
 
     def _epoch(self) -> float:
         return self.state.step / self.per_epoch
@@ -255,8 +264,10 @@ class _Run:
         loss, wrong, images = self.world.sum([window.loss, window.wrong, window.images])
         self.seconds += seconds
         self.waited += window.waited
-        self.state.window = metrics.Window()
-        row = Row(self.state.step, self._epoch(), "train", loss / images, wrong / images, self.lr, images / max(seconds, 1e-9))
+        self.state.window = window.next()
+        row = Row(
+            self.state.step, self._epoch(), "train", loss / images, wrong / images, self.state.lr, images / max(seconds, 1e-9)
+        )
         self._write(row)
         self.progress.bar(row)
         return row
@@ -296,7 +307,7 @@ class _Run:
         self._note(bad)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         state.untested = False
-        row = Row(state.step, self._epoch(), "test", loss, error, self.lr, images / max(seconds, 1e-9))
+        row = Row(state.step, self._epoch(), "test", loss, error, self.state.lr, images / max(seconds, 1e-9))
         self._write(row)
         self.progress.tested(train, row)
         if error < state.best:
