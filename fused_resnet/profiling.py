@@ -1,4 +1,4 @@
-"""Where a network's time and memory go: images a second, seconds by launch, bytes kept by layer, and what bounds each.
+"""Where a network's time goes: images a second, seconds by launch, and what bounds each.
 
 What a launch reaches is held against what the device reaches here and now, at a copy and at a product of matrices
 (:func:`ceilings`), not against a data sheet.
@@ -6,7 +6,6 @@ What a launch reaches is held against what the device reaches here and now, at a
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import counts, measure
+from . import measure
 from .backends import clock_launches
-from .blocks import Fused
-from .functional import ChainFunction
+from .blocks import ConvBNReLU
+from .kept import Pair
 from .launch import Launch
 from .models import build, image_size
-from .swap import unfuse
 
 MODES = ("train", "infer")
-#: Part of a ceiling from which a launch counts as bound by it; below both it is the host, or too small to fill the device.
+#: Part of a ceiling from which a launch counts as bound by it.
 BOUND = 0.5
+#: Bounds of launches that are far from both ceilings, see :func:`bound_of`.
+HOST, NEITHER = "host", "neither"
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,31 @@ class Subject:
         return torch.randn(self.batch, 3, size, size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same network fused and eager, in one mode, on one device."""
-
-    fused: nn.Module
-    eager: nn.Module
-
-    @staticmethod
-    def of(subject: Subject, device: torch.device, dtype: torch.dtype, memory: str | None = None) -> Pair:
-        """Built by name, channels_last; ``memory`` None is the network's own."""
-        fused = build(subject.model).to(device, dtype).to(memory_format=torch.channels_last).train(subject.mode == "train")
-        if memory is not None:
-            for module in fused.modules():
-                if isinstance(module, Fused):
-                    module.fused_memory = memory
-        return Pair(fused, unfuse(copy.deepcopy(fused)))
+def pair_of(subject: Subject, device: torch.device, dtype: torch.dtype, memory: str | None = None) -> Pair:
+    """The network fused and eager, built by name, channels_last; ``memory`` None is the network's own."""
+    fused = build(subject.model).to(device, dtype).to(memory_format=torch.channels_last).train(subject.mode == "train")
+    return Pair.of(fused, memory)
 
 
-def call_of(model: nn.Module, x: Tensor, mode: str) -> Callable[[], None]:
-    """One step, or one forward, without an optimizer."""
+def step_of(model: nn.Module, mode: str) -> Callable[[Tensor], None]:
+    """One step, or one forward, of given images, without an optimizer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def train() -> None:
+    def train(x: Tensor) -> None:
         out = model(x)
         torch.autograd.grad(out.float().sum(), parameters)
 
-    def infer() -> None:
+    def infer(x: Tensor) -> None:
         with torch.no_grad():
             model(x)
 
     return train if mode == "train" else infer
+
+
+def call_of(model: nn.Module, x: Tensor, mode: str) -> Callable[[], None]:
+    """:func:`step_of` of the same images each time."""
+    step = step_of(model, mode)
+    return lambda: step(x)
 
 
 def throughput(
@@ -94,10 +88,17 @@ def throughput(
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches: bytes a second in a copy, FLOP a second in a product of matrices of the type."""
+    """What the device reaches.
+
+    Attributes:
+        bandwidth: bytes a second in a copy.
+        arithmetic: FLOP a second in a product of matrices of the type.
+        start: seconds of a launch on one pixel, which is nothing but its start.
+    """
 
     bandwidth: float
     arithmetic: float
+    start: float = 0.0
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, size: int = 0) -> Ceilings:
@@ -115,7 +116,18 @@ def ceilings(device: torch.device, dtype: torch.dtype, size: int = 0) -> Ceiling
         {"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}, device, seconds=0.3, rounds=(3, 20)
     )
     best = {name: min(timing.samples) for name, timing in times.items()}
-    return Ceilings(2 * count * dtype.itemsize / best["copy"], 2 * side**3 / best["product"])
+    return Ceilings(2 * count * dtype.itemsize / best["copy"], 2 * side**3 / best["product"], _start(device, dtype))
+
+
+def _start(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the launch of a 1x1 convolution of one pixel."""
+    layer = ConvBNReLU(16, 16, 1).to(device, dtype).eval()
+    pixel = torch.zeros(1, 16, 1, 1, device=device, dtype=dtype)
+    with torch.no_grad(), clock_launches(_clock(device)) as log:
+        for _ in range(20):
+            layer(pixel)
+    _wait(device)
+    return min(_between(start, end) for _, start, end in log)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class Line:
         what: for people.
         times: how often it ran in one call.
         seconds, flops, bytes: of all of them together.
-        bound: what it is nearest to: ``bandwidth``, ``arithmetic`` (``tensor cores``), or ``host or size``.
+        bound: what it is nearest to, see :func:`bound_of`.
     """
 
     what: str
@@ -158,7 +170,7 @@ class Times:
         return sum(line.seconds for line in self.kinds)
 
     def flags(self, device: torch.device) -> list[str]:
-        """What bounds the call, in words."""
+        """What bounds the call, in words: the host, and what bounds the launches, the most of their time first."""
         found = []
         if device.type == "cuda" and self.host > 0.9 * self.whole:
             found.append("host: starting the launches takes as long as running them; try graphed, torch.compile or more images")
@@ -167,20 +179,33 @@ class Times:
         by_bound: dict[str, float] = {}
         for line in self.launches:
             by_bound[line.bound] = by_bound.get(line.bound, 0.0) + line.seconds
-        for bound, seconds in sorted(by_bound.items(), key=lambda item: -item[1]):
-            if seconds > 0.25 * self.inside:
-                found.append(f"{bound}: {seconds / self.inside:.0%} of the launches' time")
+        for index, (bound, seconds) in enumerate(sorted(by_bound.items(), key=lambda item: -item[1])):
+            if index == 0 or seconds > 0.25 * self.inside:
+                found.append(f"{WORDS.get(bound, bound)}: {seconds / self.inside:.0%} of the launches' time")
         return found
 
 
-def bound_of(seconds: float, flops: int, moved: int, limits: Ceilings, device: torch.device) -> str:
-    """Which ceiling a launch is nearest to, if it is near one."""
+#: Bounds that need more than their name.
+WORDS = {
+    HOST: "host (launches so small that their start takes as long as their work)",
+    NEITHER: "neither bandwidth nor arithmetic (launches below half of both)",
+}
+
+
+def bound_of(seconds: float, flops: int, moved: int, limits: Ceilings, device: torch.device, times: int = 1) -> str:
+    """What bounds ``times`` launches together.
+
+    ``bandwidth`` or ``tensor cores`` (on a CPU ``arithmetic``): the ceiling that is nearest, from :data:`BOUND` of it on. Else
+    ``host``: at the ceilings they would take less time than starting as many takes. Else ``neither``.
+    """
     reached = {
         "bandwidth": moved / seconds / limits.bandwidth if seconds else 0.0,
         "tensor cores" if device.type == "cuda" else "arithmetic": flops / seconds / limits.arithmetic if seconds else 0.0,
     }
     nearest = max(reached, key=lambda name: reached[name])
-    return nearest if reached[nearest] >= BOUND else "host or size"
+    if reached[nearest] >= BOUND:
+        return nearest
+    return HOST if reached[nearest] * seconds < times * limits.start else NEITHER
 
 
 def launches(call: Callable[[], None], device: torch.device, limits: Ceilings, rounds: int = 3) -> Times:
@@ -194,7 +219,7 @@ def launches(call: Callable[[], None], device: torch.device, limits: Ceilings, r
     for _ in range(rounds):
         _wait(device)
         began = time.perf_counter()
-        with clock_launches(_event if device.type == "cuda" else time.perf_counter) as log:
+        with clock_launches(_clock(device)) as log:
             call()
         host += (time.perf_counter() - began) / rounds
         _wait(device)
@@ -209,8 +234,9 @@ def launches(call: Callable[[], None], device: torch.device, limits: Ceilings, r
         for what, group in groups.items():
             seconds = sum(spent for _, spent in group) / rounds
             flops, moved = (sum(getattr(launch, name) for launch, _ in group) // rounds for name in ("flops", "bytes"))
-            bound = bound_of(seconds, flops, moved, limits, device)
-            made.append(Line(what, len(group) // rounds, seconds, flops, moved, bound))
+            times = len(group) // rounds
+            bound = bound_of(seconds, flops, moved, limits, device, times)
+            made.append(Line(what, times, seconds, flops, moved, bound))
         return tuple(sorted(made, key=lambda line: -line.seconds))
 
     return Times(whole, host, lines(lambda launch: launch.kind), lines(lambda launch: launch.signature))
@@ -221,6 +247,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _clock(device: torch.device) -> Callable[[], Any]:
+    return _event if device.type == "cuda" else time.perf_counter
+
+
 def _event() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -229,83 +259,6 @@ def _event() -> Any:
 
 def _between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def kept_by_layer(pair: Pair, x: Tensor) -> list[tuple[str, int, int]]:
-    """``(place, eager, fused)`` bytes that a forward keeps for its backward, parameters left out, each storage once.
-
-    It belongs to the place that saved it first. The last row is what was saved outside all chains.
-    """
-    places = counts._places(pair.fused)
-    eager = _eager_kept(pair.eager, x, places)
-    fused = _fused_kept(pair.fused, x)
-    order = [place for place in dict.fromkeys([*fused, *eager]) if place]
-    rows = [(place, eager.get(place, 0), fused.get(place, 0)) for place in order]
-    return [*rows, ("outside the chains", eager.get("", 0), fused.get("", 0))]
-
-
-def _eager_kept(model: nn.Module, x: Tensor, places: dict[str, str]) -> dict[str, int]:
-    skipped = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    stack = [""]
-    kept: dict[str, int] = {}
-    alive: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in skipped and storage._cdata not in alive:
-            alive[storage._cdata] = storage
-            kept[stack[-1]] = kept.get(stack[-1], 0) + storage.nbytes()
-        return tensor
-
-    hooks = []
-    for name, module in model.named_modules():
-        if name in places:
-            hooks.append(module.register_forward_pre_hook(lambda _m, _x, name=name: stack.append(places[name])))
-            hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    del out
-    return kept
-
-
-def _fused_kept(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """By the nodes of the graph, in the order of the model's chains: a hook on a block would change what it keeps."""
-    skipped = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    total: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        total[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)
-    ran = [node for node in counts.nodes([out]) if node.name() == f"{ChainFunction.__name__}Backward"]
-    ran.sort(key=lambda node: node._sequence_nr())
-    names = [
-        ".".join(filter(None, (name, chain)))
-        for name, module in model.named_modules()
-        if isinstance(module, Fused)
-        for chain, _ in module.chains()
-    ]
-    if len(names) != len(ran):  # some ran one by one
-        names = [f"chain {index}" for index in range(1, len(ran) + 1)]
-    kept: dict[str, int] = {}
-    taken = set(skipped)
-    for name, node in zip(names, ran):
-        for tensor in node.saved_tensors:
-            key = tensor.untyped_storage()._cdata
-            if key not in taken:
-                taken.add(key)
-                kept[name] = kept.get(name, 0) + tensor.untyped_storage().nbytes()
-    rest = sum(storage.nbytes() for key, storage in total.items() if key not in taken)
-    return {**kept, "": rest}
 
 
 def trace(call: Callable[[], None], device: torch.device, path: Path) -> None:

@@ -54,10 +54,10 @@ def kill_in_step(number: int, seconds: float) -> None:
     """Some time after a step has asked for its learning rate."""
     real = loop.learning_rate
 
-    def asked(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    def asked(recipe: Recipe, step: int, *more: int) -> float:
         if step == number:
             threading.Timer(seconds, kill).start()
-        return real(recipe, step, steps_per_epoch)
+        return real(recipe, step, *more)
 
     loop.learning_rate = asked
 

@@ -41,7 +41,7 @@ rows.append(f"8,4,test,1.0,{{last / 2}}")
 (out / "log.csv").write_text("\\n".join(rows) + "\\n")
 if job["responses"]:
     (out / "responses.json").write_text(json.dumps([2.0 if "plain" in job["network"] else 1.0] * 5))
-(out / "done.json").write_text(json.dumps(job))
+(out / "done.json").write_text(json.dumps({{**job, "processor_seconds": 90.0}}))
 """
 
 
@@ -89,10 +89,14 @@ def test_the_command_from_runs_to_page(fake: Path, tmp_path: Path, capsys: pytes
     assert len(list(out.glob("*.svg"))) == 5
     printed = capsys.readouterr().out
     assert "[14/14]" in printed and str(out / "paper.md") in printed
-    # What is done is not done again.
+    assert "Processor time of the 14 runs: 21 minutes" in page
+    done = out / "cifar_plain20-seed1" / "done.json"
+    done.write_text(done.read_text(encoding="utf-8").replace("processor_seconds", "other"), encoding="utf-8")
+    # What is done is not done again; a time that is not known of all is not told.
     fake.write_text("raise SystemExit('must not run')", encoding="utf-8")
     assert main(["paper", "--out", str(out), "--seeds", "2"]) == 0
     assert main(["paper", "--out", str(out), "--seeds", "2", "--draw"]) == 0
+    assert "Processor time" not in (out / "paper.md").read_text(encoding="utf-8")
 
 
 def test_a_run_that_fails_is_named_and_the_rest_is_drawn(

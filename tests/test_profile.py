@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from nets import saved_bytes
+from torch import nn
 
-from fused_resnet import count_launches, profiling
+from fused_resnet import count_launches, kept, profiling
 from fused_resnet.backends import clock_launches
 from fused_resnet.cli import main
-from fused_resnet.profiling import Ceilings, Line, Pair, Subject, Times
+from fused_resnet.profiling import Ceilings, Line, Subject, Times, pair_of
+from fused_resnet.train import data, recipe, supply
 
 CPU = torch.device("cpu")
 
@@ -23,9 +27,9 @@ CPU = torch.device("cpu")
 def test_what_layers_keep_adds_up(name: str, memory: str) -> None:
     """To the bytes that saved_tensors_hooks counts for the whole network; each block has a row."""
     subject = Subject(name, 2, 16)
-    pair = Pair.of(subject, CPU, torch.float32, memory)
+    pair = pair_of(subject, CPU, torch.float32, memory)
     x = subject.images(CPU, torch.float32)
-    rows = profiling.kept_by_layer(pair, x)
+    rows = kept.by_layer(pair, x)
     assert sum(eager for _, eager, _ in rows) == saved_bytes(pair.eager, x)
     assert sum(fused for _, _, fused in rows) == saved_bytes(pair.fused, x)
     places = [place for place, _, _ in rows]
@@ -36,7 +40,7 @@ def test_what_layers_keep_adds_up(name: str, memory: str) -> None:
 
 def test_launches_are_those_that_ran() -> None:
     subject = Subject("cifar_resnet8", 2, 8)
-    pair = Pair.of(subject, CPU, torch.float32)
+    pair = pair_of(subject, CPU, torch.float32)
     call = profiling.call_of(pair.fused, subject.images(CPU, torch.float32), "train")
     with count_launches() as log:
         call()
@@ -49,7 +53,7 @@ def test_launches_are_those_that_ran() -> None:
 
 def test_clocks_may_be_nested_and_end() -> None:
     subject = Subject("cifar_resnet8", 2, 8, "infer")
-    pair = Pair.of(subject, CPU, torch.float32)
+    pair = pair_of(subject, CPU, torch.float32)
     call = profiling.call_of(pair.fused, subject.images(CPU, torch.float32), "infer")
     ticks = iter(range(10**6))
     with clock_launches(lambda: next(ticks)) as outer, clock_launches(lambda: "now") as inner:
@@ -61,13 +65,22 @@ def test_clocks_may_be_nested_and_end() -> None:
 
 @pytest.mark.parametrize(
     ("flops", "moved", "bound"),
-    [(0, 80, "bandwidth"), (90, 60, "arithmetic"), (10, 20, "host or size"), (60, 90, "bandwidth")],
+    [
+        (0, 80, "bandwidth"),
+        (90, 60, "arithmetic"),
+        (10, 20, "host"),
+        (45, 31, "neither"),
+        (29, 31, "neither"),
+        (29, 29, "host"),
+        (60, 90, "bandwidth"),
+    ],
 )
 def test_what_bounds_a_launch(flops: int, moved: int, bound: str) -> None:
-    """The ceiling it is nearest to, if it is past half of one."""
-    assert profiling.bound_of(1.0, flops, moved, Ceilings(100, 100), CPU) == bound
-    other = profiling.bound_of(1.0, flops, moved, Ceilings(100, 100), torch.device("cuda"))
-    assert other == bound.replace("arithmetic", "tensor cores")
+    """The ceiling it is nearest to, if it is past half of one; else its start, of 0.3 s here, if its work takes less."""
+    limits = Ceilings(100, 100, 0.3)
+    assert profiling.bound_of(1.0, flops, moved, limits, CPU) == bound
+    assert profiling.bound_of(1.0, flops, moved, limits, torch.device("cuda")) == bound.replace("arithmetic", "tensor cores")
+    assert profiling.bound_of(2.0, 2 * flops, 2 * moved, limits, CPU, times=2) == bound
 
 
 def test_flags() -> None:
@@ -79,11 +92,103 @@ def test_flags() -> None:
     assert [flag.split(":")[0] for flag in times(0.95, 1.0).flags(gpu)] == ["host", "bandwidth"]
     assert times(0.2, 1.0).flags(gpu) == ["bandwidth: 75% of the launches' time"]
     assert times(2.0, 2.0).flags(CPU)[0].startswith("host: more than half of the time is outside the launches")
+    few = tuple(Line(str(index), 1, 0.2, 0, 0, bound) for index, bound in enumerate(("neither", "host", "a", "b", "c")))
+    assert Times(1.0, 0.5, few, few).flags(gpu) == [f"{profiling.WORDS['neither']}: 20% of the launches' time"], "never silent"
 
 
 def test_ceilings_are_positive() -> None:
     limits = profiling.ceilings(CPU, torch.float32, size=1 << 14)
-    assert limits.bandwidth > 0 and limits.arithmetic > 0
+    assert limits.bandwidth > 0 and limits.arithmetic > 0 and 0 < limits.start < 1
+
+
+# ------------------------------------------------------------------------------------------------- memory by mode, loading
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet14_b", "cifar_plain14", "cifar_highway14"])
+def test_what_autograd_holds_with_stages_checkpointed(name: str) -> None:
+    """Behind the forward each stage's input, and what is outside the stages; at most that of the stage that is computed again.
+
+    The truth is put together from the parts: what each, by itself, saves for its backward.
+    """
+    pair = pair_of(Subject(name, 2, 16), CPU, torch.float32)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    rows = {row.how: row for row in kept.by_mode(pair, x)}
+    assert list(rows) == [
+        "eager", "eager, stages checkpointed", 'fused, memory="default"', 'fused, memory="less"', 'fused, memory="low"',
+        'fused, memory="low", stages checkpointed',
+    ]  # fmt: skip
+    shapes: list[torch.Size] = []
+    hooks = [
+        getattr(pair.eager, stage).register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+        for stage in ("layer1", "layer2", "layer3")
+    ]
+    pair.eager(x)
+    for hook in hooks:
+        hook.remove()
+    slack = 8192  # statistics, pooling, logits
+    for how, model in {"eager": pair.eager, 'fused, memory="low"': kept.with_memory(pair.fused, "low")}.items():
+        assert rows[how].behind == rows[how].most == saved_bytes(model, x)
+        inputs, at_most = 0, 0
+        for stage, shape in zip((model.layer1, model.layer2, model.layer3), shapes, strict=True):
+            given = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+            inputs += given.nbytes
+            at_most = max(at_most, inputs + saved_bytes(stage, given) - given.nbytes)
+        stem = nn.Sequential(*list(model.children())[: 3 if how == "eager" else 1])
+        output = shapes[0].numel() * 4  # of the stem; it is the first stage's input
+        again = rows[f"{how}, stages checkpointed"]
+        outside = again.behind - inputs
+        assert -slack <= saved_bytes(stem, x) - outside <= output + slack
+        assert abs(again.most - outside - at_most) <= slack
+        assert again.behind < again.most < rows[how].most
+
+
+def test_what_is_held_is_counted_once_and_let_go() -> None:
+    """Two products of one tensor: held once, and the first half of the step's holdings are gone when the second comes."""
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * x * x).sum()
+
+    x = torch.randn(16, requires_grad=True)
+    assert kept.through_a_step(Twice(), x) == (2 * x.nbytes, 2 * x.nbytes)
+
+
+class Clock:
+    """Time that passes by being told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("loading", "stepping", "bounds"), [(1.0, 9.0, False), (4.0, 6.0, True)])
+def test_data_loading(loading: float, stepping: float, bounds: bool) -> None:
+    """With seconds that are given: alone, together, and the part that is waited; the images are the recipe's."""
+    clock = Clock()
+    digits = data.load("digits", None, recipe.load("digits"))
+    real = digits.train.batches
+
+    class Slow:
+        def __len__(self) -> int:
+            return len(digits.train)
+
+        def batches(self, draws: object, workers: int = 0) -> Iterator[data.Batch]:
+            for got in real(draws, workers):  # type: ignore[arg-type]
+                clock.now += loading
+                yield got
+
+    seen: list[torch.Tensor] = []
+
+    def step(x: torch.Tensor) -> None:
+        clock.now += stepping
+        seen.append(x)
+
+    found = supply.watch(replace(digits, train=Slow()), step, CPU, 4, 0, 35.0, clock)
+    assert (found.alone, found.taken) == pytest.approx((4 / loading, 4 / (loading + stepping)))
+    assert found.waited == pytest.approx(loading / (loading + stepping)) and found.bounds == bounds
+    assert all(x.shape == (4, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert not torch.equal(seen[0], seen[1]) and abs(float(torch.cat(seen).mean())) < 1
 
 
 @pytest.mark.parametrize("mode", profiling.MODES)
@@ -94,13 +199,16 @@ def test_the_command(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "images a second, eager and fused in turn" in text and "outside the launches" in text
     assert ("kept for the backward" in text) == (mode == "train")
+    assert ("data loading: digits, batch 3" in text) == (mode == "train")
+    assert "\n  bound by " in text
     document = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))
     assert [(row["model"], row["batch"]) for row in document["throughput"]] == [
         ("cifar_resnet8", 2), ("cifar_resnet8", 3), ("cifar_plain8", 2), ("cifar_plain8", 3),
     ]  # fmt: skip
     assert document["subject"]["model"] == "cifar_plain8" and document["evidence"]
     assert json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    for name in ("throughput.svg", "launches.svg"):
+    assert (document["loading"] is not None) == (mode == "train") == (tmp_path / "memory.svg").exists()
+    for name in ("throughput.svg", "launches.svg", *["memory.svg"] * (mode == "train")):
         ElementTree.fromstring((tmp_path / name).read_text(encoding="utf-8"))
 
 
@@ -110,6 +218,9 @@ def test_the_command(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["resnet17"], "unknown model 'resnet17'"),
         (["cifar_resnet21"], "depth must be 6n + 2"),
         (["resnet18", "--batch", "0"], "at least 1"),
+        (["cifar_resnet8", "--mode", "infer", "--data", "digits"], "--recipe and --data are for --mode train"),
+        (["cifar_resnet8", "--data", "cifar10", "--data-dir", "nowhere"], "bring cifar-10-python.tar.gz"),
+        (["cifar_resnet8", "--recipe", "paper"], "unknown recipe 'paper'"),
         (["resnet18", "--backend", "triton", "--device", "cuda:7"], "is not there"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 import training
 
 from fused_resnet.cli import main
-from fused_resnet.train import TrainingError, UsageError, WarmUp, data, fit, loop
+from fused_resnet.train import TrainingError, UsageError, WarmUp, data, files, fit, loop
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -32,6 +35,11 @@ def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("fused-resnet: error: ") and says in lines[0], lines
 
 
+def written(out: Path) -> set[str]:
+    """Names of the files of a run; the file that is locked may stay or not."""
+    return {path.name for path in out.iterdir()} - {files.LOCK}
+
+
 def test_a_whole_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command: files, the last line, and that a finished run is left as it is."""
     out = tmp_path / "run"
@@ -41,7 +49,7 @@ def test_a_whole_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     lines = (out / "log.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,split,loss,error,lr,images_per_second"
     assert [line.split(",")[0::2][:2] for line in lines[1:]] == [["2", "train"], ["4", "train"], ["6", "train"], ["6", "test"]]
-    assert {path.name for path in out.iterdir()} == {"log.csv", "checkpoint.pt", "best.pt"}
+    assert written(out) == {"log.csv", "checkpoint.pt", "best.pt"}
     before = {path: path.read_bytes() for path in out.glob("*.*")}
     assert train(recipe, out, "--resume") == 0
     assert "6 steps; test error " in capsys.readouterr().out
@@ -182,7 +190,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.csv", "checkpoint.pt"}
+    assert written(tmp_path / "run") == {"log.csv", "checkpoint.pt"}
     fit(config)
     fit(replace(config, out=tmp_path / "whole"))
     weights = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("run", "whole")]
@@ -193,3 +201,41 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         fit(training.config(tmp_path / "file" / "run"))
+
+
+#: Holds a folder until it is told something.
+HOLDER = """
+import sys
+from pathlib import Path
+from fused_resnet.train.files import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["told", "killed"])
+def test_two_runs_into_one_folder(
+    end: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is refused, with a checkpoint or without, and with the end of the first, whatever it was, it may."""
+    out = tmp_path / "run"
+    out.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    try:
+        for more in ([], ["--resume"]):
+            assert train(recipe, out, *more) == 2
+            refused(capsys, f"{out}: another run is writing into it: wait for its end, or name another --out")
+        assert main(["paper", "--out", str(out)]) == 2
+        assert "another run is writing into it" in capsys.readouterr().err
+        assert written(out) == set()
+    finally:
+        other.communicate("go\n") if end == "told" else (other.kill(), other.communicate())
+    assert train(recipe, out) == 0
+    before = (out / "checkpoint.pt").read_bytes()
+    assert train(recipe, out) == 2, "and not over its checkpoint"
+    assert (out / "checkpoint.pt").read_bytes() == before

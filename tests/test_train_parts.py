@@ -12,7 +12,7 @@ import pytest
 import torch
 import training
 
-from fused_resnet.train import UsageError, WarmUp, augment, data, logs, metrics, progress, recipe, sampler
+from fused_resnet.train import UsageError, WarmUp, augment, data, logs, metrics, plateau, progress, recipe, sampler
 from fused_resnet.train.distributed import World
 from fused_resnet.train.ema import Average
 from fused_resnet.train.loop import parameter_groups
@@ -29,7 +29,9 @@ def test_the_papers_rates() -> None:
     expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     assert rates("cifar-paper", 0, 31999, 32000, 47999, 48000, 63999) == pytest.approx(expected)
     assert rates("cifar-paper-deep", 0, 399, 400, 32000) == pytest.approx([0.01, 0.01, 0.1, 0.01])
-    assert rates("imagenet-paper", 0, 150000, 599999) == pytest.approx([0.1, 0.01, 0.0001])
+    imagenet = recipe.load("imagenet-paper")
+    assert imagenet.schedule == "plateau" and (imagenet.batch, imagenet.length) == (256, 600000)
+    assert [recipe.learning_rate(imagenet, 9, 5004, divided) for divided in range(3)] == pytest.approx([0.1, 0.01, 0.001])
 
 
 def test_a_cosine_behind_a_warm_up() -> None:
@@ -43,6 +45,27 @@ def test_a_cosine_behind_a_warm_up() -> None:
 def test_another_length_stretches_the_schedule() -> None:
     short = recipe.load("cifar-paper-deep").lasting(640, "steps")
     assert (short.milestones, short.warm_up) == ((320, 480), WarmUp(4, 0.1, "constant"))
+    longer = recipe.load("imagenet-paper").lasting(96, "epochs").plateau
+    assert longer is not None and longer.patience == pytest.approx(4)
+
+
+def test_a_plateau() -> None:
+    """An epoch is better if it is below the best by ``least``; without one for the patience the rate is divided, some times."""
+    short = training.recipe(length=90, schedule="plateau", plateau=recipe.Plateau(20, 0.05, 2))
+    falling = plateau.Falling()
+    seen = []
+    for epoch, error in enumerate((0.9, 0.8, 0.76, 0.74, 0.74, 0.70, 0.68, 0.67, 0.67, 0.67, 0.67, 0.1, 0.1), 1):
+        falling.look(error, 10 * epoch, short, 10)
+        seen.append((falling.divided, falling.since))
+    assert seen == [
+        (0, 10), (0, 20), (0, 20), (0, 40), (0, 40), (1, 60), (1, 70), (1, 70), (2, 90), (2, 90), (2, 90),
+        (2, 120), (2, 120),
+    ]  # fmt: skip
+    short = training.recipe(length=9, unit="epochs", schedule="plateau", plateau=recipe.Plateau(2))
+    falling = plateau.Falling(0.5, 100)
+    for step, divided in ((110, 0), (120, 1), (130, 1), (140, 2)):
+        falling.look(0.5, step, short, 10)
+        assert falling.divided == divided
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -62,6 +85,11 @@ def test_every_recipe_loads(name: str) -> None:
         ({"ema": 1.5}, "ema of recipe 'test'"),
         ({"warm_up": {"length": 1, "shape": "square"}}, "warm_up.shape"),
         ({"warm_up": {"lenth": 1}}, "lenth"),
+        ({"schedule": "plateau"}, "plateau of recipe 'test' must be given with the schedule 'plateau'"),
+        ({"plateau": {"patience": 2}}, "plateau of recipe 'test' must be given with the schedule 'plateau', and with it alone"),
+        ({"schedule": "plateau", "plateau": {"patience": 0}}, "must have a patience above 0"),
+        ({"schedule": "plateau", "plateau": {"patience": 1, "times": 0}}, "times from 1, got 1, 0.0, 0"),
+        ({"schedule": "plateau", "plateau": {"least": 0.1}}, "patience"),
         ({"batch": 16.5}, "batch of recipe 'test' must be a whole number, got 16.5"),
     ],
 )

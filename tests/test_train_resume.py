@@ -13,7 +13,7 @@ import pytest
 import torch
 import training
 
-from fused_resnet.train import Row, WarmUp, fit, logs
+from fused_resnet.train import Plateau, Row, WarmUp, fit, logs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +49,28 @@ def test_in_pieces(backend: str, tmp_path: Path) -> None:
         history = fit(replace(pieces, stop_after=stop, resume=stop != 4))
         assert (history.step, history.finished) == (stop or 12, stop == 0)
     check_same(tmp_path / "pieces", tmp_path / "whole")
+
+
+def test_a_plateau_in_pieces(tmp_path: Path) -> None:
+    """The rate is divided where the errors of the epochs say so, and at the same steps in pieces that end anywhere."""
+    steps = training.recipe(batch=256, length=40, lr=0.2, schedule="plateau", plateau=Plateau(10, 0.1, 2), factor=0.5, ema=None)
+    whole = training.config(tmp_path / "whole", recipe=steps, backend="cpu", log_every=1)
+    per_epoch, found = 1433 // 256, [row for row in fit(whole).rows if row.split == "train"]
+    best, since, rate, rates = 2.0, 0, 0.2, [0.2] * per_epoch
+    for epoch in range(1, 8):
+        step = epoch * per_epoch
+        error = sum(row.error for row in found[step - per_epoch : step]) / per_epoch
+        if error < best - 0.1:
+            best, since = error, step
+        elif step - since >= 10 and rate > 0.05:
+            rate, since = rate / 2, step
+        rates += [rate] * per_epoch
+    assert [row.lr for row in found] == pytest.approx(rates) and len({*rates}) > 1 and best < 0.85, "some of each"
+    for stop in (3, 5, 14, 25, 36, 0):
+        fit(replace(whole, out=tmp_path / "pieces", stop_after=stop, resume=True))
+    check_same(tmp_path / "pieces", tmp_path / "whole")
+    ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("pieces", "whole")]
+    assert ends[0]["falling"] == ends[1]["falling"] and ends[0]["falling"]["divided"] >= 1
 
 
 @pytest.mark.slow

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..paper.results import LogError, collect
     from ..paper.runs import Options, RunFailed, everything
     from ..paper.scales import SCALES
+    from ..train import UsageError
+    from ..train.files import alone
 
     scale = SCALES[arguments.scale]
     out: Path = arguments.out or Path("runs") / f"paper-{scale.name}"
@@ -48,10 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.draw:
         count = len(scale.runs(seeds))
         print(f"{scale.name}: {scale.about}; {count} runs into {out}", flush=True)
+        options = Options(out, seeds, jobs, arguments.data_dir, arguments.backend)
         try:
-            everything(
-                scale, Options(out, seeds, jobs, arguments.data_dir, arguments.backend), lambda line: print(line, flush=True)
-            )
+            with alone(out):
+                everything(scale, options, lambda line: print(line, flush=True))
+        except UsageError as error:
+            raise CommandError(one_line(error)) from error
         except RunFailed as error:
             print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
             code = 1

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import measure, profiling
+from .. import kept, measure, profiling
 from ..gpu import draw
 from ..models import build
+from ..train import TrainingError, UsageError
+from ..train.data import Data
+from ..train.supply import Supply, watch
 from .arguments import (
     CommandError,
     add_backend,
@@ -23,6 +27,7 @@ from .arguments import (
     naturals,
     one_line,
     positive,
+    whole,
 )
 from .gpu import writable
 from .text import Progress, scaled, table
@@ -33,7 +38,7 @@ MOST = 12
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    text = "images a second over depth and batch, time by launch, memory by layer, eager beside fused"
+    text = "images a second over depth and batch, time by launch, data loading, memory by layer, eager beside fused"
     parser = commands.add_parser("profile", help=text, description=f"{text.capitalize()}; docs/paper.md has an example.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names, such as cifar_resnet20 cifar_resnet56 resnet50")
     parser.add_argument("--batch", type=naturals, default="8", metavar="A,B", help="images in a call (8)")
@@ -43,6 +48,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", type=dtype, default="fp32", metavar="TYPE", help="fp32 (the default), fp16, bf16")
     parser.add_argument("--seconds", type=positive, default=3.0, metavar="S", help="to time each pair (3)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for profile.json, trace.json and the pictures")
+    data = parser.add_argument_group("data loading", "beside a training step; by default the digits for CIFAR's networks")
+    data.add_argument("--recipe", metavar="NAME", help="whose images and augmentation, as of the train command")
+    data.add_argument("--data", default="", metavar="NAME", help="digits, cifar10, cifar100 or folder; by default the recipe's")
+    data.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
+    data.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images of a folder (2)")
     add_device(parser)
     add_backend(parser)
     parser.set_defaults(run=run)
@@ -58,15 +68,39 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(one_line(error)) from error
     if arguments.out is not None:
         writable(arguments.out)
+    images = _images(arguments)
     with chosen_backend(arguments.backend, arguments.device):
         try:
-            _profile(arguments)
+            _profile(arguments, images)
+        except TrainingError as error:  # an image that cannot be read
+            print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
+            return 1
         except ValueError as error:  # one value a channel
             raise CommandError(one_line(error)) from error
     return 0
 
 
-def _profile(arguments: argparse.Namespace) -> None:
+def _images(arguments: argparse.Namespace) -> Data | str:
+    """The data set whose loading is looked at, or why none is."""
+    from ..train import data, recipe
+
+    asked = arguments.recipe or arguments.data
+    if arguments.mode != "train":
+        if asked:
+            raise CommandError("--recipe and --data are for --mode train")
+        return ""
+    if not asked and not arguments.models[-1].startswith("cifar_"):
+        return "not looked at: --recipe imagenet-paper --data-dir DIR does"
+    try:
+        chosen = recipe.load(arguments.recipe or "digits")
+        return data.load(arguments.data or chosen.data, arguments.data_dir, chosen)
+    except UsageError as error:
+        if asked:
+            raise CommandError(one_line(error)) from error
+        return f"not looked at: {one_line(error)}"
+
+
+def _profile(arguments: argparse.Namespace, images: Data | str) -> None:
     device, kind, mode = arguments.device, arguments.dtype, arguments.mode
     where = measure.circumstances(device)
     print(f"{'a training step' if mode == 'train' else 'a forward pass'}, {dtype_name(kind)}; {where['evidence']}")
@@ -74,7 +108,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     rows, cells = [], []
     for subject in profiling.subjects(arguments.models, arguments.batch, arguments.size, mode):
         progress.step(f"{subject.model}, batch {subject.batch}")
-        pair = profiling.Pair.of(subject, device, kind, arguments.memory)
+        pair = profiling.pair_of(subject, device, kind, arguments.memory)
         times = profiling.throughput(subject, pair, device, kind, arguments.seconds)
         rates = {name: subject.batch / timing.median for name, timing in times.items()}
         rows.append({"model": subject.model, "batch": subject.batch, "images_per_second": rates})
@@ -87,13 +121,23 @@ def _profile(arguments: argparse.Namespace) -> None:
     limits = profiling.ceilings(device, kind)
     call = profiling.call_of(pair.fused, subject.images(device, kind), mode)
     spent = profiling.launches(call, device, limits)
+    loading: Supply | None = None
+    if not isinstance(images, str):
+        progress.step(f"{images.name}: data loading")
+        step = profiling.step_of(pair.fused, mode)
+        loading = watch(images, lambda x: step(x.to(kind)), device, subject.batch, arguments.workers, arguments.seconds / 2)
     _show_launches(subject, spent, limits, device)
-    kept = profiling.kept_by_layer(pair, subject.images(device, kind)) if mode == "train" else []
-    if kept:
-        _show_kept(kept)
+    _show_loading(images, loading)
+    layers, modes = [], []
+    if mode == "train":
+        progress.step(f"{subject.model}, batch {subject.batch}: memory")
+        layers = kept.by_layer(pair, subject.images(device, kind))
+        modes = kept.by_mode(pair, subject.images(device, kind))
+        _show_layers(layers)
+        _show_modes(modes)
     if arguments.out is not None:
         profiling.trace(call, device, arguments.out / "trace.json")
-        _write(arguments.out, where, rows, spent, kept, limits, subject)
+        _write(arguments.out, where, rows, spent, limits, subject, loading, layers, modes)
 
 
 def _share(line: profiling.Line, spent: profiling.Times) -> list[str]:
@@ -121,24 +165,48 @@ def _show_launches(
     print(table(head, cells))
     print(f"\nthe {min(MOST, len(spent.launches))} that take longest, of {len(spent.launches)}")
     print(table(head, [[_short(line.what), *_share(line, spent)] for line in spent.launches[:MOST]]))
-    print(
-        f"  reached here and now: {scaled(limits.bandwidth, 'B/s')} in a copy, {scaled(limits.arithmetic, 'FLOP/s')} in a "
-        f"product of matrices; from {profiling.BOUND:.0%} of one a launch counts as bound by it"
-    )
+    reached = f"{scaled(limits.bandwidth, 'B/s')} in a copy, {scaled(limits.arithmetic, 'FLOP/s')} in a product of matrices"
+    print(f"  reached here and now: {reached}, {limits.start * 1e6:.1f} us for a launch of one pixel")
+    print(f"  from {profiling.BOUND:.0%} of one of the first two a launch counts as bound by it")
     for flag in spent.flags(device):
         print(f"  bound by {flag}")
 
 
-def _show_kept(kept: list[tuple[str, int, int]]) -> None:
-    def cell(number: int) -> str:
-        return f"{number / 2**20:.2f}"
+def _show_loading(images: Data | str, loading: Supply | None) -> None:
+    if loading is None:
+        if images:
+            print(f"\ndata loading: {images}")
+        return
+    workers = f", {loading.workers} workers" if loading.workers else ""
+    print(f"\ndata loading: {loading.data}, batch {loading.batch}{workers}")
+    print(f"  {loading.alone:,.0f} images a second made ready alone, {loading.taken:,.0f} taken by loading and steps together")
+    what = "more --workers help" if loading.workers else "it is what bounds the training"
+    print(
+        f"  the steps wait {loading.waited:.1%} of the time: {what if loading.bounds else 'it is not what bounds the training'}"
+    )
 
-    total = ("total", sum(row[1] for row in kept), sum(row[2] for row in kept))
-    shown = kept if len(kept) <= 40 else [*kept[:12], ("...", 0, 0), *kept[-12:]]
-    cells = [[place, cell(e), cell(f)] if place != "..." else ["...", "", ""] for place, e, f in shown]
-    cells.append([total[0], cell(total[1]), f"{cell(total[2])} ({total[2] / max(total[1], 1):.2f} of eager)"])
+
+def _cell(number: int) -> str:
+    return f"{number / 2**20:.2f}"
+
+
+def _show_layers(layers: list[tuple[str, int, int]]) -> None:
+    total = ("total", sum(row[1] for row in layers), sum(row[2] for row in layers))
+    shown = layers if len(layers) <= 40 else [*layers[:12], ("...", 0, 0), *layers[-12:]]
+    cells = [[place, _cell(e), _cell(f)] if place != "..." else ["...", "", ""] for place, e, f in shown]
+    cells.append([total[0], _cell(total[1]), f"{_cell(total[2])} ({total[2] / max(total[1], 1):.2f} of eager)"])
     print("\nkept for the backward, MiB, by the layer that keeps it first")
     print(table(["", "eager", "fused"], cells))
+
+
+def _show_modes(modes: list[kept.Kept]) -> None:
+    eager = modes[0]
+    cells = [
+        [row.how, _cell(row.behind), f"{row.behind / eager.behind:.2f}", _cell(row.most), f"{row.most / eager.most:.2f}"]
+        for row in modes
+    ]
+    print("\nheld by autograd, MiB: between forward and backward, and at most at any moment of the step")
+    print(table(["", "between", "of eager", "at most", "of eager"], cells))
 
 
 def _write(
@@ -146,9 +214,11 @@ def _write(
     where: dict[str, Any],
     rows: list[dict[str, Any]],
     spent: profiling.Times,
-    kept: list[tuple[str, int, int]],
     limits: profiling.Ceilings,
     subject: profiling.Subject,
+    loading: Supply | None,
+    layers: list[tuple[str, int, int]],
+    modes: list[kept.Kept],
 ) -> None:
     caption = f"{where['device']}, PyTorch {where['versions']['torch']}, {where['date']}"
     groups = [
@@ -173,8 +243,24 @@ def _write(
         "host_seconds": spent.host,
         "kinds": [vars(line) for line in spent.kinds],
         "launches": [vars(line) for line in spent.launches],
-        "kept_bytes": [{"place": place, "eager": eager, "fused": fused} for place, eager, fused in kept],
+        "loading": loading and {**vars(loading), "bounds": loading.bounds},
+        "kept_bytes": [{"place": place, "eager": eager, "fused": fused} for place, eager, fused in layers],
+        "held_bytes": [vars(row) for row in modes],
         "ceilings": vars(limits),
     }
     (out / "profile.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    print(f"\n{out}: profile.json, trace.json (for chrome://tracing or Perfetto), throughput.svg, launches.svg")
+    pictures = ["throughput.svg", "launches.svg"]
+    if layers:
+        pictures.append("memory.svg")
+        title = f"{subject.model}, batch {subject.batch}: MiB kept for the backward"
+        by_stage: dict[str, tuple[int, int]] = {}
+        for place, eager, fused in layers:
+            stage = place.split(".")[0]
+            before = by_stage.get(stage, (0, 0))
+            by_stage[stage] = before[0] + eager, before[1] + fused
+        bars = [
+            draw.Group(stage, {name: (size / 2**20, _cell(size)) for name, size in zip(("eager", "fused"), sizes)})
+            for stage, sizes in by_stage.items()
+        ]
+        (out / "memory.svg").write_text(draw.bars(title, "counted as it ran", caption, bars), encoding="utf-8")
+    print(f"\n{out}: profile.json, trace.json (for chrome://tracing or Perfetto), {', '.join(pictures)}")

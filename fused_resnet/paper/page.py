@@ -50,7 +50,7 @@ def draw(scale: Scale, found: Outcomes, seeds: int, where: dict[str, Any]) -> di
     for name, words in _FIGURES.items():
         if name in files:
             text += [f"![{words}]({name})", ""]
-    text += _notes(scale, where)
+    text += [*_notes(scale, where), *_time(found)]
     return {"paper.md": "\n".join(text), **files}
 
 
@@ -151,6 +151,16 @@ def _notes(scale: Scale, where: dict[str, Any]) -> list[str]:
         f"{where['evidence']}, {where['date']}.",
         "",
     ]
+
+
+def _time(found: Outcomes) -> list[str]:
+    """Processor time, which other work on the machine does not change much; none where a run was interrupted."""
+    outcomes = found.values()
+    if any(len(outcome.processor) < len(outcome.seeds) for outcome in outcomes):
+        return []
+    total = sum(sum(outcome.processor) for outcome in outcomes)
+    runs = sum(len(outcome.seeds) for outcome in outcomes)
+    return [f"Processor time of the {runs} runs: {total / 60:.0f} minutes, with the start of each.", ""]
 
 
 def write(out: Path, files: dict[str, str]) -> None:

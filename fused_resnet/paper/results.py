@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from .scales import Run
-from .worker import LOG, RESPONSES, is_done
+from .worker import DONE, LOG, PROCESSOR, RESPONSES, is_done
 
 #: Columns of a log that are read; others may stand beside them.
 COLUMNS = ("step", "epoch", "split", "loss", "error")
@@ -72,12 +72,14 @@ class Outcome:
         seeds: of these runs.
         logs: rows of each.
         responses: standard deviations of the layers' responses of each, where they were looked at.
+        processor: seconds of processor time of each that ran in one piece.
     """
 
     network: str
     seeds: tuple[int, ...]
     logs: tuple[tuple[Row, ...], ...]
     responses: tuple[tuple[float, ...], ...]
+    processor: tuple[float, ...] = ()
 
     def last(self, split: str) -> Spread:
         """The error at the end: of ``train`` over the last epoch, as it was in training; of ``test`` the last one measured."""
@@ -121,7 +123,9 @@ def collect(out: Path, runs: Sequence[Run]) -> dict[str, Outcome]:
         logs = tuple(tuple(read(out / run.name / LOG)) for run in done)
         responses = [out / run.name / RESPONSES for run in done]
         read_responses = tuple(tuple(json.loads(p.read_text(encoding="utf-8"))) for p in responses if p.exists())
-        outcomes[network] = Outcome(network, tuple(run.seed for run in done), logs, read_responses)
+        told = [json.loads((out / run.name / DONE).read_text(encoding="utf-8")).get(PROCESSOR) for run in done]
+        spent = tuple(float(seconds) for seconds in told if seconds is not None)
+        outcomes[network] = Outcome(network, tuple(run.seed for run in done), logs, read_responses, spent)
     return outcomes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from .scales import Run
 
 #: Of a run's folder.
 LOG, RESPONSES, DONE = "log.csv", "responses.json", "done.json"
+#: Of :data:`DONE`: processor time of the whole run, start and responses included.
+PROCESSOR = "processor_seconds"
 #: Images whose layer responses are looked at.
 WATCHED = 256
 
@@ -31,7 +34,7 @@ def run(job: dict[str, Any]) -> None:
         job: ``network``, ``seed``, ``pool``, ``data``, ``data_folder``, ``recipe``, ``epochs``, ``backend``, ``out``,
             ``threads``, ``responses``.
     """
-    from ..train import Config, fit
+    from ..train import Config, checkpoint, fit
     from ..train import data as datasets
     from ..train import recipe as recipes
     from ..train.networks import make as make_network
@@ -42,6 +45,7 @@ def run(job: dict[str, Any]) -> None:
     if job["epochs"] is not None:
         recipe = recipe.lasting(job["epochs"], "epochs")
     out = Path(job["out"])
+    from_the_start = not (out / checkpoint.NAME).exists()
     config = Config(
         recipe,
         model="fused_resnet.paper.networks:make",
@@ -57,14 +61,14 @@ def run(job: dict[str, Any]) -> None:
     )
     history = fit(config)
     if job["responses"]:
-        from ..train import checkpoint
-
         data = datasets.load(config.data_name, config.data_folder, recipe, config.on_corrupt)
         model = make_network(config.network, len(data.classes), "eager", **config.model_arguments)
         model.load_state_dict(checkpoint.load(history.checkpoint)["model"])
         batch = next(iter(data.test.batches([datasets.Draw(list(range(min(WATCHED, len(data.test)))))])))
         (out / RESPONSES).write_text(json.dumps(responses(model, data.normalise(batch.x))), encoding="utf-8")
     done = {**job, "steps": history.step, "recipe_data": dataclasses.asdict(recipe), "threads": torch.get_num_threads()}
+    if from_the_start:  # else the time before the interruption is not known
+        done[PROCESSOR] = time.process_time()
     (out / DONE).write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
 
 

@@ -4,6 +4,6 @@ from .config import Config
 from .errors import TrainingError, UsageError
 from .logs import COLUMNS, Row
 from .loop import History, fit
-from .recipe import Recipe, WarmUp
+from .recipe import Plateau, Recipe, WarmUp
 
-__all__ = ["COLUMNS", "Config", "History", "Recipe", "Row", "TrainingError", "UsageError", "WarmUp", "fit"]
+__all__ = ["COLUMNS", "Config", "History", "Plateau", "Recipe", "Row", "TrainingError", "UsageError", "WarmUp", "fit"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checkpoint, data, metrics, networks, sampler, seeds
+from . import checkpoint, data, files, metrics, networks, sampler, seeds
 from .config import Config
 from .distributed import World, whole, wrap
 from .ema import Average, tensors
@@ -88,7 +88,6 @@ class _Run:
         self.path = config.out / checkpoint.NAME
         self.data = data.load(config.data_name, config.data_folder, recipe, config.on_corrupt)
         self.identity = {**config.identity(), "images": len(self.data.train), "classes": len(self.data.classes)}
-        saved = self._saved()
         self.per_epoch = len(self.data.train) // recipe.batch
         if self.per_epoch == 0:
             raise UsageError(f"batch must be at most the {len(self.data.train)} training images, got {recipe.batch}")
@@ -109,15 +108,11 @@ class _Run:
         average = Average(model, recipe.ema) if recipe.ema is not None else None
         seeds.seed_everything("training", config.seed, world.rank)
         self.state = State(model, optimizer, scaler, average)
-        if saved is not None:
-            self._load(saved)
-        self.saved_step: int | None = self.state.step if saved is not None else None
         between = max(1, round(config.evaluate_every * self.per_epoch))
         self.evaluate_every = between if config.evaluate_every else self.total
         self.log_every = config.log_every or max(1, self.per_epoch // 10)
         self.checkpoint_every = config.checkpoint_every or min(self.per_epoch, 1000)
         self.seconds = self.waited = 0.0
-        self.lr = learning_rate(recipe, max(0, self.state.step - 1), self.per_epoch)
 
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint to go on behind, if that is wanted and there is one."""
@@ -140,12 +135,27 @@ class _Run:
             raise UsageError(f"{self.path}: {error}") from error
 
     def __call__(self) -> History:
+        """Go on behind the checkpoint, or start; no other process writes into the folder meanwhile."""
+        with ExitStack() as held:
+            if self.world.first:
+                try:
+                    self.config.out.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(files.alone(self.config.out))
+                except OSError as error:
+                    raise UsageError(f"{self.config.out}: cannot be written ({error.strerror})") from error
+            self.world.gather(None)  # the others read the checkpoint behind that
+            return self._run()
+
+    def _run(self) -> History:
         state, config = self.state, self.config
+        saved = self._saved()
+        if saved is not None:
+            self._load(saved)
+        self.saved_step: int | None = state.step if saved is not None else None
         self.progress = Progress(self.total, state.step, self.world.first and not config.quiet)
         self.log: Log | None = None
         if self.world.first:
             try:
-                config.out.mkdir(parents=True, exist_ok=True)
                 self.log = Log(config.out, state.step, config.tensorboard)
             except OSError as error:
                 raise UsageError(f"{config.out}: cannot be written ({error.strerror})") from error
@@ -209,9 +219,9 @@ class _Run:
         state, recipe, device = self.state, self.config.recipe, self.world.device
         x = self.data.normalise(got.x.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         labels = got.labels.to(device, non_blocking=True)
-        self.lr = learning_rate(recipe, state.step, self.per_epoch)
+        state.lr = learning_rate(recipe, state.step, self.per_epoch, state.falling.divided)
         for group in state.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = state.lr
         state.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=metrics.amp_dtype(self.config.amp), enabled=self.config.amp != "off"):
             logits = self.wrapped(x)
@@ -227,11 +237,21 @@ class _Run:
     def _after(self, end: int) -> None:
         """Rows of the log, evaluation, checkpoint: each where its turn is."""
         step = self.state.step
+        if self.config.recipe.plateau is not None and step % self.per_epoch == 0:
+            self._epoch_ended()
         train = self._train_row() if step % self.log_every == 0 or step == self.total else None
         if step % self.evaluate_every == 0 or step == self.total:
             self._test(train)
         if step % self.checkpoint_every == 0 or step == end:
             self._save()
+
+    def _epoch_ended(self) -> None:
+        """Whether the training error still falls."""
+        self._read()
+        window = self.state.window
+        wrong, images = self.world.sum([window.epoch_wrong, window.epoch_images])
+        window.epoch_wrong = window.epoch_images = 0.0
+        self.state.falling.look(wrong / images, self.state.step, self.config.recipe, self.per_epoch)
 
     def _epoch(self) -> float:
         return self.state.step / self.per_epoch
@@ -244,8 +264,10 @@ class _Run:
         loss, wrong, images = self.world.sum([window.loss, window.wrong, window.images])
         self.seconds += seconds
         self.waited += window.waited
-        self.state.window = metrics.Window()
-        row = Row(self.state.step, self._epoch(), "train", loss / images, wrong / images, self.lr, images / max(seconds, 1e-9))
+        self.state.window = window.next()
+        row = Row(
+            self.state.step, self._epoch(), "train", loss / images, wrong / images, self.state.lr, images / max(seconds, 1e-9)
+        )
         self._write(row)
         self.progress.bar(row)
         return row
@@ -285,7 +307,7 @@ class _Run:
         self._note(bad)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         state.untested = False
-        row = Row(state.step, self._epoch(), "test", loss, error, self.lr, images / max(seconds, 1e-9))
+        row = Row(state.step, self._epoch(), "test", loss, error, self.state.lr, images / max(seconds, 1e-9))
         self._write(row)
         self.progress.tested(train, row)
         if error < state.best:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class NotFinite(ArithmeticError):
 class Window:
     """Sums over the steps since the last row of the log.
 
-    ``seconds`` are those before the last checkpoint, ``waited`` those in which the loop waited for images.
+    ``seconds`` are those before the last checkpoint, ``waited`` those in which the loop waited for images. ``epoch_wrong`` and
+    ``epoch_images`` are of the epoch so far, for the schedule ``plateau``: they go on behind a row.
 
     Losses stay on the device until they are read, so that no step waits for the one before.
     """
@@ -37,7 +38,9 @@ class Window:
     images: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
-    _pending: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
+    epoch_wrong: float = 0.0
+    epoch_images: float = 0.0
+    _pending: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list, init=False)
 
     def add(self, step: int, images: int, loss: Tensor, wrong: Tensor) -> None:
         """One step's mean loss and number of wrong answers."""
@@ -59,6 +62,16 @@ class Window:
             self.loss += loss * images
             self.wrong += wrong
             self.images += images
+            self.epoch_wrong += wrong
+            self.epoch_images += images
+
+    def next(self) -> Window:
+        """The one behind a row."""
+        return Window(epoch_wrong=self.epoch_wrong, epoch_images=self.epoch_images)
+
+    def sums(self) -> list[float]:
+        """All that was added up, as :class:`Window` takes it."""
+        return [getattr(self, entry.name) for entry in fields(self) if entry.init]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 UNITS = ("steps", "epochs")
 NORMALISE = ("pixel_mean", "channels")
-SCHEDULES = ("steps", "cosine", "constant")
+SCHEDULES = ("steps", "plateau", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,21 @@ class WarmUp:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """When the error counts as falling no more.
+
+    Attributes:
+        patience: time without a better epoch, in the recipe's unit.
+        least: by how much an epoch's training error, 0 to 1, has to be below the best so far to be a better one.
+        times: how often the rate is divided at most.
+    """
+
+    patience: float
+    least: float = 0.0
+    times: int = 3
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a network is trained.
 
@@ -45,7 +60,9 @@ class Recipe:
         length, unit: of the run, in ``steps`` or ``epochs``; milestones and warm-up are in the same unit.
         lr, momentum, nesterov, weight_decay: of SGD.
         decay_all: also decay the vectors: gamma and beta of BatchNorms, biases.
-        schedule: ``steps`` (times ``factor`` at each milestone), ``cosine`` (to 0 at the end) or ``constant``.
+        schedule: ``steps`` (times ``factor`` at each milestone), ``plateau`` (times ``factor`` when the training error has
+            stopped falling), ``cosine`` (to 0 at the end) or ``constant``.
+        milestones, plateau: of these two schedules.
         label_smoothing: of the cross-entropy (Szegedy et al. 2016, section 7).
         ema: decay of an exponential moving average of weights and statistics, which is then what is evaluated; or None.
         augment: steps of :mod:`fused_resnet.train.augment`, each a name with its arguments, in order.
@@ -67,6 +84,7 @@ class Recipe:
     decay_all: bool = True
     schedule: str = "steps"
     milestones: tuple[float, ...] = ()
+    plateau: Plateau | None = None
     factor: float = 0.1
     warm_up: WarmUp | None = None
     label_smoothing: float = 0.0
@@ -89,13 +107,23 @@ class Recipe:
             raise UsageError(f"ema of recipe {self.name!r} must be at least 0 and below 1, got {self.ema}")
         if self.warm_up is not None and self.warm_up.shape not in ("constant", "linear"):
             raise UsageError(f"warm_up.shape of recipe {self.name!r} must be constant or linear, got {self.warm_up.shape!r}")
+        if (self.plateau is not None) != (self.schedule == "plateau"):
+            raise UsageError(f"plateau of recipe {self.name!r} must be given with the schedule 'plateau', and with it alone")
+        if self.plateau is not None:
+            patience, least, times = self.plateau.patience, self.plateau.least, self.plateau.times
+            if not (patience > 0 and 0 <= least < 1 and isinstance(times, int) and times > 0):
+                raise UsageError(
+                    f"plateau of recipe {self.name!r} must have a patience above 0, least from 0 to 1, and times from 1, got "
+                    f"{patience}, {least}, {times}"
+                )
 
     def lasting(self, length: float, unit: str) -> Recipe:
-        """The same recipe for a run of another length: milestones and warm-up stay at the same parts of it."""
+        """The same recipe for a run of another length: milestones, warm-up and patience stay the same parts of it."""
         scale = length / self.length
         warm_up = self.warm_up and dataclasses.replace(self.warm_up, length=self.warm_up.length * scale)
+        plateau = self.plateau and dataclasses.replace(self.plateau, patience=self.plateau.patience * scale)
         milestones = tuple(mark * scale for mark in self.milestones)
-        return dataclasses.replace(self, length=length, unit=unit, milestones=milestones, warm_up=warm_up)
+        return dataclasses.replace(self, length=length, unit=unit, milestones=milestones, warm_up=warm_up, plateau=plateau)
 
     def steps(self, length: float, steps_per_epoch: int) -> int:
         """A length of this recipe in steps."""
@@ -107,8 +135,11 @@ class Recipe:
         return plain
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of step ``step``, counted from 0. It depends on nothing else: there is no state to save."""
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, divided: int = 0) -> float:
+    """The learning rate of step ``step``, counted from 0.
+
+    It depends on nothing else, but for the schedule ``plateau``: there on how often it was ``divided`` before.
+    """
     warm = recipe.warm_up
     warm_steps = recipe.steps(warm.length, steps_per_epoch) if warm else 0
     if warm is not None and step < warm_steps:
@@ -119,6 +150,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if recipe.schedule == "cosine":
         part = (step - warm_steps) / max(1, total - warm_steps)
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * part))
+    if recipe.schedule == "plateau":
+        return recipe.lr * recipe.factor**divided
     if recipe.schedule == "steps":
         return recipe.lr * recipe.factor ** sum(step >= recipe.steps(mark, steps_per_epoch) for mark in recipe.milestones)
     return recipe.lr
@@ -163,6 +196,7 @@ def from_data(data: Any, where: str) -> Recipe:
         warm_up = WarmUp(**data["warm_up"]) if data.get("warm_up") else None
         changed = {
             "warm_up": warm_up,
+            "plateau": Plateau(**data["plateau"]) if data.get("plateau") else None,
             "augment": tuple(data.get("augment", ())),
             "milestones": tuple(data.get("milestones", ())),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .distributed import World, whole, write
 from .ema import Average, tensors
 from .errors import UsageError
 from .metrics import Window
+from .plateau import Falling
 
 
 @dataclass
@@ -22,8 +23,10 @@ class State:
     Attributes:
         model: the network itself, without what is wrapped around it.
         optimizer, scaler, average: of it.
-        step: steps done. Learning rate, order of the images and augmentation follow from it.
+        step: steps done. Order of the images and augmentation follow from it, and but for a plateau the learning rate.
         window: sums for the next row of the log.
+        falling: of the schedule ``plateau``.
+        lr: learning rate of the last step.
         best: smallest test error so far.
         bad: files that could not be read.
         untested: an evaluation is due, and was not made since an image could not be read.
@@ -35,6 +38,8 @@ class State:
     average: Average | None
     step: int = 0
     window: Window = field(default_factory=Window)
+    falling: Falling = field(default_factory=Falling)
+    lr: float = 0.0
     best: float = float("inf")
     bad: list[str] = field(default_factory=list)
     untested: bool = False
@@ -46,14 +51,15 @@ class State:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     momenta[f"{name}/{key}"] = whole(value)
-        window = self.window
         return {
             "step": self.step,
             "model": {name: whole(value) for name, value in tensors(self.model).items()},
             "ema": self.average and {name: whole(value) for name, value in self.average.values.items()},
             "optimizer": momenta,
             "scaler": self.scaler.state_dict(),
-            "window": world.gather([window.loss, window.wrong, window.images, window.seconds, window.waited]),
+            "window": world.gather(self.window.sums()),
+            "falling": asdict(self.falling),
+            "lr": self.lr,
             "random": world.gather(seeds.states(world.device)),
             "best": self.best,
             "untested": self.untested,
@@ -79,6 +85,8 @@ class State:
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best, self.bad = saved["step"], saved["best"], list(saved["bad"])
         self.untested = saved["untested"]
+        self.falling = Falling(**saved.get("falling", {}))
+        self.lr = saved.get("lr", self.lr)
         if len(saved["random"]) == world.size:
             self.window = Window(*saved["window"][world.rank])
             seeds.restore(saved["random"][world.rank], world.device)
