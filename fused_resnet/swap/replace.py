@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
+from .quantised import quantised
 from .recognise import analysis, fused_forward
 from .region import Analysis, FusedRegion, Regions
 
@@ -87,7 +88,7 @@ def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 
 def _swap(module: nn.Module, backend: str | None, memory: str, traced: dict[bool, Analysis], seen: set[int]) -> None:
     """Swap ``module`` and what is in it."""
-    if id(module) in seen:
+    if id(module) in seen or quantised(module) is not None:
         return
     seen.add(id(module))
     found = {}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..describe import hooked, hooks_everywhere
+from .quantised import quantised
 
 _lock = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
 
@@ -298,6 +299,8 @@ class _Tracer(fx.Tracer):
             return f"forward was replaced on this {type(m).__name__}"
         if hooked(m) or m._compiled_call_impl is not None:
             return f"a hook looks into this {type(m).__name__}"
+        if (prepared := quantised(m)) is not None:
+            return prepared
         reason = self.opaque(m)
         if reason is not None:
             return reason
