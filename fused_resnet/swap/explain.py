@@ -184,6 +184,8 @@ class _Walk:
         if (prepared := quantised(module)) is not None:
             self.fallen.add(prepared)
             return prepared
+        if type(module).forward is nn.Module.forward:  # a ModuleList: the module around it calls what is in it
+            return reason
         fused, refused = fused_forward(module, self.traced)
         if refused is not None:
             return refused if ":" in refused or "forward" not in refused else f"{refused}: {type(module).__name__}"

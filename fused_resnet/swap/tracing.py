@@ -367,7 +367,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, CannotTrace):
         return str(error)
     text = str(error).strip().split("\n")[0]
-    if "control flow" in text:
+    if "inputs to control flow" in text:
         return "the control flow of its forward depends on data"
     if "iterat" in text or "len" in text:
         return "its forward takes apart an argument that is no tensor, or counts with sizes"
