@@ -84,7 +84,8 @@ def _detection(name: str) -> None:
         return _Backbone(getattr(detection, name)(**options))
 
     # The plain FPN's convolutions have neither BatchNorm nor activation behind them: nothing to be fused with.
-    share = 0.85 if name.endswith("v2") else 0.65
+    # RetinaNet's second version has GroupNorms in its heads.
+    share = {"fasterrcnn_resnet50_fpn_v2": 0.85, "retinanet_resnet50_fpn_v2": 0.4}.get(name, 0.65)
     ZOO[f"torchvision {name} backbone"] = ("torchvision.models.detection", build, (2, 3, 96, 96), share)
 
 
@@ -143,7 +144,7 @@ ZOO["smp Unet resnet18"] = ("segmentation_models_pytorch", _unet, (2, 3, 64, 64)
 ZOO["smp Unet resnet50"] = (
     "segmentation_models_pytorch",
     lambda smp: smp.Unet("resnet50", encoder_weights=None),
-    (1, 3, 64, 64),
+    (2, 3, 96, 96),
     0.95,
 )
 ZOO["open_clip ModifiedResNet"] = (
