@@ -1,4 +1,7 @@
-"""Data-parallel training in two processes (gloo, CPU): DDP and FSDP2 around a fused model, against an eager one."""
+"""Data-parallel training in two processes (gloo, CPU): DDP and FSDP2 around a fused model, against an eager one.
+
+The models are of torchvision's blocks, known by their class, and of blocks written by hand, which are fused as regions.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from nets import TinyNet, randomise
 from tolerances import relative_error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from zoo import CifarNet
 
 from fused_resnet import count_launches, fuse
 
@@ -29,9 +33,9 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def learner() -> TinyNet:
+def learner(kind: type[nn.Module] = TinyNet) -> nn.Module:
     torch.manual_seed(0)
-    net = TinyNet()
+    net = kind()
     randomise(net)
     return net.double().train()
 
@@ -64,10 +68,10 @@ def train(model: nn.Module, rank: int, average: bool = False) -> dict[str, Tenso
     return {key.replace("module.", ""): value for key, value in result.items()} | {"launches": torch.tensor(len(log))}
 
 
-def sharded(model: TinyNet, reshard: bool) -> nn.Module:
+def sharded(model: nn.Module, reshard: bool) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for part in (model.basic, model.bottleneck):
+    for part in model.stages if isinstance(model, CifarNet) else (model.basic, model.bottleneck):
         fully_shard(part, reshard_after_forward=reshard)
     return fully_shard(model, reshard_after_forward=reshard)
 
@@ -94,8 +98,22 @@ def work(rank: int) -> dict[str, Any]:
     for reshard in (True, False):
         results[f"eager sharded {reshard}"] = train(sharded(copy.deepcopy(net), reshard), rank)
         results[f"fused sharded {reshard}"] = train(sharded(fuse(copy.deepcopy(net)), reshard), rank)
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
-    results["fused synchronised"] = train(fuse(synchronised), rank, average=True)  # DDP refuses SyncBatchNorm on a CPU
+    for kind in (TinyNet, CifarNet):
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(learner(kind))
+        # DDP refuses SyncBatchNorm on a CPU
+        results[f"fused synchronised {kind.__name__}"] = train(fuse(synchronised), rank, average=True)
+    return results | regions(rank)
+
+
+def regions(rank: int) -> dict[str, Any]:
+    """A model of blocks written by hand, fused before and after it is wrapped."""
+    net = learner(CifarNet)
+    results = {"eager region": train(DistributedDataParallel(copy.deepcopy(net)), rank)}
+    results["fused region"] = train(DistributedDataParallel(fuse(copy.deepcopy(net))), rank)
+    results["fused region, wrapped first"] = train(fuse(DistributedDataParallel(copy.deepcopy(net))), rank)
+    for reshard in (True, False):
+        results[f"eager region sharded {reshard}"] = train(sharded(copy.deepcopy(net), reshard), rank)
+        results[f"fused region sharded {reshard}"] = train(sharded(fuse(copy.deepcopy(net)), reshard), rank)
     return results
 
 
@@ -105,9 +123,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return ranks.run("test_distributed", "work", folder)
 
 
-def same(results: list[dict[str, Any]], name: str) -> None:
+def same(results: list[dict[str, Any]], name: str, theirs: str | None = None) -> None:
     for rank, result in enumerate(results):
-        eager, fused = dict(result[f"eager {name}"]), dict(result[f"fused {name}"])
+        eager, fused = dict(result[f"eager {theirs or name}"]), dict(result[f"fused {name}"])
         assert eager.pop("launches", 0) == 0 and fused.pop("launches", 1) > 0
         assert list(eager) == list(fused)
         for what, truth in eager.items():
@@ -133,9 +151,20 @@ def test_fully_sharded(reshard: bool, results: list[dict[str, Any]]) -> None:
     same(results, f"sharded {reshard}")
 
 
-def test_synchronised_batch_norm_is_one_big_batch(results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["region", "region, wrapped first", "region sharded True", "region sharded False"])
+def test_regions(name: str, results: list[dict[str, Any]]) -> None:
+    """Each step has the launches of one process, hooks of the wrappers or not."""
+    same(results, name, name.split(",")[0])
+    with count_launches() as log:
+        x, y = batch(0, 0)
+        nn.functional.cross_entropy(fuse(learner(CifarNet))(x), y).backward()
+    assert all(result[f"fused {name}"]["launches"] == len(log) for result in results)
+
+
+@pytest.mark.parametrize("kind", [TinyNet, CifarNet])
+def test_synchronised_batch_norm_is_one_big_batch(kind: type[nn.Module], results: list[dict[str, Any]]) -> None:
     """With averaged gradients: training on all images in one process."""
-    net = learner()
+    net = learner(kind)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     for step in range(STEPS):
         images, labels = (torch.cat(parts) for parts in zip(*(batch(rank, step) for rank in range(2)), strict=True))
@@ -144,4 +173,4 @@ def test_synchronised_batch_norm_is_one_big_batch(results: list[dict[str, Any]])
         optimizer.step()
     for result in results:
         for key, truth in net.state_dict().items():
-            assert relative_error(result["fused synchronised"][key], truth) < 1e-8, key
+            assert relative_error(result[f"fused synchronised {kind.__name__}"][key], truth) < 1e-8, key

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,6 +56,39 @@ def test_fuse_then_train_and_train_then_fuse() -> None:
     x = images()
     again = fuse(copy.deepcopy(plain)).eval()
     assert relative_error(again(x), plain.eval()(x)) < CLOSE and launches(again, x) == FORWARD[False]
+
+
+@pytest.mark.parametrize("order", ["fuse, then load", "load, then fuse"])
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_load_state_dict_before_and_after(order: str, assign: bool) -> None:
+    """After the model has run: what was folded from the old state is not used for the new."""
+    plain, _ = nets()
+    trained = train(plain, 1)
+    stream, x = io.BytesIO(), images()
+    torch.save(trained.state_dict(), stream)
+    stream.seek(0)
+    state = torch.load(stream, weights_only=True)
+    model = CifarNet().eval()
+    if order == "fuse, then load":
+        fuse(model)(x)
+    assert not any(model.load_state_dict(state, assign=assign))
+    if order == "load, then fuse":
+        fuse(model)
+    assert relative_error(model(x), trained.eval()(x)) < CLOSE and launches(model, x) == FORWARD[False]
+    same(train(trained), train(model), 1e-3)
+    back = CifarNet()
+    back.load_state_dict(model.state_dict())
+    assert relative_error(back.eval()(x), model.eval()(x)) < CLOSE
+
+
+def test_weights_of_a_fused_model_go_into_another_library_and_back() -> None:
+    """safetensors-like: tensors by name, contiguous; the layout of filters is nobody's business."""
+    _, fused = nets()
+    fuse(fused).to(memory_format=torch.channels_last)
+    flat = {key: value.contiguous().numpy() for key, value in fused.state_dict().items()}
+    other = CifarNet().eval()
+    other.load_state_dict({key: torch.from_numpy(value) for key, value in flat.items()})
+    assert relative_error(fused.eval()(x := images()), other(x)) < CLOSE
 
 
 @pytest.mark.parametrize("change", ["double", "channels_last", "bfloat16"])
@@ -135,11 +173,15 @@ def test_export_gives_what_the_modules_compute() -> None:
 
 
 def test_onnx_gets_standard_operators() -> None:
-    pytest.importorskip("onnxscript")
-    _, fused = nets()
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    plain, fused = nets()
     program = torch.onnx.export(fuse(fused).eval(), (images(),), dynamo=True)
     kinds = {node.op_type for node in program.model.graph}
     assert "Conv" in kinds and not any("fused" in node.domain for node in program.model.graph)
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator(program.model_proto)
+    x = images()
+    (result,) = evaluator.run(None, {program.model.graph.inputs[0].name: x.numpy()})
+    assert relative_error(torch.from_numpy(result), plain.eval()(x)) < CLOSE
 
 
 @pytest.mark.parametrize("how", ["pruned", "weight norm"])
@@ -157,10 +199,86 @@ def test_reparametrised_filters_are_left_alone(how: str) -> None:
     assert "hook" in note or "Parametrized" in note
 
 
-def test_quantisation_after_unfuse() -> None:
-    _, fused = nets()
-    kinds = [type(module) for module in fused.modules()]
-    assert [type(module) for module in unfuse(fuse(fused)).modules()] == kinds
+@pytest.fixture
+def engine() -> Iterator[str]:
+    """The engine for quantised operators, set."""
+    before, known = torch.backends.quantized.engine, torch.backends.quantized.supported_engines
+    found = [name for name in ("x86", "fbgemm", "qnnpack") if name in known]
+    if not found:
+        pytest.skip("this PyTorch has no engine for quantised operators")
+    torch.backends.quantized.engine = found[0]
+    yield found[0]
+    torch.backends.quantized.engine = before
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given_back", [True, False], ids=["after unfuse", "of a fused model"])
+def test_quantisation_by_torch_ao(engine: str, given_back: bool) -> None:
+    """Traced, observed and converted: bit by bit what comes of a model that was never fused."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    plain, fused = nets()
+    x, made = images(), []
+    fuse(fused.eval())(x)
+    if given_back:
+        unfuse(fused)
+    for model in (plain.eval(), fused):
+        prepared = prepare_fx(model, get_default_qconfig_mapping(engine), (x,))
+        prepared(x)
+        made.append(convert_fx(prepared))
+    assert "QuantizedConvReLU2d" in str(made[1]) or "quantized" in str(made[1])
+    assert torch.equal(made[0](x), made[1](x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given_back", [True, False], ids=["after unfuse", "of a fused model"])
+def test_quantisation_by_torchao(given_back: bool) -> None:
+    """Filters of Linears in int8: those of convolutions stay, and so do the chains."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    plain, fused = nets()
+    fuse(fused.eval())
+    if given_back:
+        unfuse(fused)
+    x, made = images(), []
+    for model in (plain.eval(), fused):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        made.append(model(x))
+    assert "Int8" in type(fused.linear.weight).__name__ and relative_error(made[1], made[0]) < CLOSE
+    assert launches(fused, x) == (0 if given_back else FORWARD[False])
+
+
+def test_torch_fx_traces_a_fused_model() -> None:
+    """Its forward says which arguments it takes, as the original does; the graph holds the modules themselves."""
+    plain, fused = nets()
+    x = images()
+    assert inspect.signature(fuse(fused).forward) == inspect.signature(plain.forward)
+    graph = torch.fx.symbolic_trace(fused.eval())
+    assert relative_error(graph(x), plain.eval()(x)) < CLOSE
+    assert {node.op for node in graph.graph.nodes} >= {"placeholder", "call_module"}
+
+
+def test_feature_extractors() -> None:
+    """By torch.fx, and by taking the layers one after another; both fuse again."""
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    getter = pytest.importorskip("torchvision.models._utils").IntermediateLayerGetter
+    plain, fused = nets()
+    x, nodes = images(), {"stages.0.bn1": "inside", "stages.2": "last"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = feature_extraction.create_feature_extractor(plain.eval(), nodes)(x)
+        found = feature_extraction.create_feature_extractor(fuse(fused).eval(), nodes)(x)
+    assert wanted.keys() == found.keys() == set(nodes.values())
+    for key, value in wanted.items():
+        assert relative_error(found[key], value) < CLOSE, key
+    made = []
+    for model in (plain, fused):
+        body = nn.Sequential(OrderedDict(stem=model.conv1, bn=model.bn1, relu=nn.ReLU(), **dict(model.stages.named_children())))
+        made.append(getter(body, {"1": "middle", "2": "last"}).eval())
+    for key, value in made[0](x).items():
+        assert relative_error(made[1](x)[key], value) < CLOSE, key
+    assert launches(made[1], x) == FORWARD[False] - 1, "the stem's own module is gone"
+    assert launches(fuse(unfuse(made[1])), x) == FORWARD[False]
 
 
 def test_a_hook_on_a_block_of_a_fused_model() -> None:
@@ -175,7 +293,8 @@ def test_a_hook_on_a_block_of_a_fused_model() -> None:
 
 @pytest.mark.slow
 def test_accelerate_and_lightning_loops() -> None:
-    accelerate, lightning = pytest.importorskip("accelerate"), pytest.importorskip("lightning")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
     plain, fused = nets()
     fuse(fused)
     data = torch.utils.data.TensorDataset(images(8), torch.randint(0, 10, (8,)))

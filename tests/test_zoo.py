@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+import zoo_check
 
 from fused_resnet import fuse
 from fused_resnet.counts import fused_share
@@ -17,7 +18,7 @@ ALL = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) fo
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ALL)
 def test_it_computes_what_it_did(name: str, training: bool) -> None:
-    zoo.check(name, training)
+    zoo_check.check(name, training)
 
 
 @pytest.mark.parametrize("name", ALL)

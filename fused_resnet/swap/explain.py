@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .. import backends, blocks
-from ..describe import Parts, is_norm, read
+from ..describe import Parts, WeightLayer, is_norm, read, refusal
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
+from .quantised import quantised
 from .recognise import analysis, fused_forward
 from .region import FusedRegion, usable
 from .replace import stands_for
@@ -119,6 +120,15 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     return Row(name, what, chosen, len(plan.launches), eager, "; ".join(notes), tuple(sorted(runners.items())))
 
 
+def _by_itself(module: nn.Module) -> str:
+    """Why a layer that nothing around it says anything about is left alone."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        refused = refusal(Parts([WeightLayer("it", module)]), structure_only=True)
+    else:
+        refused = None if is_norm(module) else f"a {type(module).__name__} is no BatchNorm2d or BatchNorm1d"
+    return refused or "stands alone: nothing around it to fuse with"
+
+
 def _left_alone(name: str, module: nn.Module, reason: str) -> Row:
     return Row(name, type(module).__name__, "pytorch", 1, 1, reason)
 
@@ -131,17 +141,17 @@ class _Walk:
         self.seen: set[int] = set()
         self.reasons: dict[int, str] = {}  # of single convolutions, as the region around them knows them
         self.traced = analysis()
-        self.fallen: set[str] = set()  # reasons why regions run unfused now, with all that they stand for
+        self.fallen: set[str] = set()  # reasons why modules run unfused now, with all that they stand for
 
     def visit(self, name: str, module: nn.Module, reason: str) -> None:
-        """Rows of a module and of what is in it; ``reason`` is why what stands alone does."""
+        """Rows of a module and of what is in it; ``reason`` is why what stands alone does, empty where nobody knows."""
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
         if isinstance(module, blocks.Fused):
             reason = self._fused(name, module)
         elif is_norm(module) or isinstance(module, _LAYERS):  # a Linear by itself is nothing one would expect fused
-            self.rows.append(_left_alone(name, module, self.reasons.get(id(module), reason)))
+            self.rows.append(_left_alone(name, module, self.reasons.get(id(module), reason) or _by_itself(module)))
             return
         else:
             reason = self._unfused(module, reason)
@@ -170,6 +180,11 @@ class _Walk:
 
     def _unfused(self, module: nn.Module, reason: str) -> str:
         if reason in self.fallen:
+            return reason
+        if (prepared := quantised(module)) is not None:
+            self.fallen.add(prepared)
+            return prepared
+        if type(module).forward is nn.Module.forward:  # a ModuleList: the module around it calls what is in it
             return reason
         fused, refused = fused_forward(module, self.traced)
         if refused is not None:
@@ -204,7 +219,7 @@ def explain(model: nn.Module, *, show: bool = True) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     walk = _Walk()
-    walk.visit("", model, "stands alone: nothing around it to fuse with")
+    walk.visit("", model, "")
     explanation = Explanation(tuple(walk.rows))
     if show:
         print(explanation)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import blocks, plain, plain_paper, plain_rows
 from ..describe import Parts, refusal
+from .quantised import quantised
 from .region import Analysis, FusedRegion, Region
 from .tracing import has_layers
 
@@ -65,6 +66,8 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
     Returns:
         As :func:`known_forward`.
     """
+    if (prepared := quantised(module)) is not None:
+        return None, prepared
     fused, reason = known_forward(module)
     if fused is not None or not list(module.children()):
         return fused, reason

@@ -7,8 +7,9 @@ in front of the old one (so ``isinstance`` still holds), and goes back to the ol
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
+from .quantised import quantised
 from .recognise import analysis, fused_forward
 from .region import Analysis, FusedRegion, Regions
 
@@ -49,6 +51,16 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
 _made: dict[tuple[type[nn.Module], type[blocks.Fused]], type[Any]] = {}
 
 
+def _signed(original: type[nn.Module]) -> Callable[..., Any]:
+    """A region's forward with the signature of the original class, by which torch.fx and trainers decide how to call it."""
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FusedRegion.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[Any]:
     """The class with ``fused``'s forward in front of ``original``; the same one each time."""
     if original in _OURS:
@@ -63,6 +75,8 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[An
         "__module__": __name__,
         "__doc__": original.__doc__,
     }
+    if fused is FusedRegion:
+        namespace["forward"] = _signed(original)
     return _made.setdefault((original, fused), type(f"Fused{original.__name__}", (fused, original), namespace))
 
 
@@ -87,7 +101,7 @@ def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 
 def _swap(module: nn.Module, backend: str | None, memory: str, traced: dict[bool, Analysis], seen: set[int]) -> None:
     """Swap ``module`` and what is in it."""
-    if id(module) in seen:
+    if id(module) in seen or quantised(module) is not None:
         return
     seen.add(id(module))
     found = {}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..describe import hooked, hooks_everywhere
+from .quantised import quantised
 
 _lock = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
 
@@ -298,6 +299,8 @@ class _Tracer(fx.Tracer):
             return f"forward was replaced on this {type(m).__name__}"
         if hooked(m) or m._compiled_call_impl is not None:
             return f"a hook looks into this {type(m).__name__}"
+        if (prepared := quantised(m)) is not None:
+            return prepared
         reason = self.opaque(m)
         if reason is not None:
             return reason
@@ -364,7 +367,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, CannotTrace):
         return str(error)
     text = str(error).strip().split("\n")[0]
-    if "control flow" in text:
+    if "inputs to control flow" in text:
         return "the control flow of its forward depends on data"
     if "iterat" in text or "len" in text:
         return "its forward takes apart an argument that is no tensor, or counts with sizes"
