@@ -58,23 +58,32 @@ class Fused(nn.Module):
         """Modules inside that are not called as such, besides those of the chains."""
         return []
 
-    def run(self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none."""
-        return self.run_owned(parts, x, unfused, False)[0]
+    def run(self, parts: Parts, x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
+        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none; with the second input of
+        a chain that has one.
+        """
+        return self.run_owned(parts, x, unfused, False, skip=skip)[0]
 
     def run_owned(
-        self, parts: Parts, x: Tensor, unfused: Callable[[Tensor], Tensor], donate: bool, drop: bool = False
+        self,
+        parts: Parts,
+        x: Tensor,
+        unfused: Callable[..., Tensor],
+        donate: bool,
+        drop: bool = False,
+        skip: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, bool]:
         """As :meth:`run`; also whether the result was made by a chain, so that nobody else has it.
 
         ``donate``: nobody else has ``x``, it may be written over. ``drop``: see :func:`fused_resnet.functional.chain`.
         """
         if issubclass(type(x), torch.fx.Proxy):  # torch.fx traces the model: into the modules themselves
-            return unfused(x), False
+            return unfused(x, *skip), False
         reading = read(parts, self.fused_memory)
-        if reading.chain is None or functional.transformed() or functional.unfit(reading, x):
-            return unfused(x), False
-        return functional.read_chain(x, reading, self.fused_backend, donate=donate, drop=drop), True
+        if reading.chain is None or functional.transformed() or functional.unfit(reading, x, *skip):
+            return unfused(x, *skip), False
+        second = skip[0] if skip else None
+        return functional.read_chain(x, reading, self.fused_backend, skip=second, donate=donate, drop=drop), True
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -220,26 +229,35 @@ class FusedCifarResNet(Fused):
         return module.fc(torch.flatten(module.avgpool(x), 1))
 
 
+_GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+
+
 def _worth_it(layers: list[WeightLayer]) -> bool:
     """Whether something can be fused with the products of layers in a row."""
     if any(layer.norm is not None for layer in layers):
         return True
-    return any(
-        type(layer.activation) not in (type(None), nn.Identity) and type(layer.conv) is not nn.Linear for layer in layers
-    )
+    return any(_ends(layer) and type(layer.conv) is not nn.Linear for layer in layers)
+
+
+def _ends(layer: WeightLayer) -> bool:
+    """Whether a bias or an activation comes behind a convolution: on a GPU each is a kernel of its own."""
+    conv: Any = layer.conv
+    return conv.bias is not None or type(layer.activation) not in (type(None), nn.Identity)
 
 
 def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts | nn.Module]]:
     """Cut the children of a Sequential into chains and modules that run on their own.
 
     A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with a MaxPool2d behind them if there is one;
-    likewise Conv1d with BatchNorm1d and MaxPool1d, and Linear with BatchNorm1d. A convolution alone has nothing to be fused
-    with, nor has a Linear without a BatchNorm1d.
+    likewise Conv1d with BatchNorm1d and MaxPool1d, and Linear with BatchNorm1d. A convolution alone, without a bias, has
+    nothing to be fused with, nor has a Linear without a BatchNorm1d, nor any without one behind a global pooling, on one pixel.
     """
     index = 0
+    pooled = False
     while index < len(children):
         name = children[index][0]
         start = index
+        pooled = pooled or isinstance(children[index][1], _GLOBAL_POOLS)
         layers: list[WeightLayer] = []
         while index < len(children) and is_convolution(children[index][1]):
             if layers and type(children[index][1]) is not type(layers[0].conv):
@@ -256,7 +274,7 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
                 layer.activation = children[index][1]
                 index += 1
             layers.append(layer)
-        if _worth_it(layers):
+        if _worth_it(layers) and not (pooled and all(layer.norm is None for layer in layers)):
             parts = Parts(layers)
             if index < len(children) and not is_norm(children[index][1]) and follows(layers[0].conv, children[index][1]):
                 parts.pool = children[index][1]

@@ -2,8 +2,9 @@
 
 A chain is ``out = pool(act(norm_L(conv_L(... act(norm_1(conv_1(x))) ...)) + shortcut(x)))`` where the normalisations,
 activations, the shortcut and the pooling may each be absent; or, with a gate, ``T * act(norm_L(...)) + (1 - T) * shortcut(x)``
-with ``T = sigmoid(gate(x))``. He et al. 2016, section 3, draws the blocks; every block of a ResNet, its stem, and any
-``Sequential`` of convolutions, BatchNorms and activations is one. :mod:`fused_resnet.plan` turns a chain into launches.
+with ``T = sigmoid(gate(x))``. The shortcut starts from ``x``, or from a second input, ``skip``, such as what a feature pyramid
+hands down, or an average pooling of ``x``. He et al. 2016, section 3, draws the blocks; every block of a ResNet, its stem, and
+any ``Sequential`` of convolutions, BatchNorms and activations is one. :mod:`fused_resnet.plan` turns a chain into launches.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class Chain(HashedOnce):
     """Weight layers in a row, with an optional shortcut around them and an optional pooling behind.
 
     ``residual`` without a ``projection`` is the identity shortcut; ``memory`` is one of :data:`MEMORY`. A ``gate`` is a
-    convolution of ``x`` without a BatchNorm; the activation of the last layer then comes before the shortcut.
+    convolution of ``x`` without a BatchNorm; the activation of the last layer then comes before the shortcut. With ``skip`` the
+    shortcut, or its projection, starts from a second input of that name.
     """
 
     layers: tuple[Layer, ...]
@@ -167,6 +169,7 @@ class Chain(HashedOnce):
     pool: Pool | None = None
     memory: str = "default"
     gate: Layer | None = None
+    skip: bool = False
 
     def __hash__(self) -> int:
         return self.hash
@@ -175,6 +178,26 @@ class Chain(HashedOnce):
     def weight_layers(self) -> tuple[Layer, ...]:
         """All layers, behind those in a row the projection and the gate."""
         return (*self.layers, *[layer for layer in (self.projection, self.gate) if layer is not None])
+
+    @property
+    def start(self) -> str:
+        """The slot that the shortcut, or its projection, reads."""
+        return "skip" if self.skip else "x"
+
+    @property
+    def shortcut_slot(self) -> str:
+        """The slot of what is added."""
+        return self.start if self.projection is None else "yd"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Slots of the inputs."""
+        return ("x", "skip") if self.skip else ("x",)
+
+    @property
+    def operand_slots(self) -> tuple[str, ...]:
+        """Slots of all that is given besides ``x``: the second input, if any, then :attr:`parameter_slots`."""
+        return (*self.inputs[1:], *self.parameter_slots)
 
     @property
     def parameter_slots(self) -> tuple[str, ...]:
@@ -245,8 +268,6 @@ class Chain(HashedOnce):
             slots.update({layer.slot(role): ((layer.filters,), accumulation_dtype(dtype)) for role in roles})
             if layer.group:
                 slots[layer.slot("count")] = ((1,), accumulation_dtype(dtype))
-        if self.projection is not None:
-            slots["yd"] = ((n, self.projection.filters, *behind(self.projection, h, w)), dtype)
         if self.gate is not None:
             slots["t"] = ((n, self.gate.filters, *behind(self.gate, h, w)), dtype)
         for index, layer in enumerate(self.layers):
@@ -255,6 +276,8 @@ class Chain(HashedOnce):
                 if slot is not None:
                     slots[slot] = ((n, layer.filters, h, w), dtype)
         filters = self.layers[-1].filters
+        if self.projection is not None:  # what is added has the shape of what it is added to
+            slots["yd"] = ((n, filters, h, w), dtype)
         if self.pool is not None:
             slots[self.pooled_slot] = ((n, filters, h, w), dtype)
             h, w = behind(self.pool, h, w)
@@ -271,7 +294,7 @@ class Chain(HashedOnce):
         """
         pool = self.pool
         windows = () if pool is None else (*pool.kernel, *pool.stride, *pool.padding, *pool.dilation)
-        lines = [",".join([f"{size}" for size in windows]), f"{self.residual}", self.memory]
+        lines = [",".join([f"{size}" for size in windows]), f"{self.residual}", self.memory, f"{self.skip}"]
         lines += ["" if layer is None else layer.token for layer in (self.projection, self.gate)]
         return "\n".join([*lines, *[layer.token for layer in self.layers]])
 
@@ -279,7 +302,7 @@ class Chain(HashedOnce):
     @lru_cache(maxsize=4096)
     def parse(token: str) -> Chain:
         """The chain that a :attr:`token` stands for."""
-        pool, residual, memory, projection, gate, *layers = token.split("\n")
+        pool, residual, memory, skip, projection, gate, *layers = token.split("\n")
         sizes = [int(size) for size in pool.split(",")] if pool else []
         return Chain(
             tuple(Layer.parse(layer) for layer in layers),
@@ -288,7 +311,16 @@ class Chain(HashedOnce):
             Pool(*zip(sizes[::2], sizes[1::2], strict=True)) if sizes else None,
             memory,
             Layer.parse(gate) if gate else None,
+            skip == "True",
         )
+
+
+def shape_behind(layers: tuple[Layer, ...], n: Any, h: Any, w: Any) -> tuple[Any, ...]:
+    """Shape of what layers in a row make of ``n`` images of ``h`` x ``w`` pixels; also for symbolic sizes."""
+    for layer in layers:
+        sizes = zip((h, w), layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+        h, w = [output_size(*size) for size in sizes]
+    return n, layers[-1].filters, h, w
 
 
 def _slots(chain: Chain) -> tuple[str, ...]:

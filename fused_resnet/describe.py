@@ -115,7 +115,8 @@ class Parts:
     """Modules of one chain.
 
     ``containers`` are modules around some of them (the Sequential of a projection), which a hook may look into as well;
-    ``gate`` is the convolution of a highway's gate; ``reason`` says why the modules are known not to be a chain.
+    ``gate`` is the convolution of a highway's gate; ``skip``: the shortcut starts from a second input; ``reason`` says why the
+    modules are known not to be a chain.
     """
 
     layers: list[WeightLayer]
@@ -125,6 +126,7 @@ class Parts:
     containers: tuple[nn.Module, ...] = ()
     reason: str | None = None
     gate: WeightLayer | None = None
+    skip: bool = False
 
     @property
     def weight_layers(self) -> list[WeightLayer]:
@@ -355,6 +357,11 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *activation_name(layer.activation))
 
 
+def convolutions(parts: Parts) -> tuple[Layer, ...]:
+    """The layers in a row of :func:`refusal`'s structure, without what is behind the convolutions: their sizes."""
+    return tuple(_read_layer(WeightLayer(layer.name, layer.conv), []) for layer in parts.layers)
+
+
 def _chain(
     layers: tuple[Layer, ...],
     residual: bool,
@@ -362,8 +369,9 @@ def _chain(
     pool: tuple[Any, ...] | None,
     memory: str,
     gate: Layer | None,
+    skip: bool,
 ) -> Chain:
-    return Chain(layers, residual, projection, None if pool is None else Pool(*pool), check_memory(memory), gate)
+    return Chain(layers, residual, projection, None if pool is None else Pool(*pool), check_memory(memory), gate, skip)
 
 
 _cached_layer = lru_cache(maxsize=4096)(_layer)
@@ -393,5 +401,5 @@ def read(parts: Parts, memory: str = "default") -> Reading:
             window = tuple((one, pair[1]) for one, pair in zip((1, 1, 0, 1), window, strict=True))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
     frozen = any(layer.norm is not None and _is_frozen_norm(layer.norm) for layer in parts.weight_layers)
-    chain = make(layers, parts.residual, projection, window, memory, gate)
+    chain = make(layers, parts.residual, projection, window, memory, gate, parts.skip)
     return Reading(chain, parameters, frozen=frozen, dimensions=dimensions)

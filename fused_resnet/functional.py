@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived
-from .chain import BUFFERS, Chain, Layer
+from .chain import BUFFERS, Chain, Layer, shape_behind
 from .describe import Reading
 from .launch import accumulation_dtype
 from .plan import backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
@@ -41,27 +41,33 @@ def _images_channels_last(slots: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
-    return frozenset(slot for slot, flag in zip(("x", *chain.parameter_slots), flags, strict=True) if flag)
+    return frozenset(slot for slot, flag in zip(("x", *chain.operand_slots), flags, strict=True) if flag)
+
+
+def _size(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[Any, ...]:
+    """``(n, h, w)`` of a chain's input; behind them rows and columns of its second input, if it has one."""
+    return (x.shape[0], *x.shape[2:], *(operands[0].shape[2:] if chain.skip else ()))
 
 
 def forward(
     chain: Chain,
     backend: str,
     x: Tensor,
-    parameters: Sequence[Tensor],
+    operands: Sequence[Tensor],
     needs: frozenset[str],
     donate: bool = False,
     drop: bool = False,
 ) -> list[Tensor]:
     """Run a chain's forward: ``out``, then what else the backward for ``needs`` reads of the activations made.
 
+    ``operands``: by :attr:`.Chain.operand_slots`.
     ``donate``: nobody reads ``x`` afterwards, its memory may hold the result. ``drop``: the backward makes ``out`` again.
     """
-    n, _, h, w = x.shape
-    slots = dict(zip(chain.parameter_slots, parameters, strict=True))
-    slots["x"] = _channels_last(x)
+    n, h, w, *skip = _size(chain, x, operands)
+    slots = dict(zip(("x", *chain.operand_slots), (x, *operands), strict=True))
+    slots.update((slot, _channels_last(slots[slot])) for slot in chain.inputs)
     keep = kept_slots(chain, needs, drop) if needs else ()
-    plan = forward_plan(chain, n, h, w, x.dtype, keep, ("x",) if donate else ())
+    plan = forward_plan(chain, n, h, w, x.dtype, keep, ("x",) if donate else (), tuple(skip) or None)
     results = backends.execute(plan, slots, backend)
     return [results["out"], *(results[slot] for slot in keep)]
 
@@ -72,10 +78,11 @@ def backward(
     """Run a chain's backward: the gradients of the slots in ``needs``, in the order of the chain's inputs.
 
     Args:
-        size: ``(n, h, w)`` of the chain's input.
+        size: as :func:`_size`.
         saved: the tensors of :func:`fused_resnet.plan.saved_slots`.
     """
-    plan = backward_plan(chain, *size, dout.dtype, needs)
+    n, h, w, *skip = size
+    plan = backward_plan(chain, n, h, w, dout.dtype, needs, tuple(skip) or None)
     slots = _images_channels_last({**dict(zip(saved_slots(chain, needs), saved, strict=True)), "dout": dout})
     results = backends.execute(plan, slots, backend)
     gradients: list[Tensor] = []
@@ -90,20 +97,20 @@ def backward(
 
 
 def _remember(
-    ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, parameters: Sequence[Tensor], outputs: Sequence[Tensor]
+    ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, operands: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> None:
     """Save what the backward reads. PyTorch checks that none of it is written in between."""
-    slots = {"x": x, **dict(zip(chain.parameter_slots, parameters, strict=True)), "out": outputs[0]}
+    slots = {"x": x, **dict(zip(chain.operand_slots, operands, strict=True)), "out": outputs[0]}
     slots.update(zip(kept_slots(chain, needs), outputs[1:], strict=False))  # the operator hands on running statistics as well
     ctx.save_for_backward(*(slots[slot] for slot in saved_slots(chain, needs)))
     ctx.chain, ctx.needs = chain, needs
-    ctx.size = (x.shape[0], x.shape[2], x.shape[3])
+    ctx.size = _size(chain, x, operands)
 
 
 def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients for all inputs of the chain, ``None`` where none is needed."""
     given = iter(gradients)
-    return [next(given) if slot in needs else None for slot in ("x", *chain.parameter_slots)]
+    return [next(given) if slot in needs else None for slot in ("x", *chain.operand_slots)]
 
 
 def _said_otherwise(w: Tensor) -> bool:
@@ -129,33 +136,34 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
         slots["x"] = _slots_of(ctx.source)["out"]
     if ctx.drop:
         given = _images_channels_last(slots)
-        n, h, w = ctx.size
-        slots.update(backends.execute(rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype), given, ctx.backend))
+        n, h, w, *skip = ctx.size
+        plan = rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype, tuple(skip) or None)
+        slots.update(backends.execute(plan, given, ctx.backend))
         ctx.made = slots  # the next block's backward comes first, and asks; the saved tensors are not unpacked twice
     return slots
 
 
 class ChainFunction(torch.autograd.Function):
-    """``(chain, backend, flags, drop, x, *parameters) -> out``.
+    """``(chain, backend, flags, drop, x, *operands) -> out``, the operands by :attr:`.Chain.operand_slots`.
 
-    ``flags`` says which of x and the parameters need gradients; with ``drop`` the output is not kept for the backward, which
+    ``flags`` says which of x and the operands need gradients; with ``drop`` the output is not kept for the backward, which
     makes it again, nor by the next chain that reads it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], drop: bool, x: Tensor, *parameters: Tensor
+        ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], drop: bool, x: Tensor, *operands: Tensor
     ) -> Tensor:
         needs = _needs(chain, flags)
-        outputs = forward(chain, backend, x, parameters, needs, drop=drop)
+        outputs = forward(chain, backend, x, operands, needs, drop=drop)
         ctx.source, ctx.made, ctx.drop, ctx.version = _dropped(x), None, drop, outputs[0]._version
-        slots = {"x": x, **dict(zip(chain.parameter_slots, parameters, strict=True)), "out": outputs[0]}
+        slots = {"x": x, **dict(zip(chain.operand_slots, operands, strict=True)), "out": outputs[0]}
         slots.update(zip(kept_slots(chain, needs, drop), outputs[1:], strict=True))
         ctx.remembered = tuple(slot for slot in remembered_slots(chain, needs, drop) if slot != "x" or ctx.source is None)
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
-        ctx.size = (x.shape[0], x.shape[2], x.shape[3])
-        ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in parameters]
+        ctx.size = _size(chain, x, operands)
+        ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in operands]
         return outputs[0]
 
     @staticmethod
@@ -183,27 +191,26 @@ def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fused_resnet::chain", mutates_args=())
-def _chain_op(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
+def _chain_op(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
     """``out``, what the backward reads of what was made, and the running statistics as they are afterwards.
 
     The compiler wants functions: this one updates copies, and the caller writes them back (:func:`chain`).
     """
     spec = Chain.parse(chain)
     updated = set(spec.buffer_slots)
-    given = [
-        tensor.clone() if slot in updated else tensor for slot, tensor in zip(spec.parameter_slots, parameters, strict=True)
-    ]
+    named = list(zip(spec.operand_slots, operands, strict=True))
+    given = [tensor.clone() if slot in updated else tensor for slot, tensor in named]
     outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, _needs(spec, flags))
-    return [*outputs, *(tensor for slot, tensor in zip(spec.parameter_slots, given, strict=True) if slot in updated)]
+    return [*outputs, *(tensor for (slot, _), tensor in zip(named, given, strict=True) if slot in updated)]
 
 
 @_chain_op.register_fake
-def _(x: Tensor, parameters: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
+def _(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
     spec = Chain.parse(chain)
     made = spec.made(x.shape[0], x.shape[2], x.shape[3], x.dtype)
     needs = _needs(spec, flags)
     slots = ("out", *(kept_slots(spec, needs) if needs else ()))
-    buffers = dict(zip(spec.parameter_slots, parameters, strict=True))
+    buffers = dict(zip(spec.operand_slots, operands, strict=True))
     return [*(_empty(*made[slot], x) for slot in slots), *(torch.empty_like(buffers[slot]) for slot in spec.buffer_slots)]
 
 
@@ -220,10 +227,13 @@ def _(
     dout: Tensor, saved: Sequence[Tensor], size: Sequence[int], chain: str, backend: str, flags: Sequence[bool]
 ) -> list[Tensor]:
     spec = Chain.parse(chain)
-    n, h, w = size
+    n, h, w, *skip = size
     gradients = [_empty((n, spec.layers[0].channels, h, w), dout.dtype, dout)] if flags[0] else []
+    if spec.skip and flags[1]:
+        channels = dout.shape[1] if spec.projection is None else spec.projection.channels
+        gradients.append(_empty((n, channels, *skip), dout.dtype, dout))
     roles = [(layer, role) for layer in spec.weight_layers for role in layer.parameter_roles]
-    for (layer, role), flag in zip(roles, flags[1:], strict=True):
+    for (layer, role), flag in zip(roles, flags[len(spec.inputs) :], strict=True):
         if flag and role == "w":
             gradients.append(_empty((layer.filters, layer.channels // layer.groups, *layer.kernel), dout.dtype, dout))
         elif flag:
@@ -232,9 +242,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, parameters, chain, backend, flags = inputs
+    x, operands, chain, backend, flags = inputs
     spec = Chain.parse(chain)
-    _remember(ctx, spec, _needs(spec, flags), x, parameters, output)
+    _remember(ctx, spec, _needs(spec, flags), x, operands, output)
     ctx.backend, ctx.flags = backend, flags
 
 
@@ -242,14 +252,14 @@ def _op_backward(ctx: Any, gradients: list[Tensor]) -> Any:
     result = torch.ops.fused_resnet.chain_backward(
         gradients[0], list(ctx.saved_tensors), ctx.size, ctx.chain.token, ctx.backend, ctx.flags
     )
-    x, *parameters = _spread(ctx.chain, ctx.needs, result)
-    return x, parameters, None, None, None
+    x, *operands = _spread(ctx.chain, ctx.needs, result)
+    return x, operands, None, None, None
 
 
 _chain_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> None:
+def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor], skip: Tensor | None = None) -> None:
     """Raise what PyTorch raises for an input a chain cannot take.
 
     Raises:
@@ -274,6 +284,30 @@ def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> None:
         for role in layer.parameter_roles:
             _check_parameter(layer, role, parameters[index], x)
             index += 1
+    if chain.skip or skip is not None:
+        _check_skip(chain, x, skip)
+
+
+def _check_skip(chain: Chain, x: Tensor, skip: Tensor | None) -> None:
+    if not chain.skip or not isinstance(skip, Tensor):
+        expected = "a Tensor, the chain's second input" if chain.skip else "None: the chain has one input"
+        raise TypeError(f"skip must be {expected}, got {type(skip).__name__}")
+    if skip.device != x.device or skip.dtype != x.dtype:
+        raise RuntimeError(f"skip is {skip.dtype} on {skip.device}, expected it as x is, {x.dtype} on {x.device}")
+    if not skip_fits(chain, x, skip):
+        made = list(shape_behind(chain.layers, x.shape[0], *x.shape[2:]))
+        behind = f"{made}" if chain.projection is None else f"what {chain.projection.name} makes {made} of"
+        raise RuntimeError(f"skip of shape {list(skip.shape)} does not match the block's output: expected {behind}")
+
+
+def skip_fits(chain: Chain, x: Tensor, skip: Tensor) -> bool:
+    """Whether a second input, behind the projection if there is one, has the shape of what it is added to."""
+    made, side = shape_behind(chain.layers, x.shape[0], *x.shape[2:]), chain.projection
+    if side is None:
+        return tuple(skip.shape) == made
+    if skip.dim() != 4 or skip.shape[1] != side.channels:
+        return False
+    return shape_behind((side,), skip.shape[0], *skip.shape[2:]) == made
 
 
 def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None:
@@ -294,12 +328,20 @@ def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None
         raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
 
 
-def traced(x: Tensor, parameters: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
-    """As :func:`chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs."""
-    wanted = list(_flags(spec, x, parameters)) if torch.is_grad_enabled() else [False] * (1 + len(parameters))
-    outputs = torch.ops.fused_resnet.chain(x, list(parameters), spec.token, backend or "", wanted)
-    _write_back(spec, parameters, outputs)
+def traced(x: Tensor, operands: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
+    """As :func:`chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs.
+
+    ``operands``: by :attr:`.Chain.operand_slots`.
+    """
+    wanted = list(_flags(spec, x, operands)) if torch.is_grad_enabled() else [False] * (1 + len(operands))
+    outputs = torch.ops.fused_resnet.chain(x, list(operands), spec.token, backend or "", wanted)
+    _write_back(spec, operands, outputs)
     return outputs[0]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input as autocast has it: fp64 and integers stay."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -313,13 +355,13 @@ def _autocast(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Te
             cast.append(tensor.to(dtype))
         else:
             cast.append(derived(dtype, [tensor], partial(tensor.detach().to, dtype)))
-    return (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x), cast
+    return _cast(x, dtype), cast
 
 
-def _flags(spec: Chain, x: Tensor, parameters: Sequence[Tensor]) -> tuple[bool, ...]:
-    """Which of x and the parameters get gradients; running statistics never do, as in PyTorch."""
-    roles = [role for layer in spec.weight_layers for role in layer.parameter_roles]
-    wanted = [tensor.requires_grad and role not in BUFFERS for role, tensor in zip(roles, parameters, strict=True)]
+def _flags(spec: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of x and the operands get gradients; running statistics never do, as in PyTorch."""
+    roles = [*spec.inputs[1:], *(role for layer in spec.weight_layers for role in layer.parameter_roles)]
+    wanted = [tensor.requires_grad and role not in BUFFERS for role, tensor in zip(roles, operands, strict=True)]
     return (x.requires_grad, *wanted)
 
 
@@ -337,12 +379,26 @@ def promotes(reading: Reading, x: Tensor) -> bool:
     if not isinstance(x, Tensor) or not _autocasts(x):
         return False
     spec = reading.chain
-    identity = spec is not None and spec.residual and (spec.projection is None or not spec.projection.weights)
+    identity = spec is not None and spec.residual and not spec.skip
+    identity = identity and spec is not None and (spec.projection is None or not spec.projection.weights)
     return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))
 
 
-def unfit(reading: Reading, x: Tensor) -> bool:
-    """Whether this input must run unfused: autocast would promote it, or it has no images to make statistics of.
+def _skip_unfit(spec: Chain, x: Tensor, skip: Any) -> bool:
+    """Whether the sum with this second input is another one in eager PyTorch: of broadcast shapes, of promoted types."""
+    if not isinstance(skip, Tensor) or not isinstance(x, Tensor) or x.dim() != 4 or skip.device != x.device:
+        return True
+    autocasts = _autocasts(x)
+    if autocasts and spec.projection is None:
+        same = skip.dtype == torch.get_autocast_dtype(x.device.type)
+    else:
+        same = autocasts or skip.dtype == x.dtype
+    return not same or not skip_fits(spec, x, skip)
+
+
+def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
+    """Whether these inputs must run unfused: autocast would promote one, there are no images to make statistics of, or the
+    second is not of the shape and type of what it is added to.
 
     A rank without images takes part in a SyncBatchNorm all the same: the others wait for its share.
     """
@@ -352,6 +408,8 @@ def unfit(reading: Reading, x: Tensor) -> bool:
     empty = reading.chain is not None and reading.chain.batch and dimensions == reading.dimensions and x.shape[0] == 0
     if empty and reading.chain is not None:
         empty = not any(layer.group for layer in reading.chain.weight_layers)
+    if reading.chain is not None and reading.chain.skip and _skip_unfit(reading.chain, x, skip):
+        return True
     return empty or promotes(reading, x)
 
 
@@ -362,12 +420,12 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _write_back(spec: Chain, parameters: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def _write_back(spec: Chain, operands: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Running statistics, the last of the operator's outputs, into their buffers."""
     buffers = spec.buffer_slots
     if not buffers:
         return
-    slots = dict(zip(spec.parameter_slots, parameters, strict=True))
+    slots = dict(zip(spec.operand_slots, operands, strict=True))
     with torch.no_grad():
         for slot, value in zip(buffers, outputs[-len(buffers) :], strict=True):
             slots[slot].copy_(value)
@@ -385,7 +443,15 @@ def _filters_as_images(w: Tensor) -> Tensor:
     return derived("as an image", [w], lambda: _as_image(w.detach()))
 
 
-def read_chain(x: Tensor, reading: Reading, backend: str | None = None, *, donate: bool = False, drop: bool = False) -> Tensor:
+def read_chain(
+    x: Tensor,
+    reading: Reading,
+    backend: str | None = None,
+    *,
+    skip: Tensor | None = None,
+    donate: bool = False,
+    drop: bool = False,
+) -> Tensor:
     """:func:`chain` of what was read off modules: sequences [N, C, L] and rows [N, C] run as images of one row or one pixel.
 
     Their gradients, and those of their filters, have the shapes the modules have them in. Sequences come out as [N, K, L] with
@@ -393,7 +459,7 @@ def read_chain(x: Tensor, reading: Reading, backend: str | None = None, *, donat
     """
     assert reading.chain is not None
     if reading.dimensions == 4:
-        return chain(x, reading.parameters, reading.chain, backend, donate=donate, drop=drop)
+        return chain(x, reading.parameters, reading.chain, backend, skip=skip, donate=donate, drop=drop)
     slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
     parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
     out = chain(_as_image(x), parameters, reading.chain, backend, donate=donate)
@@ -406,6 +472,7 @@ def chain(
     spec: Chain,
     backend: str | None = None,
     *,
+    skip: Tensor | None = None,
     donate: bool = False,
     drop: bool = False,
 ) -> Tensor:
@@ -419,6 +486,8 @@ def chain(
             Filters and biases in x's dtype, BatchNorm's vectors in x's dtype or fp32.
         spec: what to compute.
         backend: see :func:`fused_resnet.backend`.
+        skip: what the shortcut starts from, where ``spec.skip`` says that it is not x; of x's dtype, of the shape of what it is
+            added to, or of the projection's input.
         donate: the caller gives ``x`` up; without gradients its memory may then hold the result.
         drop: do not keep the result for the backward, which makes it again, where that takes no convolution that is not
             computed again anyway. The caller hands it to one chain, and changes nothing in it. (Not under ``torch.compile``.)
@@ -435,16 +504,18 @@ def chain(
         return chain(x.unsqueeze(0), parameters, spec, backend).squeeze(0)
     if isinstance(x, Tensor) and _autocasts(x):
         x, parameters = _autocast(spec, x, parameters)
-    check(spec, x, parameters)
+        skip = None if skip is None else _cast(skip, x.dtype)
+    check(spec, x, parameters, skip)
+    operands = parameters if skip is None else (skip, *parameters)
     if torch.compiler.is_compiling():
-        return traced(x, parameters, spec, backend)
+        return traced(x, operands, spec, backend)
     name = backends.resolve(backend, x.device)
     running.append(spec)
     try:
         if torch.is_grad_enabled():
-            flags = _flags(spec, x, parameters)
+            flags = _flags(spec, x, operands)
             if any(flags):
-                return ChainFunction.apply(spec, name, flags, drop and droppable(spec), x, *parameters)
-        return forward(spec, name, x, parameters, frozenset(), donate)[0]
+                return ChainFunction.apply(spec, name, flags, drop and droppable(spec), x, *operands)
+        return forward(spec, name, x, operands, frozenset(), donate)[0]
     finally:
         running.pop()

@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 
-from .chain import BUFFERS, UPDATED, Chain, Layer
-from .launch import Geometry, HashedOnce, Launch, PoolGeometry, index_dtype, tensor_bytes
+from .chain import BUFFERS, UPDATED, Chain, Layer, Pool
+from .launch import Geometry, HashedOnce, Launch, Pair, PoolGeometry, index_dtype, tensor_bytes
 
 #: ``(role, slot)``: what a launch calls a tensor, what the plan calls it.
 Named = tuple[str, str]
@@ -186,17 +186,27 @@ class _Input:
         return [("x", self.slot), *self.vectors]
 
 
-def _geometries(chain: Chain, n: int, h: int, w: int) -> dict[str, Geometry]:
-    """The geometry of each weight layer by its name, given the chain's input size."""
+def _geometries(chain: Chain, n: int, h: int, w: int, skip: Pair | None = None) -> dict[str, Geometry]:
+    """The geometry of each weight layer by its name, given the chain's input size; ``skip``: rows and columns of its second."""
     sizes = {}
     rows, columns = h, w
     for layer in chain.layers:
         sizes[layer.name] = layer.geometry(n, rows, columns)
         rows, columns = sizes[layer.name].P, sizes[layer.name].Q
-    for side in (chain.projection, chain.gate):
-        if side is not None:
-            sizes[side.name] = side.geometry(n, h, w)
+    if chain.gate is not None:
+        sizes[chain.gate.name] = chain.gate.geometry(n, h, w)
+    side = chain.projection
+    if side is not None:
+        start = (skip or _smallest((rows, columns), side)) if chain.skip else (h, w)
+        sizes[side.name] = side.geometry(n, *start)
     return sizes
+
+
+def _smallest(sides: Pair, window: Layer | Pool) -> Pair:
+    """Rows and columns of the smallest input of a convolution or pooling whose output has these."""
+    ends = zip(sides, window.kernel, window.stride, window.padding, window.dilation, strict=True)
+    rows, columns = [max((side - 1) * s + d * (k - 1) + 1 - 2 * pad, 1) for side, k, s, pad, d in ends]
+    return rows, columns
 
 
 def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
@@ -205,7 +215,9 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
     """
     x_shape = sizes[chain.layers[0].name].x_shape
     given = [x_shape, *[sizes[layer.name].y_shape for layer in chain.layers[:-1]]]
-    for layer, shape in zip(chain.weight_layers, (*given, x_shape, x_shape)):
+    if chain.projection is not None:  # of the second input, where there is one
+        given.append(sizes[chain.projection.name].x_shape if chain.skip else x_shape)
+    for layer, shape in zip(chain.weight_layers, (*given, x_shape)):
         if layer.channels != shape[1]:
             raise RuntimeError(
                 f"{layer.name}: given groups={layer.groups} and weight of size {list(sizes[layer.name].w_shape)}, expected "
@@ -218,7 +230,7 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
                 f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} "
                 f"in the BatchNorm behind {layer.name}"
             )
-    if not chain.residual:
+    if not chain.residual or (chain.skip and chain.projection is None):  # whose shape functional.check has seen
         return
     side = x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
     shape = sizes[chain.layers[-1].name].y_shape
@@ -286,7 +298,7 @@ def _end_operands(chain: Chain, z: str | None = None) -> list[Named]:
     if last.batch:
         operands += _statistics(last, "")
     if chain.residual:
-        operands.append(("shortcut", "x" if side is None else "yd"))
+        operands.append(("shortcut", chain.shortcut_slot))
         if side is not None and side.batch:
             operands += _statistics(side, "shortcut_")
     return operands
@@ -326,7 +338,14 @@ def _max_pool(chain: Chain, last: Geometry, dtype: torch.dtype, keep: tuple[str,
 
 @lru_cache(maxsize=4096)
 def forward_plan(
-    chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, keep: tuple[str, ...] = (), donated: tuple[str, ...] = ()
+    chain: Chain,
+    n: int,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    keep: tuple[str, ...] = (),
+    donated: tuple[str, ...] = (),
+    skip: Pair | None = None,
 ) -> Plan:
     """Launches of a chain's forward.
 
@@ -336,12 +355,13 @@ def forward_plan(
         dtype: element type of activations and filters.
         keep: slots that the backward will read.
         donated: inputs that may be written over.
+        skip: rows and columns of the second input, of a chain that has one; by default the smallest that fit.
 
     Raises:
         RuntimeError: a layer's output would be empty, its channels are not those it is given, or the shortcut does not fit.
         ValueError: a BatchNorm in training has one value a channel.
     """
-    sizes = _geometries(chain, n, h, w)
+    sizes = _geometries(chain, n, h, w, skip)
     _check(chain, sizes)
     launches: list[Launch] = []
     side = chain.projection
@@ -349,9 +369,9 @@ def forward_plan(
         shortcut = None
         late = index == len(chain.layers) - 1 and chain.normalised_late
         if index == len(chain.layers) - 1 and chain.residual:
-            shortcut = None if late or chain.gate is not None else "x" if side is None else "yd"
+            shortcut = None if late or chain.gate is not None else chain.shortcut_slot
             if side is not None:
-                launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd")
+                launches += _conv(side, sizes[side.name], dtype, _Input(chain.start), "yd")
         z = chain.pre_activation(index)
         held = z is not None and z in keep
         y = z if z is not None and held else chain.output_slot(index)
@@ -374,16 +394,16 @@ def droppable(chain: Chain) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def rebuild_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype) -> Plan:
+def rebuild_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, skip: Pair | None = None) -> Plan:
     """Launches that make ``out`` again, of a chain that is :func:`droppable`; with what they read that was not kept either.
 
     What the backward reads of it is kept too, so that nothing is computed a third time.
     """
-    sizes = _geometries(chain, n, h, w)
+    sizes = _geometries(chain, n, h, w, skip)
     launches = _again(chain, sizes, dtype)
     side, last = chain.projection, sizes[chain.layers[-1].name]
     if side is not None and not side.weights:
-        launches += _conv(side, sizes[side.name], dtype, _Input("x"), "yd")
+        launches += _conv(side, sizes[side.name], dtype, _Input(chain.start), "yd")
     gated = chain.gate is not None
     launches.append(_gate(chain, last, dtype, chain.pre_activation(-1)) if gated else _bn_add_relu(chain, last, dtype, "out"))
     made = tuple(slot for launch in launches for _, slot in launch.outputs if slot != "out")
@@ -548,10 +568,10 @@ def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list
         ends: dict[str, Any] = {"prologue": x.prologue, "x_slope": x.x_slope, "epilogue": "bias" if layer.bias else "store"}
         return [_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends)]
 
-    launches = [] if side is None else conv(side, _Input("x"), "yd")
+    launches = [] if side is None else conv(side, _Input(chain.start), "yd")
     shortcut = None
     if chain.residual and not chain.normalised_late and chain.gate is None:
-        shortcut = "x" if side is None else "yd"
+        shortcut = chain.shortcut_slot
     launches += conv(last, _Input.of(chain, index), chain.pre_activation(index) or chain.output_slot(index), shortcut)
     if chain.gate is not None:
         launches += _conv(chain.gate, sizes[chain.gate.name], dtype, _Input("x"), "t")
@@ -559,15 +579,18 @@ def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list
 
 
 @lru_cache(maxsize=4096)
-def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, needs: frozenset[str]) -> Plan:
+def backward_plan(
+    chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, needs: frozenset[str], skip: Pair | None = None
+) -> Plan:
     """Launches of a chain's backward.
 
     Args:
-        needs: slots (``x`` and parameters) whose gradient is wanted; nothing else is computed.
+        needs: slots (inputs and parameters) whose gradient is wanted; nothing else is computed.
+        skip: as :func:`forward_plan`'s.
 
     Reads ``dout`` and what the forward kept; the gradient of slot ``s`` is in slot ``d.s``.
     """
-    sizes = _geometries(chain, n, h, w)
+    sizes = _geometries(chain, n, h, w, skip)
     launches = _again(chain, sizes, dtype)
     last, side = chain.layers[-1], chain.projection
     geometry = sizes[last.name]
@@ -597,10 +620,13 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
         if side.batch:
             sums_of(side, side_total)
             launches += _sync_sums(side, g, dtype, side_total)
-        launches += _wgrad(side, g, dtype, _Input("x"), "yd", behind_side, side_total, needs)
-        if "x" in needs:
+        launches += _wgrad(side, g, dtype, _Input(chain.start), "yd", behind_side, side_total, needs)
+        if chain.start in needs:
             side_gradient = "d.shortcut"
             launches.append(_dgrad(side, g, dtype, "yd", behind_side, side_total, side_gradient))
+    if chain.skip:  # a gradient by itself, not a part of that of x
+        aliases.extend(("d.skip", slot) for slot in (side_gradient,) if slot is not None and "skip" in needs)
+        side_gradient = None
     if chain.gate is not None:
         g = sizes[chain.gate.name]
         launches += _wgrad(chain.gate, g, dtype, _Input("x"), "t", "dt", "dt.sum", needs)
@@ -624,7 +650,7 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
             launches.append(_dgrad(layer, g, dtype, y, dz, total, "d.x", shortcut_gradient=side_gradient))
         else:
             break
-    results = tuple(f"d.{slot}" for slot in ("x", *chain.parameter_slots) if slot in needs)
+    results = tuple(f"d.{slot}" for slot in ("x", *chain.operand_slots) if slot in needs)
     return Plan(tuple(launches), results, aliases=tuple(aliases))
 
 
@@ -634,16 +660,11 @@ def backward_plan(chain: Chain, n: int, h: int, w: int, dtype: torch.dtype, need
 @lru_cache(maxsize=1024)
 def nominal_size(chain: Chain) -> tuple[int, int, int]:
     """``(n, h, w)`` of a small image that the chain accepts: for what does not depend on sizes."""
-    sides = []
-    for axis in (0, 1):
-        side = 8
-        windows = [(layer.kernel, layer.stride, layer.padding, layer.dilation) for layer in chain.layers]
-        if chain.pool is not None:
-            windows.append((chain.pool.kernel, chain.pool.stride, chain.pool.padding, chain.pool.dilation))
-        for kernel, stride, padding, dilation in reversed(windows):
-            side = max((side - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1 - 2 * padding[axis], 1)
-        sides.append(side)
-    return 1, sides[0], sides[1]
+    sides = (8, 8)
+    windows: list[Layer | Pool] = [*chain.layers, *([] if chain.pool is None else [chain.pool])]
+    for window in reversed(windows):
+        sides = _smallest(sides, window)
+    return 1, *sides
 
 
 @lru_cache(maxsize=4096)
@@ -666,12 +687,15 @@ def remembered_slots(chain: Chain, needs: frozenset[str], drop: bool) -> tuple[s
 @lru_cache(maxsize=4096)
 def kept_slots(chain: Chain, needs: frozenset[str], drop: bool = False) -> tuple[str, ...]:
     """The part of :func:`remembered_slots` that the forward makes on its way to ``out``."""
-    inputs = {"x", "out", *chain.parameter_slots}
+    inputs = {"x", "out", *chain.operand_slots}
     return tuple(slot for slot in remembered_slots(chain, needs, drop) if slot not in inputs)
 
 
 def trainable_slots(chain: Chain) -> frozenset[str]:
-    """``x`` and all parameters: what gradients can be wanted of."""
+    """The inputs and all parameters: what gradients can be wanted of."""
     return frozenset(
-        ("x", *(layer.slot(role) for layer in chain.weight_layers for role in layer.parameter_roles if role not in BUFFERS))
+        (
+            *chain.inputs,
+            *(layer.slot(role) for layer in chain.weight_layers for role in layer.parameter_roles if role not in BUFFERS),
+        )
     )

@@ -276,7 +276,11 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def plain_chain(
-    spec: Chain, x: Tensor, parameters: Sequence[Tensor], layout: torch.memory_format = torch.contiguous_format
+    spec: Chain,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    layout: torch.memory_format = torch.contiguous_format,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """What a chain computes, written with torch.nn.functional and nothing of ours but the description.
 
@@ -289,7 +293,8 @@ def plain_chain(
     for index, layer in enumerate(spec.layers):
         y = _plain_layer(layer, y, tensors, layout)
         if spec.residual and index == len(spec.layers) - 1:
-            y = y + (x if spec.projection is None else _plain_layer(spec.projection, x, tensors, layout))
+            start = x if skip is None else skip
+            y = y + (start if spec.projection is None else _plain_layer(spec.projection, start, tensors, layout))
         y = PLAIN_ACTIVATIONS[layer.activation](y, layer.slope)
     if spec.pool is not None:
         y = F.max_pool2d(y, spec.pool.kernel, spec.pool.stride, spec.pool.padding, spec.pool.dilation)

@@ -1,13 +1,14 @@
 """The one table of patterns: what counts as a convolution, a BatchNorm, an activation, an addition, and how they make a chain.
 
 A chain in a graph is ``conv [BatchNorm] [activation]``, once or more, ``[+ shortcut] [activation]`` behind the last,
-``[max-pool]``; between two of them nobody else may read what is handed on. The rules:
+``[max-pool]``; between two of them nobody else may read what is handed on (in front of a sum its size may be asked). The rules:
 
-* a weight layer is a convolution with something behind it; a convolution alone has nothing to be fused with;
+* a weight layer is a convolution with something behind it, a bias at least; without that it has nothing to be fused with;
 * layers follow each other into one chain while the same frame holds them, or a shortcut spans them;
-* the shortcut is the chain's input, or a convolution and BatchNorm of it, and the sum may be in place only in what the
-  chain itself made;
-* a chain reads its input where its first convolution stands, and nothing between that and its end may write in place.
+* the shortcut is the chain's input, or a convolution and BatchNorm of it; else any other tensor (``skip``) that is made for the
+  sum, or a convolution and BatchNorm of one. The sum may be in place only in what the chain itself made;
+* a chain reads its input where its first convolution stands, with a ``skip`` where the sum stands; nothing between the two may
+  write in place, but into what a layer there has made for it alone.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Match:
     residual: bool = False
     projection: LayerPlace | None = None
     pool: str | None = None
+    skip: Node | None = None
+    sized: Node | None = None  # what is in front of the sum, if somebody asks for its size
 
 
 class Matcher:
@@ -160,6 +163,17 @@ class Matcher:
             written = name.endswith("_") or node.target in _IN_PLACE or node.kwargs.get("inplace") or "out" in node.kwargs
             return inside and not written
         return True
+
+    @staticmethod
+    def readers(node: Node) -> list[Node]:
+        """Who reads a node's elements, not only its size."""
+
+        def asks(user: Node) -> Any:
+            if user.op == "call_method":
+                return user.target in ("size", "dim")
+            return user.op == "call_function" and user.target is getattr and user.args[1] == "shape"
+
+        return [user for user in node.users if not asks(user)]
 
     # ---- walking
 
@@ -259,6 +273,10 @@ class Matcher:
         """Why a layer cannot be launched, or None."""
         return refusal(Parts([self.weight_layer(place)]), structure_only=True)
 
+    def has_bias(self, place: LayerPlace) -> bool:
+        """Whether a convolution adds a bias, which on a GPU is a kernel of its own."""
+        return cast(Any, self.modules[place.conv]).bias is not None
+
     def names(self, place: LayerPlace) -> set[str]:
         """What must not be twice in a chain: its convolution and its BatchNorm, whose statistics each call moves on."""
         return {name for name in (place.conv, place.norm) if name is not None}
@@ -295,37 +313,67 @@ class Matcher:
         return WeightLayer(place.conv, find(place.conv), find(place.norm) if place.norm else None, activation)
 
     def _join(self, node: Node, pair: tuple[Node, Node, bool], by_out: dict[Node, Match]) -> None:
-        """Make the runs that end in a sum one chain with a shortcut, if they are one."""
-        for main, side in ((0, 1), (1, 0)):
-            (out, passed), (shortcut, side_passed) = (self.strip(cast(Node, pair[part])) for part in (main, side))
-            match = by_out.get(out)
-            if match is None or match.residual or match.layers[-1].activation is not None:
-                continue
-            if any(len(part.users) != 1 for part in (out, *passed, *side_passed)):
-                continue
-            projection = by_out.get(shortcut)
-            if projection is not None and (projection is match or not self._projects(projection)):
-                projection = None
-            start = self.strip(shortcut if projection is None else projection.x)[0]
-            runs = self._reach(match, start, by_out)
-            if runs is None and projection is not None:
-                continue
-            if runs is None or (pair[2] and side == 0 and projection is None):  # += would write into the chain's input
-                continue
-            mine = [*passed, *side_passed, *(projection.nodes if projection is not None else ())]
-            mine += [part for run in runs for part in (*self.strip(run.x)[1], *run.nodes)]
-            if runs[0].x is not start:
-                mine = [part for part in mine if part not in self.strip(runs[0].x)[1]]
-            if projection is not None and projection.x is not runs[0].x:
-                continue
-            if self._quiet(mine, node):
-                self._merge(runs, projection, mine, node, by_out)
-                return
+        """Make the runs that end in a sum one chain with a shortcut, if they are one.
+
+        The shortcut from the chain's own input comes first, then one from elsewhere, with a projection if there is one.
+        """
+        for how in (self._around, self._projected, self._beside):
+            for main, side in ((0, 1), (1, 0)):
+                (out, passed), (shortcut, side_passed) = (self.strip(cast(Node, pair[part])) for part in (main, side))
+                match = by_out.get(out)
+                if match is None or match.residual or match.layers[-1].activation is not None:
+                    continue
+                if len(self.readers(out)) != 1 or any(len(part.users) != 1 for part in passed):
+                    continue
+                projection = by_out.get(shortcut)
+                if projection is match or (projection is not None and not self._projects(projection, side_passed)):
+                    projection = None
+                written = pair[2] and side == 0 and projection is None  # += would write into what is not the chain's
+                found = None if written else how(match, projection, shortcut, by_out)
+                if found is None:
+                    continue
+                runs, projection, skip = found
+                mine = [*passed, *(() if projection is None else (*side_passed, *projection.nodes))]
+                mine += [part for run in runs[1:] for part in self.strip(run.x)[1]]
+                mine += [part for run in runs for part in run.nodes]
+                if self._quiet(mine, node):
+                    self._merge(runs, projection, skip, mine, node, by_out)
+                    return
+
+    def _around(
+        self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]
+    ) -> tuple[list[Match], Match | None, Node | None] | None:
+        """The runs from where the shortcut starts, if it starts from the first's input."""
+        start = shortcut if projection is None else projection.x
+        runs = self._reach(match, self.strip(start)[0], by_out)
+        if runs is None or (projection is not None and projection.x is not runs[0].x):
+            return None
+        return runs, projection, None
+
+    def _projected(
+        self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]
+    ) -> tuple[list[Match], Match | None, Node | None] | None:
+        """A run, and the projection of another tensor."""
+        if projection is None or self._twice([match, projection]):
+            return None
+        return [match], projection, projection.x
+
+    def _beside(
+        self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]
+    ) -> tuple[list[Match], Match | None, Node | None] | None:
+        """A run, and another tensor; not one that the sum would surely broadcast."""
+        return None if shortcut.op == "get_attr" or self._pooled(shortcut) else ([match], None, shortcut)
 
     @staticmethod
-    def _projects(run: Match) -> bool:
+    def _projects(run: Match, passed: list[Node]) -> bool:
         """Whether a run can be a projection shortcut: one layer, without an activation, for the sum alone."""
-        return len(run.layers) == 1 and run.layers[0].activation is None and not run.residual and len(run.out.users) == 1
+        alone = all(len(node.users) == 1 for node in (run.out, *passed))
+        return len(run.layers) == 1 and run.layers[0].activation is None and not run.residual and alone
+
+    def _twice(self, runs: list[Match]) -> bool:
+        """Whether a module is in several layers."""
+        names = [name for run in runs for layer in run.layers for name in self.names(layer)]
+        return len(set(names)) != len(names)
 
     def _reach(self, match: Match, start: Node, by_out: dict[Node, Match]) -> list[Match] | None:
         """The runs from ``start`` to the end of ``match``, or None."""
@@ -335,17 +383,29 @@ class Matcher:
             if before is None or before in runs:
                 return None
             runs.insert(0, before)
-        names = [name for run in runs for layer in run.layers for name in self.names(layer)]
-        return runs if len(set(names)) == len(names) else None
+        return None if self._twice(runs) else runs
 
     def _quiet(self, mine: list[Node], node: Node) -> bool:
         """Whether nothing that is not of the chain writes between its first node and its last."""
         first = min(self.order[part] for part in mine)
         between = self.nodes[first : self.order[node]]
-        return all(part in mine or self.is_pure(part) for part in between)
+        return all(part in mine or self.is_pure(part) or self._into_new(part, first) for part in between)
+
+    def _into_new(self, node: Node, first: int) -> bool:
+        """Whether what an activation in place writes into was made behind ``first`` by a layer, and nobody else reads it."""
+        source = node.args[0] if node.args and self.is_activation(node) else None
+        if not isinstance(source, Node) or len(source.users) != 1 or self.order[source] < first:
+            return False
+        return self.is_conv(source) or self.is_norm(source)
 
     def _merge(
-        self, runs: list[Match], projection: Match | None, mine: list[Node], node: Node, by_out: dict[Node, Match]
+        self,
+        runs: list[Match],
+        projection: Match | None,
+        skip: Node | None,
+        mine: list[Node],
+        node: Node,
+        by_out: dict[Node, Match],
     ) -> None:
         for run in (*runs, *([projection] if projection is not None else [])):
             del by_out[run.out]
@@ -358,7 +418,9 @@ class Matcher:
             out = following
         nodes.sort(key=self.order.__getitem__)
         side = projection.layers[0] if projection is not None else None
-        by_out[out] = Match(layers, nodes, runs[0].x, out, True, side)
+        before = runs[-1].out
+        sized = before if len(before.users) > 1 else None
+        by_out[out] = Match(layers, nodes, runs[0].x, out, True, side, skip=skip, sized=sized)
 
     def _pool(self, match: Match) -> None:
         """Take the max-pooling behind a chain into it."""
@@ -373,7 +435,7 @@ class Matcher:
         """Whether there is something to fuse, of which something is gained."""
         if match.residual or any(layer.norm is not None for layer in match.layers):
             return True
-        if all(layer.activation is None for layer in match.layers):
+        if not any(layer.activation is not None or self.has_bias(layer) for layer in match.layers):
             return False
         if self._pooled(match.x):
             for layer in match.layers:

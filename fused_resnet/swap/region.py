@@ -9,6 +9,7 @@ longer holds, the forward of the original class runs.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..blocks import Fused
-from ..describe import Parts, WeightLayer
+from ..chain import shape_behind
+from ..describe import Parts, WeightLayer, convolutions
 from .patterns import LayerPlace, Match, Matcher
 from .tracing import CannotTrace, Frame, Guard, Traced, arguments_of, descend, signature, trace
 
@@ -32,7 +34,8 @@ def _path(place: str | None) -> Path | None:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A chain in a region, by the places of its modules; ``unfused(region, x)`` calls them one by one.
+    """A chain in a region, by the places of its modules; ``unfused(region, x)`` calls them one by one, with a second input
+    where the chain has one, ``skip``.
 
     Layers are ``(name, convolution, norm, activation)``; the activation is a module of its own where a function is called.
     """
@@ -44,6 +47,7 @@ class Site:
     pool: Path | None
     passed: tuple[Path, ...]
     unfused: Callable[..., Tensor]
+    skip: bool = False
 
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
@@ -56,7 +60,8 @@ class Site:
 
         projection = None if self.projection is None else layer(self.projection)
         containers = tuple(at(path) for path in self.passed)
-        return Parts([layer(places) for places in self.layers], self.residual, projection, at(self.pool), containers)
+        layers = [layer(places) for places in self.layers]
+        return Parts(layers, self.residual, projection, at(self.pool), containers, skip=self.skip)
 
 
 def _at(region: nn.Module, path: Path) -> Any:
@@ -193,7 +198,7 @@ class _Writer:
     def _callable(self, frame: Frame) -> bool:
         """Whether a frame's result can be taken apart again: a tensor, or tensors in a tuple, list or dict."""
         result = self.traced.results[frame]
-        parts = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else [result]
+        parts = [part for _, part in _parts(result) or [(None, result)]]
         return all(isinstance(part, fx.Node) for part in parts) and not any(part in self._marks() for part in parts)
 
     def _marks(self) -> set[Any]:
@@ -206,8 +211,9 @@ class _Writer:
     def region(self) -> Region:
         """The forward with its chains."""
         itself = self.graph.create_node("placeholder", "self", name="fused_module")
-        starts = {match.nodes[0]: match for match in self.matches}
+        starts = {match.out if match.skip is not None else match.nodes[0]: match for match in self.matches}
         inside = {node for match in self.matches for node in match.nodes}
+        sized = {match.sized: match for match in self.matches if match.sized is not None}
         marks = {frame.mark: frame for frame in self.traced.results}
         sites: list[Site] = []
         for node in self.traced.graph.nodes:
@@ -218,10 +224,15 @@ class _Writer:
             elif self._folded(node) is not None:
                 continue
             elif node in starts:
-                site = self._site(starts[node])
-                call = self.graph.call_function(_call_of(site), (itself, self.map[starts[node].x]))
-                self.map[starts[node].out] = call
+                match = starts[node]
+                site = self._site(match)
+                inputs = [match.x, *(() if match.skip is None else (match.skip,))]
+                call = self.graph.call_function(_call_of(site), (itself, *(self.map[tensor] for tensor in inputs)))
+                self.map[match.out] = call
                 sites.append(site)
+            elif node in sized:
+                call = self.graph.call_function(_size_of(self._site(sized[node])), (itself, self.map[sized[node].x]))
+                self.map[node] = call
             elif node not in inside:
                 self.map[node] = self.graph.node_copy(node, self.map.__getitem__)
         run, source = _compiled(self.graph)
@@ -240,16 +251,16 @@ class _Writer:
         result = self.traced.results[frame]
         if isinstance(result, fx.Node):
             self.map[result] = call
-        else:
-            items = result.items() if isinstance(result, dict) else enumerate(result)
-            for key, part in items:
-                self.map[part] = self.graph.call_function(operator.getitem, (call, key))
+        for key, part in _parts(result):
+            self.map[part] = self.graph.call_function(operator.getitem, (call, key))
 
     def _site(self, match: Match) -> Site:
         """A match as data, with the code that runs its modules one by one."""
         alone = fx.Graph()
         alone.create_node("placeholder", "self", name="fused_module")
         inner = {match.x: alone.placeholder("x")}
+        if match.skip is not None:
+            inner[match.skip] = alone.placeholder("skip")
         for node in match.nodes:
             inner[node] = alone.node_copy(node, inner.__getitem__)
         alone.output(inner[match.out])
@@ -262,7 +273,8 @@ class _Writer:
         passed = tuple(cast(Path, _path(str(node.target))) for node in match.nodes if self.matcher.is_identity(node))
         side = place(match.projection) if match.projection is not None else None
         layers = tuple(place(layer) for layer in match.layers)
-        return Site(match.layers[0].conv, layers, match.residual, side, _path(match.pool), passed, unfused)
+        ends = (match.residual, side, _path(match.pool), passed, unfused, match.skip is not None)
+        return Site(match.layers[0].conv, layers, *ends)
 
     def _guards(self) -> tuple[Guard, ...]:
         """Of the root, the modules written out, and those on the way to what is called."""
@@ -280,13 +292,31 @@ class _Writer:
         return tuple(Guard.of(path, module, path in called) for path, module in found if module is not None)
 
 
-def _call_of(site: Site) -> Callable[[Any, Tensor], Tensor]:
+def _parts(result: Any) -> list[tuple[Any, Any]]:
+    """What a frame's result holds by key, if it is a tuple, list or dict; an OrderedDict is a node that makes one."""
+    if isinstance(result, fx.Node):
+        made = result.op == "call_function" and result.target is OrderedDict
+        return [(key, part) for key, part in cast(Any, result.args[0])] if made else []
+    return list(result.items() if isinstance(result, dict) else enumerate(result))
+
+
+def _call_of(site: Site) -> Callable[..., Tensor]:
     """The call of a chain, as a function that torch.fx can name."""
 
-    def fused_chain(module: Any, x: Tensor) -> Tensor:
-        return module.run(site.parts(module), x, partial(site.unfused, module))
+    def fused_chain(module: Any, x: Tensor, *skip: Tensor) -> Tensor:
+        return module.run(site.parts(module), x, partial(site.unfused, module), *skip)
 
     return fused_chain
+
+
+def _size_of(site: Site) -> Callable[..., Tensor]:
+    """What has the size of a chain's sum, and no elements, for those who ask in front of it."""
+
+    def fused_size(module: Any, x: Tensor) -> Tensor:
+        shape = shape_behind(convolutions(site.parts(module)), x.shape[0] if x.dim() == 4 else 1, *x.shape[-2:])
+        return x.new_empty(()).expand(shape[-x.dim() :])
+
+    return fused_size
 
 
 def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:

@@ -3,8 +3,8 @@
 torch.fx runs a forward once on stand-ins for tensors and writes down what is called. What the forward decided on the way is
 then fixed, so this tracer
 
-* stops at modules whose inside is nobody's business: those of torch.nn, with hooks, or without a convolution, and those
-  that cannot be traced, which stay calls (``leaves``);
+* stops at modules whose inside is nobody's business: those of torch.nn, with hooks, or of tensors without a convolution, and
+  those that cannot be traced, which stay calls (``leaves``);
 * notes in a :class:`Guard` all that a decision can have hung on, attributes and the classes of children, so that at each
   call it can be told whether the graph still holds;
 * refuses a forward that does more than compute from its arguments: draws random numbers, sets attributes, makes tensors, asks
@@ -269,7 +269,7 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:  # torch.fx catches the calls of all threads
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
-        reason = self._leaf(m)
+        reason = self._leaf(m, any(isinstance(argument, (list, tuple, dict)) for argument in (*args, *kwargs.values())))
         if reason is not None:
             if reason and has_layers(m):
                 self.traced.leaves[path] = reason
@@ -284,14 +284,17 @@ class _Tracer(fx.Tracer):
         self.frame = outer
         return result
 
-    def _leaf(self, m: nn.Module) -> str | None:
-        """Why a module is not traced through; empty where nobody asks."""
+    def _leaf(self, m: nn.Module, contained: bool) -> str | None:
+        """Why a module is not traced through; empty where nobody asks.
+
+        ``contained``: it is given tensors in a container, and may give such back, which no stand-in can be taken apart as.
+        """
         if m in self.untraceable:
             return self.untraceable[m]
         kind = _original(type(m))
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
-        if not list(m.children()) or not has_layers(m):
+        if not contained and (not list(m.children()) or not has_layers(m)):
             return ""
         if isinstance(m, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
             return ""
