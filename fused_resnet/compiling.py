@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .chain import Chain, Layer
 from .functional import traced
-from .swap.patterns import LayerPlace, Match, Matcher, function_activation
+from .swap.patterns import Joined, LayerPlace, Match, Matcher, function_activation
 
 Node = fx.Node
 
@@ -30,6 +30,12 @@ _ANY_LAYOUT = frozenset(
 def _example(node: Any) -> Tensor | None:
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def _alike(first: Node, second: Node) -> bool:
+    """Whether two tensors are surely of one shape and type."""
+    a, b = _example(first), _example(second)
+    return a is not None and b is not None and a.dtype == b.dtype and str(a.shape) == str(b.shape)
 
 
 def _arguments(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +102,11 @@ class _Functions(Matcher):
         value = _example(node)
         if node.op == "call_method" and node.target == "add_" and value is not None and value.dim() == 0:
             return True  # a BatchNorm counts its batches
-        if node.op == "call_function" and node.target not in (torch.conv2d, F.batch_norm) and True in node.args:
+        if (
+            node.op == "call_function"
+            and node.target not in (torch.conv2d, F.batch_norm)
+            and any(argument is True for argument in node.args)
+        ):
             return False  # inplace, perhaps
         return super().is_pure(node)
 
@@ -114,6 +124,16 @@ class _Functions(Matcher):
 
     def refused(self, place: LayerPlace) -> str | None:
         return None
+
+    def has_bias(self, place: LayerPlace) -> bool:
+        return False  # a convolution with a bias alone is left to the compiler, which fuses what is behind it
+
+    @staticmethod
+    def readers(node: Node) -> list[Node]:
+        return list(node.users)
+
+    def _beside(self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]) -> Joined | None:
+        return super()._beside(match, projection, shortcut, by_out) if _alike(match.out, shortcut) else None
 
     def names(self, place: LayerPlace) -> set[str]:
         found = {str(_convolution(self.by_name[place.conv])["weight"])}
@@ -155,13 +175,14 @@ class _Functions(Matcher):
         x, values = _example(match.x), [_example(node) for node in match.nodes]
         same = x is not None and all(value is not None and value.dtype == x.dtype for value in values)
         joined = [node for node in match.nodes if self.added(node) is not None]
-        shapes: list[list[Any]] = [[_example(part) for part in (node, *node.all_input_nodes)] for node in joined]
-        return same and all(all(v is not None and str(v.shape) == str(row[0].shape) for v in row) for row in shapes)
+        start = [] if match.skip is None else [_example(match.skip)]
+        same = same and all(value is not None and value.dtype == x.dtype for value in start if x is not None)
+        return same and all(_alike(node, part) for node in joined for part in node.all_input_nodes)
 
 
-def run_chain(x: Tensor, parameters: Sequence[Tensor], chain: str, contiguous: bool) -> Tensor:
+def run_chain(x: Tensor, operands: Sequence[Tensor], chain: str, contiguous: bool) -> Tensor:
     """A chain of the graph; ``contiguous`` is the layout that what follows counts on."""
-    out = traced(x, parameters, Chain.parse(chain))
+    out = traced(x, operands, Chain.parse(chain))
     return out.contiguous() if contiguous else out
 
 
@@ -173,9 +194,11 @@ def fuse_graph(gm: fx.GraphModule) -> int:
     for match in matches:
         layers = [matcher.described(place) for place in match.layers]
         side = matcher.described(match.projection) if match.projection is not None else None
-        spec = Chain(tuple(layer for layer, _ in layers), match.residual, side[0] if side is not None else None)
-        tensors = [tensor for _, found in (*layers, *([side] if side is not None else [])) for tensor in found]
-        with gm.graph.inserting_before(match.nodes[0]):
+        projection = side[0] if side is not None else None
+        spec = Chain(tuple(layer for layer, _ in layers), match.residual, projection, skip=match.skip is not None)
+        tensors = [] if match.skip is None else [made.get(match.skip, match.skip)]
+        tensors += [tensor for _, found in (*layers, *([side] if side is not None else [])) for tensor in found]
+        with gm.graph.inserting_before(match.nodes[0] if match.skip is None else match.out):
             call = gm.graph.call_function(run_chain, (made.get(match.x, match.x), tensors, spec.token, True))
         call.meta = dict(match.out.meta)
         match.out.replace_all_uses_with(call)

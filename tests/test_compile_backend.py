@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from nets import projection, randomise
 from tolerances import relative_error
@@ -93,6 +94,48 @@ def test_a_sum_that_broadcasts_and_an_input_that_is_written() -> None:
     x = torch.randn(2, 4, 6, 6)
     with torch.no_grad():
         assert relative_error(compiled(x), plain(x)) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_sums_with_what_is_not_the_input(training: bool) -> None:
+    """A pyramid's sum, a shortcut through an average pooling, a pre-activation block; and sums that are other ones."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1, bias=index == 3) for index in range(5)])
+            self.norms = nn.ModuleList([nn.BatchNorm2d(4) for _ in range(5)])
+            self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            layers = [lambda x, i=i: self.norms[i](self.convs[i](x)) for i in range(5)]
+            x = torch.relu(layers[0](x) + layers[1](F.avg_pool2d(x, 3, 1, 1)))
+            x = self.convs[2](torch.relu(self.norms[2](x))) + x
+            x = self.convs[3](x) + F.interpolate(F.avg_pool2d(x, 2), size=x.shape[-2:])
+            side = x * 2
+            side += layers[4](x)
+            return side + layers[4](side) + self.scale
+
+    torch._dynamo.reset()
+    plain = randomise(Sums()).double().train(training)
+    same = copy.deepcopy(plain)
+    compiled = torch.compile(same, backend=backend, options={"inner": "aot_eager"}, fullgraph=True)
+    for images in (2, 3, 5):
+        x = torch.randn(images, 4, 6, 8, dtype=torch.float64)
+        first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected = plain(first)
+        with count_launches() as log:
+            actual = compiled(second)
+        assert relative_error(actual, expected) < 1e-11 and len(log) == (9 if training else 6)
+        weights = torch.randn_like(expected)
+        plain.zero_grad(), same.zero_grad()
+        (expected * weights).sum().backward(), (actual * weights).sum().backward()
+        assert relative_error(second.grad, first.grad) < 1e-10
+        for (key, a), (_, b) in zip(plain.named_parameters(), same.named_parameters()):
+            assert (a.grad is None) == (b.grad is None) == key.startswith("norms.3"), key
+            assert a.grad is None or relative_error(b.grad, a.grad) < 1e-9, key
+        for (key, a), (_, b) in zip(plain.named_buffers(), same.named_buffers()):
+            assert relative_error(b.double(), a.double()) < 1e-12, key
 
 
 def test_a_mode_is_refused() -> None:

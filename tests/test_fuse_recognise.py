@@ -135,7 +135,12 @@ SEQUENTIALS = {
     "conv first alone": (lambda: [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)], 2),
     "pool ceil mode": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], None),
     "average pool": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2)], 1),
-    "dropout between": (lambda: [nn.Conv2d(3, 4, 3), nn.Dropout(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU()], 1),
+    "dropout between": (lambda: [nn.Conv2d(3, 4, 3), nn.Dropout(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU()], 2),
+    "bias alone": (lambda: [nn.Conv2d(3, 4, 3), nn.Sigmoid()], 1),
+    "behind a global pooling": (
+        lambda: [nn.Conv2d(3, 4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)],
+        0,
+    ),
     "relu in front": (lambda: [nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid()], 1),
     "bn relu conv": (lambda: [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], 1),
     "nested": (
@@ -218,9 +223,10 @@ def test_a_sequential_with_its_own_forward_is_fused_by_what_it_does() -> None:
     assert relative_error(net(x), expected) < CLOSE
 
 
-def test_a_lone_convolution_in_a_sequential_is_left_alone() -> None:
+def test_a_lone_convolution_in_a_sequential_is_left_alone_unless_it_has_a_bias() -> None:
     with pytest.warns(UserWarning, match="unchanged"):
-        fuse(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        fuse(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)))
+    assert launches(fuse(nn.Sequential(nn.Conv2d(3, 4, 3))), torch.randn(1, 3, 5, 5)) == 1
 
 
 def test_a_frozen_projection_and_a_bias() -> None:

@@ -86,6 +86,10 @@ class Match:
     sized: Node | None = None  # what is in front of the sum, if somebody asks for its size
 
 
+#: The runs of a chain with a shortcut, its projection, and what the shortcut starts from if not from the chain's input.
+Joined = tuple[list[Match], Match | None, Node | None]
+
+
 class Matcher:
     """Finds the chains of one graph.
 
@@ -329,38 +333,35 @@ class Matcher:
                 if projection is match or (projection is not None and not self._projects(projection, side_passed)):
                     projection = None
                 written = pair[2] and side == 0 and projection is None  # += would write into what is not the chain's
-                found = None if written else how(match, projection, shortcut, by_out)
+                found = None if written else how(match, projection, cast(Node, pair[side]), by_out)
                 if found is None:
                     continue
                 runs, projection, skip = found
-                mine = [*passed, *(() if projection is None else (*side_passed, *projection.nodes))]
+                mine = [*passed, *(() if projection is None else projection.nodes)]
+                mine += side_passed if projection is not None or skip is None else []
                 mine += [part for run in runs[1:] for part in self.strip(run.x)[1]]
                 mine += [part for run in runs for part in run.nodes]
                 if self._quiet(mine, node):
                     self._merge(runs, projection, skip, mine, node, by_out)
                     return
 
-    def _around(
-        self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]
-    ) -> tuple[list[Match], Match | None, Node | None] | None:
+    def _around(self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]) -> Joined | None:
         """The runs from where the shortcut starts, if it starts from the first's input."""
-        start = shortcut if projection is None else projection.x
-        runs = self._reach(match, self.strip(start)[0], by_out)
+        start, passed = self.strip(shortcut if projection is None else projection.x)
+        runs = self._reach(match, start, by_out)
         if runs is None or (projection is not None and projection.x is not runs[0].x):
+            return None
+        if projection is None and any(len(node.users) != 1 for node in passed):
             return None
         return runs, projection, None
 
-    def _projected(
-        self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]
-    ) -> tuple[list[Match], Match | None, Node | None] | None:
+    def _projected(self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]) -> Joined | None:
         """A run, and the projection of another tensor."""
         if projection is None or self._twice([match, projection]):
             return None
         return [match], projection, projection.x
 
-    def _beside(
-        self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]
-    ) -> tuple[list[Match], Match | None, Node | None] | None:
+    def _beside(self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]) -> Joined | None:
         """A run, and another tensor; not one that the sum would surely broadcast."""
         return None if shortcut.op == "get_attr" or self._pooled(shortcut) else ([match], None, shortcut)
 

@@ -7,6 +7,7 @@ then fixed, so this tracer
   those that cannot be traced, which stay calls (``leaves``);
 * notes in a :class:`Guard` all that a decision can have hung on, attributes and the classes of children, so that at each
   call it can be told whether the graph still holds;
+* keeps what is written in place;
 * refuses a forward that does more than compute from its arguments: draws random numbers, sets attributes, makes tensors, asks
   for the gradient mode, returns a container that a graph cannot make;
 * lets stand-ins pass ``isinstance(x, torch.Tensor)``, as the tensors do that they stand for.
@@ -15,6 +16,7 @@ then fixed, so this tracer
 from __future__ import annotations
 
 import inspect
+import operator
 import random
 import threading
 from collections import OrderedDict
@@ -37,10 +39,24 @@ class CannotTrace(Exception):
     """Why a forward cannot be traced, in a sentence without a full stop."""
 
 
-class _TensorProxy(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """A stand-in for any value. ``x += y`` stays what it is: torch.fx would make ``x = x + y`` of it, which whoever else has
+    the same x does not see.
+    """
+
+
+class _TensorProxy(_Proxy):
     """A stand-in that says it is a tensor: ``isinstance(x, Tensor)`` must decide as it will for the real one."""
 
     __class__ = property(lambda self: Tensor)
+
+
+def _written(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _written(getattr(operator, _name)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +262,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         plain = node.op == "call_function" and not str(getattr(node.target, "__module__", "")).startswith("torch")
-        return fx.Proxy(node, self) if plain or node.target in ("size", "dim", "numel") else _TensorProxy(node, self)
+        return _Proxy(node, self) if plain or node.target in ("size", "dim", "numel") else _TensorProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         if threading.get_ident() != self.thread:
