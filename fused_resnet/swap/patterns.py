@@ -323,7 +323,8 @@ class Matcher:
         """
         for how in (self._around, self._projected, self._beside):
             for main, side in ((0, 1), (1, 0)):
-                (out, passed), (shortcut, side_passed) = (self.strip(cast(Node, pair[part])) for part in (main, side))
+                given = cast(Node, pair[side])
+                (out, passed), (shortcut, side_passed) = self.strip(cast(Node, pair[main])), self.strip(given)
                 match = by_out.get(out)
                 if match is None or match.residual or match.layers[-1].activation is not None:
                     continue
@@ -363,7 +364,8 @@ class Matcher:
 
     def _beside(self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]) -> Joined | None:
         """A run, and another tensor; not one that the sum would surely broadcast."""
-        return None if shortcut.op == "get_attr" or self._pooled(shortcut) else ([match], None, shortcut)
+        source, _ = self.strip(shortcut)
+        return None if source.op == "get_attr" or self._pooled(source) else ([match], None, shortcut)
 
     @staticmethod
     def _projects(run: Match, passed: list[Node]) -> bool:
