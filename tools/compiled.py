@@ -258,7 +258,7 @@ def cases() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     CASES: dict[str, Launch] = import_module("compile_cases").CASES
     named = [
-        (f"{name}{', ' * ('fp32' in name)}{precision}", [Job(launch, arch, precision == "tf32") for arch in ARCHS])
+        (", ".join(filter(None, (name, precision))), [Job(launch, arch, precision == "tf32") for arch in ARCHS])
         for name, launch in CASES.items()
         for precision in (("exact", "tf32") if "fp32" in name and launch.flops else ("",))
     ]
