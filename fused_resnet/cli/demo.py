@@ -20,8 +20,7 @@ from ..backends import count_launches
 from ..swap import explain, fuse
 from .arguments import (
     CommandError,
-    add_backend,
-    add_device,
+    add_where,
     chosen_backend,
     dtype,
     dtype_name,
@@ -45,8 +44,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16, bf16 (fp32; fp16 on a GPU)")
     parser.add_argument("--seconds", type=positive, default=15.0, metavar="S", help="time to measure each batch for (15)")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (demo.png)")
-    add_device(parser)
-    add_backend(parser)
+    add_where(parser)
     parser.set_defaults(run=run)
 
 

@@ -23,8 +23,7 @@ from ..measure import relative_error
 from ..swap import explain, fuse
 from .arguments import (
     CommandError,
-    add_backend,
-    add_device,
+    add_where,
     chosen_backend,
     dtype,
     dtype_name,
@@ -57,8 +56,7 @@ def add(commands: Any) -> None:
         metavar="TYPES",
         help="fp32,fp16,bf16 (the default)",
     )
-    add_device(parser)
-    add_backend(parser)
+    add_where(parser)
     parser.set_defaults(run=run)
 
 

@@ -18,8 +18,7 @@ from ..train.data import Data
 from ..train.supply import Supply, watch
 from .arguments import (
     CommandError,
-    add_backend,
-    add_device,
+    add_where,
     chosen_backend,
     dtype,
     dtype_name,
@@ -53,8 +52,7 @@ def add(commands: Any) -> None:
     data.add_argument("--data", default="", metavar="NAME", help="digits, cifar10, cifar100 or folder; by default the recipe's")
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
     data.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images of a folder (2)")
-    add_device(parser)
-    add_backend(parser)
+    add_where(parser)
     parser.set_defaults(run=run)
 
 
