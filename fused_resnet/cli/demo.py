@@ -29,7 +29,7 @@ from .arguments import (
     naturals,
     positive,
 )
-from .text import Progress, table
+from .text import Progress, sentence, table
 
 CONTIGUOUS, CHANNELS_LAST, FUSED = "eager contiguous", "eager channels_last", "fused"
 
@@ -37,7 +37,7 @@ CONTIGUOUS, CHANNELS_LAST, FUSED = "eager contiguous", "eager channels_last", "f
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "swap a torchvision ResNet-50 and compare it with eager PyTorch, on the device at hand"
-    parser = commands.add_parser("demo", help=text, description=f"{text.capitalize()}. About a minute.")
+    parser = commands.add_parser("demo", help=text, description=f"{sentence(text)}. About a minute.")
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="a torchvision model (resnet50)")
     parser.add_argument("--batch", type=naturals, default="1,8", metavar="N,N", help="images at once (1,8)")
     parser.add_argument("--size", type=natural, default=224, metavar="N", help="rows and columns of an image (224)")

@@ -32,7 +32,7 @@ from .arguments import (
     one_line,
     refusing,
 )
-from .text import table
+from .text import sentence, table
 
 #: Relative error that is allowed in fp32 in any case.
 FP32 = 1e-5
@@ -43,7 +43,7 @@ FACTOR = 2.0
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "fuse a copy of a model and compare it with eager PyTorch"
-    parser = commands.add_parser("fuse-check", help=text, description=f"{text.capitalize()}. Exit code 1 where they disagree.")
+    parser = commands.add_parser("fuse-check", help=text, description=f"{sentence(text)}. Exit code 1 where they disagree.")
     parser.add_argument(
         "model", metavar="MODEL", help="a torchvision name, or module:function or file.py:function that returns an nn.Module"
     )

@@ -29,7 +29,7 @@ from .arguments import (
     whole,
 )
 from .gpu import writable
-from .text import Progress, scaled, table
+from .text import Progress, scaled, sentence, table
 
 #: Rows of the table of launches.
 MOST = 12
@@ -38,7 +38,7 @@ MOST = 12
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "images a second over depth and batch, time by launch, data loading, memory by layer, eager beside fused"
-    parser = commands.add_parser("profile", help=text, description=f"{text.capitalize()}; docs/paper.md has an example.")
+    parser = commands.add_parser("profile", help=text, description=f"{sentence(text)}; docs/paper.md has an example.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names, such as cifar_resnet20 cifar_resnet56 resnet50")
     parser.add_argument("--batch", type=naturals, default="8", metavar="A,B", help="images in a call (8)")
     parser.add_argument("--size", type=natural, default=0, metavar="N", help="rows and columns; by default the network's own")
