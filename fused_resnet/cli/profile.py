@@ -15,7 +15,7 @@ from ..gpu import draw
 from ..models import build
 from ..train import TrainingError, UsageError
 from ..train.data import Data
-from ..train.supply import Supply, watch
+from ..train.supply import Supply, check, watch
 from .arguments import (
     CommandError,
     add_where,
@@ -91,7 +91,9 @@ def _images(arguments: argparse.Namespace) -> Data | str:
         return "not looked at: --recipe imagenet-paper --data-dir DIR does"
     try:
         chosen = recipe.load(arguments.recipe or "digits")
-        return data.load(arguments.data or chosen.data, arguments.data_dir, chosen)
+        images = data.load(arguments.data or chosen.data, arguments.data_dir, chosen)
+        check(images, arguments.batch[-1])  # the last one is looked at in detail
+        return images
     except UsageError as error:
         if asked:
             raise CommandError(one_line(error)) from error
