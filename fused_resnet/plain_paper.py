@@ -21,8 +21,9 @@ class HighwayBlock(BasicBlock):
     (Srivastava et al. 2015, section 2.2). No ReLU stands behind the sum, a mean of two tensors that are not negative.
 
     Args:
-        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as a BasicBlock's.
+        inplanes, planes, stride, downsample: as a BasicBlock's.
         gate_bias: what the gate's bias starts at.
+        **basic: the other arguments of a BasicBlock.
     """
 
     def __init__(
@@ -31,13 +32,11 @@ class HighwayBlock(BasicBlock):
         planes: int,
         stride: int = 1,
         downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: NormLayer | None = None,
+        *,
         gate_bias: float = -2.0,
+        **basic: Any,
     ) -> None:
-        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        super().__init__(inplanes, planes, stride, downsample, **basic)
         self.gate = nn.Conv2d(inplanes, planes, 1, stride)
         assert self.gate.bias is not None
         nn.init.constant_(self.gate.bias, gate_bias)

@@ -195,6 +195,18 @@ def test_measured_choices_come_first(cache: Path) -> None:
     assert choose(launch, "sm_90", gpu="Some GPU").tile == tile
 
 
+@pytest.mark.parametrize("how", ["fused", "apart"])
+def test_a_measured_choice_that_does_not_run_is_left_and_told(cache: Path, how: str) -> None:
+    """Of another version: a launch that has nothing to take apart, a kernel without its tile."""
+    launch = next(launch for launch in launches("infer") if launch.kind == "conv")
+    assert pieces(launch, "apart") is None
+    entries = {launch.signature: measured.Entry(how, None, 1e-5)}
+    measured.write(measured.user_path("Some GPU"), measured.Table("Some GPU", "2.11.0", "3.6.0", "2026-11-25", entries))
+    chosen, plain = choose(launch, "sm_90", gpu="Some GPU"), choose(launch, "sm_90")
+    assert (chosen.how, chosen.tile, chosen.seconds) == (plain.how, plain.tile, plain.seconds)
+    assert f"measured on Some GPU, {how}, does not run" in chosen.reason
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 7}', '{"schema": 1, "gpu": "x"}'])
 def test_a_corrupt_file_is_ignored_with_one_warning(cache: Path, text: str) -> None:
     path = measured.user_path("Some GPU")

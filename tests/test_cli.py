@@ -159,6 +159,12 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fused-resnet" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("command", "says"), [("demo", "with eager PyTorch"), ("zoo", "as CSV"), ("tune", "on this GPU")])
+def test_help_keeps_names_as_they_are(command: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert says in " ".join(capsys.readouterr().out.split())
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole tour on a small network, with the picture where matplotlib is there."""
     picture = tmp_path / "demo.png"

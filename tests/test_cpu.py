@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import CHAINS, TRAINING_CHAINS, chain_inputs, copies, images, plain_chain, tiny
-from test_reference import GEOMETRIES, ONE_RESULT, make, tensors, truth
+from test_reference import GEOMETRIES, ONE_RESULT, make, statistics, tensors, truth
 from tolerances import assert_close, relative_error
 from torch import nn
 
@@ -64,6 +66,21 @@ def test_bfloat16_runs_here_or_says_why_not() -> None:
         else:
             assert str(dtype) in reason
     assert "torch.float64" in str(cpu.supports(make("conv", g, ["x", "w"], ["y"], torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_given_statistics_behind_the_batchs_are_folded_in_fp32(dtype: torch.dtype) -> None:
+    """A frozen layer behind a live one, in 16 bits: scale and shift of a mean far from zero are not rounded to them."""
+    g = GEOMETRIES["1x1"]
+    given = tensors(g, dtype)
+    given |= {"mean": torch.full((g.K,), 40.0) + torch.rand(g.K), "bias": torch.full((g.K,), 40.0, dtype=dtype)}
+    given |= statistics(given["x"].float(), 1e-3, "x_")
+    given = {r: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for r, t in given.items()}
+    launch = make("conv", g, [*given], ["y"], dtype, prologue="bn_relu", epilogue="affine_add", eps=1e-3)
+    exact = replace(launch, dtype=torch.float64)
+    expected = reference.run(exact, {role: tensor.double() for role, tensor in given.items()})
+    ours, theirs = (run(launch, given, frozenset(), {}) for run in (cpu.run, lambda *a: reference.run(*a[:2])))
+    assert relative_error(ours, expected) < 3 * max(relative_error(theirs, expected), torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("name", ["basic", "basic_projection", "stem", "bottleneck_groups"])

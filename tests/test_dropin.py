@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from nets import copies, images, randomise, tiny
@@ -12,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
 from fused_resnet import count_launches, explain, fuse
+from fused_resnet.backends import clock_launches
 from fused_resnet.chain import Chain, Layer
 from fused_resnet.functional import chain
 from fused_resnet.launch import PoolGeometry
@@ -112,6 +115,16 @@ def test_nested_logs_are_their_own() -> None:
             pass
         net(images())
     assert len(inner) == 0 and len(outer) == 8
+
+
+def test_nested_clocks_are_their_own() -> None:
+    net = fuse(tiny())
+    with torch.no_grad(), clock_launches(time.perf_counter) as outer:
+        with clock_launches(time.perf_counter) as inner:
+            pass
+        net(images())
+    assert len(inner) == 0 and len(outer) == 8
+    assert all(start <= end for _, start, end in outer)
 
 
 def test_a_slice_of_conv_bn_relu_is_a_sequential() -> None:

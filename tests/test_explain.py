@@ -10,6 +10,7 @@ import torchvision
 from nets import TINY_LAUNCHES, TINY_TRAINING_LAUNCHES, images, tiny
 from torch import nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
 from fused_resnet import count_launches, explain, fuse
@@ -93,6 +94,19 @@ def test_a_launch_that_goes_to_another_executor_is_named() -> None:
         net(images().double())
     assert ("reference" in {name for name, _ in log.launches}) is True
     assert "on reference: oneDNN on this processor has no torch.float64" in explain(net, show=False).rows[1].note
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+def test_explain_follows_autocast(frozen: bool) -> None:
+    """By the launches that then run, in which type and where."""
+    norm = FrozenBatchNorm2d(8) if frozen else nn.BatchNorm2d(8)
+    net = fuse(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU())).eval()
+    assert explain(net, show=False).rows[0].backend == "cpu"
+    with torch.autocast("cpu", torch.bfloat16), count_launches() as log:
+        row = explain(net, show=False).rows[0]
+        net(images())
+    assert row.fused == bool(log.launches) == (not frozen)
+    assert "autocast" in row.note if frozen else ("on reference" in row.note) == (log.launches[0][0] == "reference")
 
 
 def test_layers_whose_forward_cannot_be_traced_are_listed() -> None:

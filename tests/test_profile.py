@@ -17,7 +17,7 @@ from fused_resnet import count_launches, kept, profiling
 from fused_resnet.backends import clock_launches
 from fused_resnet.cli import main
 from fused_resnet.profiling import Ceilings, Line, Subject, Times, pair_of
-from fused_resnet.train import data, recipe, supply
+from fused_resnet.train import UsageError, data, recipe, supply
 
 CPU = torch.device("cpu")
 
@@ -191,6 +191,12 @@ def test_data_loading(loading: float, stepping: float, bounds: bool) -> None:
     assert not torch.equal(seen[0], seen[1]) and abs(float(torch.cat(seen).mean())) < 1
 
 
+def test_a_set_with_fewer_images_than_a_batch_is_not_looked_at() -> None:
+    digits = data.load("digits", None, recipe.load("digits"))
+    with pytest.raises(UsageError, match="batch must be at most the 1433 training images of data 'digits', got 1434"):
+        supply.watch(digits, lambda x: None, CPU, 1434, 0, 0.01)
+
+
 @pytest.mark.parametrize("mode", profiling.MODES)
 def test_the_command(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "ceilings", lambda *_: Ceilings(1e9, 1e9))
@@ -221,6 +227,10 @@ def test_the_command(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["cifar_resnet8", "--mode", "infer", "--data", "digits"], "--recipe and --data are for --mode train"),
         (["cifar_resnet8", "--data", "cifar10", "--data-dir", "nowhere"], "bring cifar-10-python.tar.gz"),
         (["cifar_resnet8", "--recipe", "paper"], "unknown recipe 'paper'"),
+        (
+            ["cifar_resnet8", "--data", "digits", "--batch", "2,1434"],
+            "at most the 1433 training images of data 'digits', got 1434",
+        ),
         (["resnet18", "--backend", "triton", "--device", "cuda:7"], "is not there"),
     ],
 )

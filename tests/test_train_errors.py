@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 import training
 
 from fused_resnet.cli import main
-from fused_resnet.train import TrainingError, UsageError, WarmUp, data, files, fit, loop
+from fused_resnet.train import TrainingError, UsageError, WarmUp, checkpoint, data, files, fit, loop
+from fused_resnet.train.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,6 +197,24 @@ def test_a_full_disk(tmp_path: Path) -> None:
     fit(replace(config, out=tmp_path / "whole"))
     weights = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("run", "whole")]
     assert training.same(*weights) == []
+
+
+def test_a_full_disk_where_an_image_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done cannot be saved then: one error that says so, not one in the handling of another."""
+    real = loop._Run._step
+
+    def step(self: loop._Run, got: data.Batch) -> None:
+        real(self, got)
+        if self.state.step == 2:
+            monkeypatch.setattr(checkpoint, "save", full)
+            raise DataError("image.jpg: cannot be read as an image")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    with pytest.raises(TrainingError, match=r"stopped: the disk is full at step 2; there is no checkpoint yet"):
+        fit(training.config(tmp_path, backend="cpu", recipe=training.recipe(length=6)))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -152,19 +152,26 @@ def count_launches() -> Iterator[LaunchLog]:
         _logs.remove(log)
 
 
-#: Open :func:`clock_launches` contexts: the clock, and what it has seen.
-_clocks: list[tuple[Callable[[], Any], list[tuple[Launch, Any, Any]]]] = []
+@dataclass(eq=False)
+class _Clock:
+    """An open :func:`clock_launches` context: the clock, and what it has seen."""
+
+    now: Callable[[], Any]
+    seen: list[tuple[Launch, Any, Any]] = field(default_factory=list)
+
+
+_clocks: list[_Clock] = []
 
 
 @contextmanager
 def clock_launches(now: Callable[[], Any]) -> Iterator[list[tuple[Launch, Any, Any]]]:
     """``(launch, before, behind)`` of every launch while the context is open: what ``now()`` gave around it."""
-    entry: tuple[Callable[[], Any], list[tuple[Launch, Any, Any]]] = (now, [])
-    _clocks.append(entry)
+    clock = _Clock(now)
+    _clocks.append(clock)
     try:
-        yield entry[1]
+        yield clock.seen
     finally:
-        _clocks.remove(entry)
+        _clocks.remove(clock)
 
 
 def record_kernel(name: str) -> None:
@@ -212,10 +219,10 @@ def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     shared: dict[str, Tensor] = {}
     for launch, runner, module, donated, dead in _program(plan, name):
         extra = (shared,) if getattr(module, "shares", False) else ()
-        began = [now() for now, _ in _clocks]
+        began = [(clock, clock.now()) for clock in _clocks]
         outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated, *extra)
-        for (now, seen), start in zip(_clocks, began):
-            seen.append((launch, start, now()))
+        for clock, start in began:
+            clock.seen.append((launch, start, clock.now()))
         for log in tuple(_logs):
             log.launches.append((runner, launch))
         for slot in dead:

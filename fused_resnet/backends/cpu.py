@@ -188,7 +188,7 @@ def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shar
     if launch.epilogue == "stats":
         return y, *_statistics(launch, operands, y)
     if not alone:
-        z = reference.EPILOGUES[launch.epilogue](y, operands, launch.eps)
+        z = reference.EPILOGUES[launch.epilogue](y.to(torch.float32), operands, launch.eps)
         y = z.to(launch.dtype)
     return ACTIVATIONS[launch.activation].in_place(y, launch.slope)
 

@@ -85,13 +85,9 @@ def device(text: str) -> torch.device:
     return wanted
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--device``."""
+def add_where(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--device`` and ``--backend``, see :func:`chosen_backend`."""
     parser.add_argument("--device", type=device, default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
-
-
-def add_backend(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--backend``."""
     parser.add_argument(
         "--backend", choices=list(backends.BACKENDS), help="what runs the launches; by default chosen by the device"
     )

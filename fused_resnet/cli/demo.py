@@ -20,8 +20,7 @@ from ..backends import count_launches
 from ..swap import explain, fuse
 from .arguments import (
     CommandError,
-    add_backend,
-    add_device,
+    add_where,
     chosen_backend,
     dtype,
     dtype_name,
@@ -30,7 +29,7 @@ from .arguments import (
     naturals,
     positive,
 )
-from .text import Progress, table
+from .text import Progress, sentence, table
 
 CONTIGUOUS, CHANNELS_LAST, FUSED = "eager contiguous", "eager channels_last", "fused"
 
@@ -38,15 +37,14 @@ CONTIGUOUS, CHANNELS_LAST, FUSED = "eager contiguous", "eager channels_last", "f
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "swap a torchvision ResNet-50 and compare it with eager PyTorch, on the device at hand"
-    parser = commands.add_parser("demo", help=text, description=f"{text.capitalize()}. About a minute.")
+    parser = commands.add_parser("demo", help=text, description=f"{sentence(text)}. About a minute.")
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="a torchvision model (resnet50)")
     parser.add_argument("--batch", type=naturals, default="1,8", metavar="N,N", help="images at once (1,8)")
     parser.add_argument("--size", type=natural, default=224, metavar="N", help="rows and columns of an image (224)")
     parser.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16, bf16 (fp32; fp16 on a GPU)")
     parser.add_argument("--seconds", type=positive, default=15.0, metavar="S", help="time to measure each batch for (15)")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (demo.png)")
-    add_device(parser)
-    add_backend(parser)
+    add_where(parser)
     parser.set_defaults(run=run)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from ..train.config import AMP, BACKENDS
 from .arguments import CommandError, natural, naturals, one_line, whole
-from .text import Progress
+from .text import Progress, sentence
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "top-1 and top-5 of trained networks: one crop, ten crops, several sizes, ensembles"
-    about = f"{text.capitalize()}. Checkpoints know their network, data and normalisation; docs/train.md tells more."
+    about = f"{sentence(text)}. Checkpoints know their network, data and normalisation; docs/train.md tells more."
     parser = commands.add_parser("evaluate", help=text, description=about)
     parser.add_argument(
         "checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="files or folders of train; several are an ensemble"

@@ -23,8 +23,7 @@ from ..measure import relative_error
 from ..swap import explain, fuse
 from .arguments import (
     CommandError,
-    add_backend,
-    add_device,
+    add_where,
     chosen_backend,
     dtype,
     dtype_name,
@@ -33,7 +32,7 @@ from .arguments import (
     one_line,
     refusing,
 )
-from .text import table
+from .text import sentence, table
 
 #: Relative error that is allowed in fp32 in any case.
 FP32 = 1e-5
@@ -44,7 +43,7 @@ FACTOR = 2.0
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "fuse a copy of a model and compare it with eager PyTorch"
-    parser = commands.add_parser("fuse-check", help=text, description=f"{text.capitalize()}. Exit code 1 where they disagree.")
+    parser = commands.add_parser("fuse-check", help=text, description=f"{sentence(text)}. Exit code 1 where they disagree.")
     parser.add_argument(
         "model", metavar="MODEL", help="a torchvision name, or module:function or file.py:function that returns an nn.Module"
     )
@@ -57,8 +56,7 @@ def add(commands: Any) -> None:
         metavar="TYPES",
         help="fp32,fp16,bf16 (the default)",
     )
-    add_device(parser)
-    add_backend(parser)
+    add_where(parser)
     parser.set_defaults(run=run)
 
 

@@ -11,12 +11,13 @@ import torch
 
 from ..gpu.budget import STAGES
 from .arguments import CommandError, positive
+from .text import sentence
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "check, time, tune and profile everything on this machine's GPU"
-    parser = commands.add_parser("gpu", help=text, description=f"{text.capitalize()}; docs/gpu.md describes what it writes.")
+    parser = commands.add_parser("gpu", help=text, description=f"{sentence(text)}; docs/gpu.md describes what it writes.")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for results.json, tuning.json, summary.md"
     )

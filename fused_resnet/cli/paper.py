@@ -9,14 +9,13 @@ from typing import Any
 
 from .arguments import CommandError, natural, one_line
 from .gpu import writable
+from .text import sentence
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "run the paper's comparisons and draw its figures"
-    about = (
-        f"{text.capitalize()}: plain against residual, options A, B, C, highways, layer responses. docs/paper.md tells more."
-    )
+    about = f"{sentence(text)}: plain against residual, options A, B, C, highways, layer responses. docs/paper.md tells more."
     parser = commands.add_parser("paper", help=text, description=about)
     parser.add_argument("--scale", choices=("tiny", "cifar", "imagenet"), default="tiny", help="how large (tiny: minutes)")
     parser.add_argument(

@@ -15,11 +15,10 @@ from ..gpu import draw
 from ..models import build
 from ..train import TrainingError, UsageError
 from ..train.data import Data
-from ..train.supply import Supply, watch
+from ..train.supply import Supply, check, watch
 from .arguments import (
     CommandError,
-    add_backend,
-    add_device,
+    add_where,
     chosen_backend,
     dtype,
     dtype_name,
@@ -30,7 +29,7 @@ from .arguments import (
     whole,
 )
 from .gpu import writable
-from .text import Progress, scaled, table
+from .text import Progress, scaled, sentence, table
 
 #: Rows of the table of launches.
 MOST = 12
@@ -39,7 +38,7 @@ MOST = 12
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "images a second over depth and batch, time by launch, data loading, memory by layer, eager beside fused"
-    parser = commands.add_parser("profile", help=text, description=f"{text.capitalize()}; docs/paper.md has an example.")
+    parser = commands.add_parser("profile", help=text, description=f"{sentence(text)}; docs/paper.md has an example.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names, such as cifar_resnet20 cifar_resnet56 resnet50")
     parser.add_argument("--batch", type=naturals, default="8", metavar="A,B", help="images in a call (8)")
     parser.add_argument("--size", type=natural, default=0, metavar="N", help="rows and columns; by default the network's own")
@@ -53,8 +52,7 @@ def add(commands: Any) -> None:
     data.add_argument("--data", default="", metavar="NAME", help="digits, cifar10, cifar100 or folder; by default the recipe's")
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
     data.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images of a folder (2)")
-    add_device(parser)
-    add_backend(parser)
+    add_where(parser)
     parser.set_defaults(run=run)
 
 
@@ -93,7 +91,9 @@ def _images(arguments: argparse.Namespace) -> Data | str:
         return "not looked at: --recipe imagenet-paper --data-dir DIR does"
     try:
         chosen = recipe.load(arguments.recipe or "digits")
-        return data.load(arguments.data or chosen.data, arguments.data_dir, chosen)
+        images = data.load(arguments.data or chosen.data, arguments.data_dir, chosen)
+        check(images, arguments.batch[-1])  # the last one is looked at in detail
+        return images
     except UsageError as error:
         if asked:
             raise CommandError(one_line(error)) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import CommandError
 from .gpu import writable
+from .text import sentence
 
 
 def add(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help=text,
-        description=f"{text.capitalize()}; without results, from the model's predictions, which are called so.",
+        description=f"{sentence(text)}; without results, from the model's predictions, which are called so.",
     )
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="results.json files, one a GPU")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for index.md and the rest")

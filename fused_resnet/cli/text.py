@@ -18,6 +18,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, ind
     return "\n".join(text)
 
 
+def sentence(text: str) -> str:
+    """With a large first letter; the others stay as they are (``str.capitalize`` makes ``eager pytorch`` of eager PyTorch)."""
+    return text[:1].upper() + text[1:]
+
+
 def scaled(number: float, unit: str = "") -> str:
     """``1234567`` as ``1.23 M``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

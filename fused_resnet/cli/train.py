@@ -9,12 +9,13 @@ from typing import Any
 
 from ..train.config import AMP, BACKENDS, DISTRIBUTED
 from .arguments import CommandError, natural, one_line, positive, whole
+from .text import sentence
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "train a network after a recipe, on digits at once, on CIFAR or a folder of images"
-    about = f"{text[0].upper()}{text[1:]}. Run it again with --resume after an interruption; docs/train.md tells more."
+    about = f"{sentence(text)}. Run it again with --resume after an interruption; docs/train.md tells more."
     parser = commands.add_parser("train", help=text, description=about)
     parser.add_argument("--recipe", default="digits", metavar="NAME", help="a recipe's name or a JSON file (digits)")
     parser.add_argument("--model", default="", metavar="NAME", help="a network; by default the recipe's")

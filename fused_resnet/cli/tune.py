@@ -13,14 +13,13 @@ from ..models import MODELS
 from ..network import MODES
 from .arguments import CommandError, dtype, dtype_name, natural, one_line, positive
 from .gpu import need_gpu, writable
+from .text import sentence
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "measure how each launch of a network runs fastest on this GPU, and keep it"
-    parser = commands.add_parser(
-        "tune", help=text, description=f"{text.capitalize()}. Interrupted or out of time, call it again."
-    )
+    parser = commands.add_parser("tune", help=text, description=f"{sentence(text)}. Interrupted or out of time, call it again.")
     parser.add_argument("models", nargs="*", default=["resnet50"], metavar="MODEL", help=f"{', '.join(MODELS)} (resnet50)")
     parser.add_argument("--batch", type=natural, default=256, metavar="N", help="images (256)")
     parser.add_argument("--size", type=natural, default=224, metavar="N", help="rows and columns of an image (224)")

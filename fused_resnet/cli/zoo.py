@@ -20,7 +20,7 @@ from .. import counts, specimens
 from ..swap import explain, fuse
 from .arguments import CommandError, natural, one_line, refusing
 from .fuse_check import agreement
-from .text import Progress
+from .text import Progress, sentence
 
 #: Columns of the file.
 COLUMNS = (
@@ -32,7 +32,7 @@ COLUMNS = (
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "fuse every model whose name matches, and keep what came out as CSV"
-    parser = commands.add_parser("zoo", help=text, description=f"{text.capitalize()}. Exit code 1 where one disagrees.")
+    parser = commands.add_parser("zoo", help=text, description=f"{sentence(text)}. Exit code 1 where one disagrees.")
     parser.add_argument(
         "patterns", nargs="*", metavar="PATTERN", help="resnet*, timm/resnet* (quoted); none with --markdown only"
     )

@@ -91,11 +91,14 @@ def _eager_launches(parts: Parts) -> int:
     return len(parts.modules) - identities + int(parts.residual)
 
 
-def _device_and_dtype(parts: Parts) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(parts: Parts) -> tuple[torch.device, torch.dtype, bool]:
+    """Where a chain's convolutions run and in which type, and whether autocast decides on that."""
     weight = parts.layers[0].conv.weight
-    if isinstance(weight, torch.Tensor):
-        return weight.device, weight.dtype
-    return torch.device("cpu"), torch.float32
+    if not isinstance(weight, torch.Tensor):
+        return torch.device("cpu"), torch.float32, False
+    if weight.is_meta or weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.device, weight.dtype, False
+    return weight.device, torch.get_autocast_dtype(weight.device.type), True
 
 
 def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
@@ -103,7 +106,9 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     reading = read(parts, module.fused_memory)
     if reading.chain is None:
         return Row(name, what, "pytorch", eager, eager, reading.reason or "")
-    device, dtype = _device_and_dtype(parts)
+    device, dtype, autocast = _device_and_dtype(parts)
+    if autocast and reading.frozen:
+        return Row(name, what, "pytorch", eager, eager, "under autocast its frozen BatchNorm makes fp32, which no launch does")
     chosen = backends.choose(module.fused_backend, device)
     plan = forward_plan(reading.chain, *nominal_size(reading.chain), dtype)
     notes = []
@@ -204,7 +209,7 @@ def _is_all(module: nn.Module, parts: Parts) -> bool:
 
 
 def explain(model: nn.Module, *, show: bool = True) -> Explanation:
-    """What runs for each convolution and BatchNorm of ``model`` as it is now (mode, hooks, device, types).
+    """What runs for each convolution and BatchNorm of ``model`` as it is now (mode, hooks, device, types, autocast).
 
     Args:
         model: any module, fused or not.

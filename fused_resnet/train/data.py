@@ -139,7 +139,7 @@ def in_memory(name: str, classes: list[str], train: Pixels, test: Pixels, normal
 
 
 def digits(recipe: Recipe) -> Data:
-    """1437 training and 360 test images: of each class every fifth in a fixed random order is for the test.
+    """1433 training and 364 test images: of each class every fifth in a fixed random order is for the test.
 
     The set names no writers, so the same hand can be in both splits: an easy test, fit to tell a bug from a network.
 

@@ -166,8 +166,6 @@ class _Run:
         try:
             self._train()
         except DataError as error:
-            if self.world.size == 1 and state.step:  # else the others would have to save too
-                self._save()
             raise TrainingError(f"stopped behind step {state.step}: {error}; {self._last()}") from error
         except metrics.NotFinite as error:
             raise TrainingError(f"stopped: {error}; {self._last()}") from error
@@ -187,6 +185,15 @@ class _Run:
         return f"the last good checkpoint is {self.path}, of step {self.saved_step}"
 
     def _train(self) -> None:
+        """All steps; where an image stops them, what was done is saved."""
+        try:
+            self._steps()
+        except DataError:
+            if self.world.size == 1 and self.state.step:  # else the others would have to save too
+                self._save()
+            raise
+
+    def _steps(self) -> None:
         state, config = self.state, self.config
         end = min(self.total, config.stop_after) if config.stop_after else self.total
         draws = sampler.draws(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import sampler
 from .data import Batch, Data
+from .errors import UsageError
 
 #: Part of the time that a loop waits for images, from which loading counts as what bounds it.
 BOUND = 0.25
@@ -64,6 +65,7 @@ def watch(
         UsageError: the set has fewer images than a batch.
         DataError: an image cannot be read.
     """
+    check(data, batch)
     batches = data.train.batches(sampler.draws(0, len(data.train), batch, range(10**9)), workers)
 
     def ready(got: Batch) -> None:
@@ -87,6 +89,16 @@ def watch(
     _wait(device)
     whole = max(now() - began, 1e-9)
     return Supply(data.name, batch, workers if data.name == "folder" else 0, alone, images / whole, waited / whole)
+
+
+def check(data: Data, batch: int) -> None:
+    """A data set has a batch.
+
+    Raises:
+        UsageError: fewer images than that.
+    """
+    if len(data.train) < batch:
+        raise UsageError(f"batch must be at most the {len(data.train)} training images of data {data.name!r}, got {batch}")
 
 
 def _some(batches: Iterator[Batch], seconds: float, now: Callable[[], float]) -> Iterator[Batch]:

@@ -145,11 +145,24 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
         whole_only: the launch will run as one kernel: which tile?
     """
     entry = measured.find(launch, gpu)
+    if entry is not None and not _runs(launch, entry):
+        chosen = _by_model(launch, arch, tf32, whole_only)
+        return replace(chosen, reason=f"{chosen.reason}; what was measured on {gpu}, {entry.how}, does not run: tune again")
     if entry is not None and not (whole_only and entry.how != "fused"):
         others = "".join(f", {how} {seconds * 1e6:.1f} us" for how, seconds in entry.alternatives.items())
         return Choice(
             entry.how, entry.tile, entry.seconds, f"measured on {gpu}: {entry.how} {entry.seconds * 1e6:.1f} us{others}"
         )
+    return _by_model(launch, arch, tf32, whole_only)
+
+
+def _runs(launch: Launch, entry: measured.Entry) -> bool:
+    """Whether a measured choice can be followed: its file may be of a version that took other launches apart."""
+    return isinstance(entry.tile, type(by_rule(launch, ""))) if entry.how == "fused" else pieces(launch, entry.how) is not None
+
+
+def _by_model(launch: Launch, arch: str, tf32: bool, whole_only: bool) -> Choice:
+    """What is not measured: by the model, or the rule where that knows nothing of the device."""
     device = typical(arch)
     if device is None:
         return Choice("fused", by_rule(launch, arch, tf32), None, "by rule: no data about this device")
