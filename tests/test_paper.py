@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from fused_resnet.paper.scales import SCALES, Run
 from fused_resnet.train import recipe as recipes
 
 TINY = SCALES["tiny"]
+ROOT = Path(__file__).resolve().parents[1]
 WHERE = {"device": "a CPU", "versions": {"torch": "2"}, "date": "2026-01-01", "evidence": "made up"}
 
 #: Stands for the worker: errors by network, a little more for each seed.
@@ -90,6 +94,9 @@ def test_the_command_from_runs_to_page(fake: Path, tmp_path: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert "[14/14]" in printed and str(out / "paper.md") in printed
     assert "Processor time of the 14 runs: 21 minutes" in page
+    rows = (out / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "network,seed,recipe,training_error,test_error,processor_seconds" and len(rows) == 15
+    assert "cifar_plain56,1,digits-paper,0.5100,0.2550,90" in rows
     done = out / "cifar_plain20-seed1" / "done.json"
     done.write_text(done.read_text(encoding="utf-8").replace("processor_seconds", "other"), encoding="utf-8")
     # What is done is not done again; a time that is not known of all is not told.
@@ -97,6 +104,15 @@ def test_the_command_from_runs_to_page(fake: Path, tmp_path: Path, capsys: pytes
     assert main(["paper", "--out", str(out), "--seeds", "2"]) == 0
     assert main(["paper", "--out", str(out), "--seeds", "2", "--draw"]) == 0
     assert "Processor time" not in (out / "paper.md").read_text(encoding="utf-8")
+    # Of another recipe or length they are no runs of this set.
+    for more, says in (
+        (["--recipe", "digits"], "recipe 'digits-paper', not 'digits'"),
+        (["--epochs", "3"], "epochs 8, not 3.0"),
+    ):
+        assert main(["paper", "--out", str(out), "--seeds", "2", *more]) == 2
+        assert f"cifar_plain20-seed0 in it is of {says}: name another --out" in capsys.readouterr().err
+    assert main(["paper", "--out", str(out), "--recipe", "digit"]) == 2
+    assert "unknown recipe 'digit'" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_and_the_rest_is_drawn(
@@ -107,6 +123,29 @@ def test_a_run_that_fails_is_named_and_the_rest_is_drawn(
     assert "cifar_highway56-seed0: no such luck" in capsys.readouterr().err
     page = (tmp_path / "o" / "paper.md").read_text(encoding="utf-8")
     assert "Not complete" in page and "cifar_highway56 (0 of 1)" in page and "yes, of one seed each" in page
+
+
+def test_asked_to_end_it_ends_its_runs(tmp_path: Path) -> None:
+    """SIGTERM: the run that is under way gets it, too, and nothing is left behind."""
+    script = tmp_path / "sleeping.py"
+    script.write_text(
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "Path(sys.argv[1]).with_name('pid').write_text(str(os.getpid()))\ntime.sleep(100)\n"
+    )
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom fused_resnet.paper.runs import Options, everything\n"
+        "from fused_resnet.paper.scales import SCALES\n"
+        "everything(SCALES['tiny'], Options(Path(sys.argv[1]), 1), command=(sys.executable, sys.argv[2]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(script)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    told = tmp_path / "cifar_plain20-seed0" / "pid"
+    until = time.monotonic() + 100
+    while not (told.exists() and told.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
 
 
 def test_nothing_to_draw_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,10 +208,7 @@ def test_a_figure_without_runs_is_left_out(tmp_path: Path) -> None:
     assert not collect(tmp_path, TINY.runs(1)), "it has not come to its end"
     (folder / "done.json").write_text("{}", encoding="utf-8")
     files = draw(TINY, collect(tmp_path, TINY.runs(1)), 1, WHERE)
-    assert set(files) == {"paper.md", "degradation-train.svg", "degradation-test.svg", "options.svg", "highway.svg"} - {
-        "options.svg",
-        "highway.svg",
-    }
+    assert set(files) == {"paper.md", "runs.csv", "degradation-train.svg", "degradation-test.svg"}
 
 
 @pytest.mark.slow

@@ -218,9 +218,22 @@ def test_the_command(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ElementTree.fromstring((tmp_path / name).read_text(encoding="utf-8"))
 
 
+def test_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each model eager and fused; nothing is timed."""
+    assert main(["profile", "cifar_resnet8", "cifar_resnet14", "--growth", "--memory", "less", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "cifar_resnet14, fused        61" in text and "images a second" not in text
+    rows = json.loads((tmp_path / "growth.json").read_text(encoding="utf-8"))
+    assert [(row["model"], row["how"]) for row in rows] == [
+        ("cifar_resnet8", "eager"), ("cifar_resnet8", "fused"), ("cifar_resnet14", "eager"), ("cifar_resnet14", "fused"),
+    ]  # fmt: skip
+    assert rows[3]["launches"] == 61 and rows[3]["graph"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cifar_resnet8", "--compile"], "--compile is for --growth"),
         (["resnet17"], "unknown model 'resnet17'"),
         (["cifar_resnet21"], "depth must be 6n + 2"),
         (["resnet18", "--batch", "0"], "at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fused_resnet import blocks, count_launches, fuse, models, unfuse
+from fused_resnet import count_launches, fuse, growth, kept, models, unfuse
 from fused_resnet.blocks import Fused
 
 
@@ -46,20 +47,72 @@ def test_a_step_of_a_very_deep_network(depth: int) -> None:
     assert built <= 0.70 and low <= 0.50 and built < default < 0.8
 
 
-def test_launches_and_nodes_grow_with_the_depth_and_no_faster() -> None:
-    """Each block costs the same number of launches, autograd nodes and distinct plans, however many there are."""
-    counts = []
+@pytest.mark.parametrize("depth", [56, pytest.param(1202, marks=pytest.mark.slow)])
+def test_what_a_very_deep_network_holds(depth: int) -> None:
+    """As the profile command reports it, of eager: between forward and backward, and at most, with each stage checkpointed."""
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    model = models.build(f"cifar_resnet{depth}", memory="less").train()
+    rows = {row.how: row for row in kept.by_mode(kept.Pair.of(model), x)}
+    eager = rows["eager"]
+    behind = {how: row.behind / eager.behind for how, row in rows.items()}
+    most = {how: row.most / eager.most for how, row in rows.items()}
+    print({how: (round(behind[how], 3), round(most[how], 3)) for how in rows})
+    assert eager.behind == saved_bytes(unfuse(copy.deepcopy(model)), x)
+    assert behind['fused, memory="less"'] <= 0.70 and behind['fused, memory="low"'] <= 0.50
+    checkpointed = 'fused, memory="low", stages checkpointed'
+    assert behind[checkpointed] <= 0.05 and most[checkpointed] <= 0.25
+    assert most[checkpointed] < 0.45 * most["eager, stages checkpointed"]
+
+
+@pytest.mark.parametrize(("memory", "launches"), [("default", 8), ("less", 8.5)])
+def test_a_step_grows_with_the_depth_and_no_faster(memory: str, launches: float) -> None:
+    """Each block is 3 launches forward and 5 backward (a bn_add_relu again for every second one), a node of autograd and one
+    for each of its 6 parameters, and as many Python calls, however many blocks there are; blocks of one size share their plans.
+    """
+    found, plans = [], []
     for depth in (14, 26, 38):
-        model = models.build(f"cifar_resnet{depth}", memory="less").train()
+        model = models.build(f"cifar_resnet{depth}", memory=memory).train()
         with count_launches() as log:
-            loss = model(torch.randn(2, 3, 8, 8)).sum()
-            loss.backward()
-        chains = sum(isinstance(module, blocks.FusedResidual) for module in model.modules())
-        counts.append((len(log), len({launch for _, launch in log.launches}), chains))
-    launches, distinct, chains = zip(*counts)
-    assert launches[2] - launches[1] == launches[1] - launches[0] > 0
-    assert distinct[0] == distinct[1] == distinct[2], "blocks of one size share their plans"
-    assert chains == (6, 12, 18)
+            found.append(growth.count(model, torch.randn(2, 3, 8, 8)))
+        plans.append(len({launch for _, launch in log.launches}))
+    assert [later.launches - before.launches for before, later in pairwise(found)] == [6 * launches] * 2
+    assert [later.nodes - before.nodes for before, later in pairwise(found)] == [6 * 7] * 2
+    first, second = (later.calls - before.calls for before, later in pairwise(found))
+    assert 0 < second < 1.02 * first, "a few are the garbage collector's"
+    assert len({*plans}) == 1
+
+
+@pytest.mark.slow
+def test_the_compilers_graph_grows_with_the_depth_and_no_faster() -> None:
+    """As many nodes for each block, and no more Python calls to trace one."""
+    found = [
+        growth.count(models.build(f"cifar_resnet{n}").train(), torch.randn(2, 3, 8, 8), compiled=True) for n in (8, 20, 32)
+    ]
+    first, second = (later.graph - before.graph for before, later in pairwise(found))
+    assert first == second > 0
+    first, second = (later.compiling - before.compiling for before, later in pairwise(found))
+    assert 0 < second < 1.3 * first
+
+
+def test_python_calls_are_counted() -> None:
+    """Of a network whose steps call a function as often as they are told, of Python and of C, forward."""
+
+    class Calls(nn.Module):
+        times = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                abs(self.nothing())
+            return x * self.weight
+
+        def nothing(self) -> int:
+            return 0
+
+    model, numbers = Calls(), []
+    model.weight = nn.Parameter(torch.ones(()))
+    for model.times in (0, 10, 30):
+        numbers.append(growth.count(model, torch.randn(1, 3, 4, 4)).calls)
+    assert numbers[1] - numbers[0] == 20 and numbers[2] - numbers[1] == 40
 
 
 # ------------------------------------------------------------------------------------------------- outputs made again

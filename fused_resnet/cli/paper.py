@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from .arguments import CommandError, natural, one_line
+from .arguments import CommandError, natural, one_line, positive
 from .gpu import writable
 from .text import sentence
 
@@ -25,6 +26,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--jobs", type=natural, metavar="N", help="runs at a time (2 on a CPU, 1 on a GPU)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
     parser.add_argument("--backend", choices=("auto", "eager", "cpu", "reference", "triton"), default="auto")
+    parser.add_argument("--recipe", metavar="NAME", help="another recipe than the scale's, as of the train command")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="another length of each run")
     parser.add_argument("--draw", action="store_true", help="train nothing: draw what the folder's logs hold")
     parser.set_defaults(run=run)
 
@@ -34,22 +37,35 @@ def run(arguments: argparse.Namespace) -> int:
     from ..measure import automatic_device, circumstances
     from ..paper.page import draw, write
     from ..paper.results import LogError, collect
-    from ..paper.runs import Options, RunFailed, everything
+    from ..paper.runs import Options, RunFailed, check_same, everything
     from ..paper.scales import SCALES
     from ..train import UsageError
+    from ..train import recipe as recipes
     from ..train.files import alone
 
     scale = SCALES[arguments.scale]
+    if arguments.recipe:
+        scale = dataclasses.replace(scale, recipe=arguments.recipe, deep_recipe=arguments.recipe)
+    if arguments.epochs:
+        scale = dataclasses.replace(scale, epochs=arguments.epochs)
+    if arguments.recipe or arguments.epochs:
+        length = f"{scale.epochs:g} epochs" if scale.epochs else "its own length"
+        scale = dataclasses.replace(scale, about=f"{scale.about} (here recipe {scale.recipe}, {length})")
     out: Path = arguments.out or Path("runs") / f"paper-{scale.name}"
     device = automatic_device()
     writable(out)
     seeds = arguments.seeds or scale.seeds
     jobs = arguments.jobs or (1 if device.type == "cuda" else 2)
     code = 0
+    options = Options(out, seeds, jobs, arguments.data_dir, arguments.backend)
+    try:
+        recipes.load(scale.recipe)
+        check_same(scale, options)
+    except UsageError as error:
+        raise CommandError(one_line(error)) from error
     if not arguments.draw:
         count = len(scale.runs(seeds))
         print(f"{scale.name}: {scale.about}; {count} runs into {out}", flush=True)
-        options = Options(out, seeds, jobs, arguments.data_dir, arguments.backend)
         try:
             with alone(out):
                 everything(scale, options, lambda line: print(line, flush=True))

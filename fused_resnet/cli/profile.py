@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import kept, measure, profiling
+from .. import growth, kept, measure, profiling
 from ..gpu import draw
 from ..models import build
 from ..train import TrainingError, UsageError
@@ -47,6 +47,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", type=dtype, default="fp32", metavar="TYPE", help="fp32 (the default), fp16, bf16")
     parser.add_argument("--seconds", type=positive, default=3.0, metavar="S", help="to time each pair (3)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for profile.json, trace.json and the pictures")
+    grow = parser.add_argument_group("what grows with the depth", "counted on small images; nothing is timed")
+    grow.add_argument("--growth", action="store_true", help="launches, autograd nodes and Python calls of each model's step")
+    grow.add_argument("--compile", action="store_true", help="and nodes of the compiler's graph (minutes for 100 layers)")
     data = parser.add_argument_group("data loading", "beside a training step; by default the digits for CIFAR's networks")
     data.add_argument("--recipe", metavar="NAME", help="whose images and augmentation, as of the train command")
     data.add_argument("--data", default="", metavar="NAME", help="digits, cifar10, cifar100 or folder; by default the recipe's")
@@ -64,8 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
                 build(name)
         except ValueError as error:
             raise CommandError(one_line(error)) from error
+    if arguments.compile and not arguments.growth:
+        raise CommandError("--compile is for --growth")
     if arguments.out is not None:
         writable(arguments.out)
+    if arguments.growth:
+        _growth(arguments)
+        return 0
     images = _images(arguments)
     with chosen_backend(arguments.backend, arguments.device):
         try:
@@ -76,6 +84,27 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:  # one value a channel
             raise CommandError(one_line(error)) from error
     return 0
+
+
+def _growth(arguments: argparse.Namespace) -> None:
+    """Of each model in training mode on two images, eager and fused."""
+    head = ["", "launches", "autograd nodes", "Python calls", *["graph nodes", "Python calls to compile"] * arguments.compile]
+    cells, rows = [], []
+    progress = Progress()
+    side = 8 if all(name.startswith("cifar_") for name in arguments.models) else 32
+    for name in arguments.models:
+        progress.step(name)
+        pair = profiling.pair_of(profiling.Subject(name, 2), torch.device("cpu"), torch.float32, arguments.memory)
+        for how, model in (("eager", pair.eager), ("fused", pair.fused)):
+            with chosen_backend(arguments.backend, torch.device("cpu")):
+                found = growth.count(model, torch.randn(2, 3, side, side), arguments.compile)
+            numbers = list(vars(found).values())[: len(head) - 1]
+            cells.append([f"{name}, {how}", *(f"{number:,}" if number else "-" for number in numbers)])
+            rows.append({"model": name, "how": how, **vars(found)})
+    print(f"a training step of two images of {side}x{side}, counted on the CPU; the numbers are those of any size of images")
+    print(table(head, cells))
+    if arguments.out is not None:
+        (arguments.out / "growth.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def _images(arguments: argparse.Namespace) -> Data | str:
@@ -179,7 +208,7 @@ def _show_loading(images: Data | str, loading: Supply | None) -> None:
         return
     workers = f", {loading.workers} workers" if loading.workers else ""
     print(f"\ndata loading: {loading.data}, batch {loading.batch}{workers}")
-    print(f"  {loading.alone:,.0f} images a second made ready alone, {loading.taken:,.0f} taken by loading and steps together")
+    print(f"  {loading.alone:,.1f} images a second made ready alone, {loading.taken:,.1f} taken by loading and steps together")
     what = "more --workers help" if loading.workers else "it is what bounds the training"
     print(
         f"  the steps wait {loading.waited:.1%} of the time: {what if loading.bounds else 'it is not what bounds the training'}"

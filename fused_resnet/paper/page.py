@@ -51,7 +51,7 @@ def draw(scale: Scale, found: Outcomes, seeds: int, where: dict[str, Any]) -> di
         if name in files:
             text += [f"![{words}]({name})", ""]
     text += [*_notes(scale, where), *_time(found)]
-    return {"paper.md": "\n".join(text), **files}
+    return {"paper.md": "\n".join(text), "runs.csv": _runs(scale, found), **files}
 
 
 _FIGURES = {
@@ -161,6 +161,19 @@ def _time(found: Outcomes) -> list[str]:
     total = sum(sum(outcome.processor) for outcome in outcomes)
     runs = sum(len(outcome.seeds) for outcome in outcomes)
     return [f"Processor time of the {runs} runs: {total / 60:.0f} minutes, with the start of each.", ""]
+
+
+def _runs(scale: Scale, found: Outcomes) -> str:
+    """Every run in a row: what the table and its spreads are made of."""
+    rows = ["network,seed,recipe,training_error,test_error,processor_seconds"]
+    for name, outcome in found.items():
+        recipe = scale.deep_recipe if name in scale.deep else scale.recipe
+        seconds = [f"{value:.0f}" for value in outcome.processor]
+        if len(seconds) < len(outcome.seeds):
+            seconds = [""] * len(outcome.seeds)
+        ends = zip(outcome.seeds, outcome.last("train").values, outcome.last("test").values, seconds, strict=True)
+        rows += [f"{name},{seed},{recipe},{train:.4f},{test:.4f},{spent}" for seed, train, test, spent in ends]
+    return "\n".join([*rows, ""])
 
 
 def write(out: Path, files: dict[str, str]) -> None:

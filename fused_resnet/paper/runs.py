@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from ..train import UsageError
 from .scales import Run, Scale
-from .worker import is_done
+from .worker import DONE, is_done
 
 
 class RunFailed(Exception):
@@ -57,6 +61,22 @@ def job_of(scale: Scale, run: Run, options: Options) -> dict[str, Any]:
     }
 
 
+def check_same(scale: Scale, options: Options) -> None:
+    """What is done in the folder was done as it would be now.
+
+    Raises:
+        UsageError: a run is of another recipe, length or data set.
+    """
+    for run in scale.runs(options.seeds):
+        if is_done(options.out, run):
+            done = json.loads((options.out / run.name / DONE).read_text(encoding="utf-8"))
+            wanted = job_of(scale, run, options)
+            for name in ("recipe", "epochs", "data", "pool"):
+                if done.get(name) != wanted[name]:
+                    what = f"{name} {done.get(name)!r}, not {wanted[name]!r}"
+                    raise UsageError(f"{options.out}: {run.name} in it is of {what}: name another --out")
+
+
 def everything(scale: Scale, options: Options, tell: Callable[[str], None] = print, command: Sequence[str] = ()) -> None:
     """Do all runs that are not done.
 
@@ -72,6 +92,7 @@ def everything(scale: Scale, options: Options, tell: Callable[[str], None] = pri
     waiting = [run for run in scale.runs(options.seeds) if not is_done(options.out, run)]
     total = len(scale.runs(options.seeds))
     running: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    before = signal.signal(signal.SIGTERM, _interrupt) if threading.current_thread() is threading.main_thread() else None
     try:
         while waiting or running:
             while waiting and len(running) < options.jobs:
@@ -91,6 +112,13 @@ def everything(scale: Scale, options: Options, tell: Callable[[str], None] = pri
             process.terminate()
         for process, _ in running.values():
             process.wait()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Whoever is asked to end stops what it has started, too."""
+    raise KeyboardInterrupt
 
 
 def _start(scale: Scale, run: Run, options: Options, command: Sequence[str]) -> subprocess.Popen[bytes]:
