@@ -289,6 +289,8 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
 class FusedSequential(Fused):
     """A Sequential in which runs of convolutions, BatchNorms and activations are chains."""
 
+    gives_contiguous: ClassVar[bool] = False  # not channels_last, for those who view the result
+
     @classmethod
     def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return [(name, part) for name, part in segments(list(module._modules.items())) if isinstance(part, Parts)]
@@ -296,7 +298,7 @@ class FusedSequential(Fused):
     def forward(self, x: Tensor) -> Tensor:
         for _, part in segments(list(self._modules.items())):  # type: ignore[arg-type]
             x = self.run(part, x, _one_by_one(part)) if isinstance(part, Parts) else part(x)
-        return x
+        return x.contiguous() if self.gives_contiguous else x
 
 
 def _one_by_one(parts: Parts) -> Callable[[Tensor], Tensor]:

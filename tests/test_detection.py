@@ -37,7 +37,8 @@ def small() -> nn.Module:
 def build(name: str) -> nn.Module:
     if name == "small":
         return randomise(small())
-    return randomise(getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **SIZES))
+    options = {"score_thresh": 0.0, "detections_per_img": 20} if name.startswith("retinanet") else {}
+    return randomise(getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **SIZES, **options))
 
 
 def images() -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from ..blocks import Fused
 from ..chain import shape_behind
 from ..describe import Parts, WeightLayer, convolutions
+from .layout import to_reshape
 from .patterns import LayerPlace, Match, Matcher
 from .tracing import CannotTrace, Frame, Guard, Traced, arguments_of, descend, signature, trace
 
@@ -160,9 +161,14 @@ class Analysis:
         frames = traced.frames
         matches = matcher.find(lambda a, b: frames[a] is frames[b])
         spanning = [match for match in matches if self._owner(module, match, traced).path == ""]
-        if not spanning:
+        reshaped = to_reshape(traced.graph, matcher)
+        if not spanning and not (self._fused_inside(module, matches) and any(frames[node].parent is None for node in reshaped)):
             return None
-        return _Writer(module, traced, matcher, matches, spanning).region()
+        return _Writer(module, traced, matcher, matches, spanning, reshaped).region()
+
+    def _fused_inside(self, module: nn.Module, matches: list[Match]) -> bool:
+        """Whether some child gives a tensor that a chain has made."""
+        return bool(matches) or any(self.known(child)[0] is not None for child in module.modules() if child is not module)
 
     def _owner(self, root: nn.Module, match: Match, traced: Traced) -> Frame:
         """The innermost frame around a chain whose module runs its chains itself."""
@@ -179,9 +185,15 @@ class _Writer:
     """Writes a traced forward out again, with the chains."""
 
     def __init__(
-        self, module: nn.Module, traced: Traced, matcher: Matcher, matches: list[Match], spanning: list[Match]
+        self,
+        module: nn.Module,
+        traced: Traced,
+        matcher: Matcher,
+        matches: list[Match],
+        spanning: list[Match],
+        reshaped: set[fx.Node],
     ) -> None:
-        self.module, self.traced, self.matcher = module, traced, matcher
+        self.module, self.traced, self.matcher, self.reshaped = module, traced, matcher, reshaped
         self.open = self._opened(spanning)
         self.matches = [match for match in matches if all(self._folded(node) is None for node in match.nodes)]
         self.graph = fx.Graph()
@@ -235,6 +247,8 @@ class _Writer:
                 self.map[node] = call
             elif node not in inside:
                 self.map[node] = self.graph.node_copy(node, self.map.__getitem__)
+                if node in self.reshaped:
+                    self.map[node].target = "reshape"
         run, source = _compiled(self.graph)
         required, _ = arguments_of(self.module)
         reasons = {**self.matcher.reasons, **self.traced.leaves}

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
+from .layout import is_viewed
 from .quantised import quantised
 from .recognise import analysis, fused_forward
 from .region import Analysis, FusedRegion, Regions
@@ -67,7 +68,7 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[An
         return _OURS[original]
     if (original, fused) in _made:
         return _made[original, fused]
-    namespace = {
+    namespace: dict[str, Any] = {
         "unfused_class": original,
         "fused_forward_class": fused,
         "__reduce_ex__": _reduce,
@@ -75,6 +76,8 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[An
         "__module__": __name__,
         "__doc__": original.__doc__,
     }
+    if is_viewed(original):
+        namespace["gives_contiguous"] = True
     if fused is FusedRegion:
         namespace["forward"] = _signed(original)
     return _made.setdefault((original, fused), type(f"Fused{original.__name__}", (fused, original), namespace))

@@ -1,0 +1,49 @@
+"""Where a forward counts on the layout of what fused children give it.
+
+Fused blocks give channels_last. ``view`` fails on such a tensor where eager's contiguous one has a view of that shape, so in a
+traced forward it becomes ``reshape``, which copies if it must. It stays where its result is written to in place, which has to
+reach the tensor that was viewed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from .patterns import Matcher
+
+#: Methods whose results share memory with what they are called on.
+_ALIASES = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "chunk", "split",
+     "__getitem__", "getitem", "detach", "view_as", "contiguous", "unbind", "narrow", "select", "to"}
+)  # fmt: skip
+
+#: Modules of others whose result is viewed by code that cannot be traced, by the class and its module.
+_VIEWED = frozenset({("torchvision.models.detection.keypoint_rcnn", "KeypointRCNNHeads")})
+
+
+def is_viewed(kind: type[nn.Module]) -> bool:
+    """Whether the result of such a module must be contiguous, as eager's is."""
+    return (kind.__module__, kind.__name__) in _VIEWED
+
+
+def _is_view(node: fx.Node) -> bool:
+    """``x.view(sizes)``, not ``x.view(dtype)``."""
+    sizes = node.op == "call_method" and node.target == "view" and not node.kwargs
+    return sizes and not any(isinstance(argument, torch.dtype) for argument in node.args)
+
+
+def _written(node: fx.Node, matcher: Matcher) -> bool:
+    """Whether something may write into the memory of a node's result."""
+    for user in node.users:
+        if not matcher.is_pure(user):
+            return True
+        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if user.op != "call_module" and name in _ALIASES and _written(user, matcher):
+            return True
+    return False
+
+
+def to_reshape(graph: fx.Graph, matcher: Matcher) -> set[fx.Node]:
+    """The views of a graph that can be ``reshape`` as well."""
+    return {node for node in graph.nodes if _is_view(node) and not _written(node, matcher)}
