@@ -23,9 +23,9 @@ SHARED = ["3x3 at 7x7, batch 1", "dgrad 3x3 at 7x7, batch 1"]
 FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d", *SHARED]
 
 
-#: Bytes that ptxas spills (Triton 3.8) to fit one program more on a multiprocessor, by (target, case, tf32): the registers then are
-#: a step of the occupancy, 64 to 128, far from the 255 there are, and the same launch in another tile or with fewer warps takes
-#: more of them and spills nothing. docs/evidence.md has the registers.
+#: Bytes that ptxas spills (Triton 3.8) to fit one program more on a multiprocessor, by (target, case, tf32): the
+#: registers are at a step of the occupancy then, 64 to 128, far from the 255 there are, and the same launch in
+#: another tile or with fewer warps takes more of them and spills nothing. docs/evidence.md has the registers.
 SPILLED = {
     ("sm_80", "gelu on load 3x3", False): 40,
     ("sm_80", "max_pool_backward gelu", False): 8,
