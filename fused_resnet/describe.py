@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import MEMORY, Chain, Layer, Pool
+from .launch import DTYPES
 from .plain import ZeroPad
 
 #: Class of a weight layer -> dimensions of its input. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
@@ -193,6 +194,8 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
         return f"{name} is a {type(conv).__name__}, not an nn.Conv2d, Conv1d or Linear"
     if type(conv.weight) not in _TENSORS:
         return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
+    if conv.weight.dtype not in DTYPES:
+        return f"{name}'s weight is {conv.weight.dtype}, which no executor computes in"
     if type(conv) is nn.Linear:
         return None
     if conv.padding_mode != "zeros":

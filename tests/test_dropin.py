@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -157,6 +158,25 @@ def test_pooling_padded_by_more_than_half_its_kernel_is_pytorchs_error() -> None
     with pytest.raises(RuntimeError, match="at most half"):
         PoolGeometry(1, 8, 8, 3, (2, 2), (2, 2), (2, 2))
     PoolGeometry(1, 8, 8, 3, (3, 3), (2, 2), (1, 1))
+
+
+def test_complex_convolutions_are_left_to_pytorch() -> None:
+    """Its own backward of them is one of real convolutions, which a launch does not know of."""
+    net = fuse(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3)))
+    assert explain(net, show=False).rows[0].fused
+    plain, fused = copies(fused_resnet.unfuse(copy.deepcopy(net)).to(torch.complex64))
+    net.to(torch.complex64)
+    with pytest.warns(UserWarning, match="found no"):
+        fuse(fused)
+    assert {row.note for row in explain(net, show=False).left_alone} == {
+        "0's weight is torch.complex64, which no executor computes in"
+    }
+    net.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 2, 7, 8, dtype=torch.complex64)
+    for model in (plain, fused, net):
+        model(x).abs().square().sum().backward()
+    for p, a, b in zip(plain.parameters(), fused.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p.grad, a.grad) and torch.equal(p.grad, b.grad)
 
 
 def test_integer_images_under_autocast_are_pytorchs_error() -> None:
