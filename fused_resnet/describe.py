@@ -215,13 +215,18 @@ def _refuse_norm(name: str, conv: Any, norm: Any) -> str | None:
 
 
 def _refuse_mixture(parts: Parts) -> str | None:
-    """All weight layers are of one class, zero padding is of images; and Linears have a BatchNorm between them."""
+    """All weight layers are of one class, zero padding is of images; Linears have a BatchNorm between them, and no two layers
+    the same one, whose statistics each call moves.
+    """
     first = parts.layers[0]
     for layer in parts.weight_layers:
         if type(layer.conv) is not type(first.conv) and not (type(layer.conv) is ZeroPad and type(first.conv) is nn.Conv2d):
             return f"{layer.name} is a {type(layer.conv).__name__} where {first.name} is a {type(first.conv).__name__}"
     if type(first.conv) is nn.Linear and all(layer.norm is None for layer in parts.weight_layers):
         return f"{first.name} is a Linear without a BatchNorm1d"
+    norms = [id(layer.norm) for layer in parts.weight_layers if layer.norm is not None]
+    if len(set(norms)) != len(norms):
+        return f"a BatchNorm behind {first.name} or a later layer is called twice"
     return None
 
 

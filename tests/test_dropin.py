@@ -11,6 +11,7 @@ from nets import copies, images, randomise, tiny
 from tolerances import relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
@@ -152,6 +153,25 @@ def test_filters_shared_by_two_batchnorms_are_folded_once_each(monkeypatch: pyte
         net(images())
         monkeypatch.setattr(cpu.reference, "scale_and_shift", lambda *a: pytest.fail("folded again"))
         net(images())
+
+
+def test_statistics_of_a_batchnorm_that_is_called_twice() -> None:
+    """They move twice, under torch.compile as well: whoever calls it is a chain of its own."""
+    norm = nn.BatchNorm2d(4, momentum=0.5)
+    row = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), norm, nn.ReLU())
+    block = BasicBlock(4, 4)
+    block.bn2 = block.bn1
+    plain, fused = copies(randomise(nn.Sequential(row, block)).train())
+    fuse(fused)
+    assert [row.name for row in explain(fused, show=False).rows] == ["0.0", "0.3", "1.conv1", "1.conv2"]
+    compiled = copy.deepcopy(fused)
+    x = torch.randn(2, 4, 7, 8)
+    expected = plain(x)
+    assert relative_error(fused(x), expected) < CLOSE
+    assert relative_error(torch.compile(compiled, backend="aot_eager")(x), expected) < CLOSE
+    for name, value in plain.named_buffers():
+        for model in (fused, compiled):
+            assert relative_error(model.get_buffer(name).double(), value.double()) < CLOSE, name
 
 
 def test_pooling_padded_by_more_than_half_its_kernel_is_pytorchs_error() -> None:
