@@ -245,6 +245,22 @@ def _ends(layer: WeightLayer) -> bool:
     return conv.bias is not None or type(layer.activation) not in (type(None), nn.Identity)
 
 
+def _weight_layer(children: list[tuple[str, nn.Module]], index: int) -> tuple[WeightLayer, int]:
+    """The convolution at ``index`` with the BatchNorm and the activation behind it, and the index of what follows."""
+    layer = WeightLayer(*children[index])
+    index += 1
+    if index < len(children) and is_norm(children[index][1]) and follows(layer.conv, children[index][1]):
+        layer.norm = children[index][1]
+        index += 1
+    own = activation_of(layer.norm)
+    if own is not None and type(own) is not nn.Identity:
+        layer.activation = own
+    elif index < len(children) and is_activation(children[index][1]):
+        layer.activation = children[index][1]
+        index += 1
+    return layer, index
+
+
 def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts | nn.Module]]:
     """Cut the children of a Sequential into chains and modules that run on their own.
 
@@ -262,18 +278,11 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
         while index < len(children) and is_convolution(children[index][1]):
             if layers and type(children[index][1]) is not type(layers[0].conv):
                 break
-            layer = WeightLayer(f"{children[index][0]}", children[index][1])
-            index += 1
-            if index < len(children) and is_norm(children[index][1]) and follows(layer.conv, children[index][1]):
-                layer.norm = children[index][1]
-                index += 1
-            own = activation_of(layer.norm)
-            if own is not None and type(own) is not nn.Identity:
-                layer.activation = own
-            elif index < len(children) and is_activation(children[index][1]):
-                layer.activation = children[index][1]
-                index += 1
+            layer, behind = _weight_layer(children, index)
+            if layer.norm is not None and any(layer.norm is before.norm for before in layers):
+                break  # a chain moves the statistics of a BatchNorm once
             layers.append(layer)
+            index = behind
         if _worth_it(layers) and not (pooled and all(layer.norm is None for layer in layers)):
             parts = Parts(layers)
             if index < len(children) and not is_norm(children[index][1]) and follows(layers[0].conv, children[index][1]):

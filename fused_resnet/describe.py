@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import MEMORY, Chain, Layer, Pool
+from .launch import DTYPES
 from .plain import ZeroPad
 
 #: Class of a weight layer -> dimensions of its input. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
@@ -193,6 +194,8 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
         return f"{name} is a {type(conv).__name__}, not an nn.Conv2d, Conv1d or Linear"
     if type(conv.weight) not in _TENSORS:
         return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
+    if conv.weight.dtype not in DTYPES:
+        return f"{name}'s weight is {conv.weight.dtype}, which no executor computes in"
     if type(conv) is nn.Linear:
         return None
     if conv.padding_mode != "zeros":
@@ -212,13 +215,18 @@ def _refuse_norm(name: str, conv: Any, norm: Any) -> str | None:
 
 
 def _refuse_mixture(parts: Parts) -> str | None:
-    """All weight layers are of one class, zero padding is of images; and Linears have a BatchNorm between them."""
+    """All weight layers are of one class, zero padding is of images; Linears have a BatchNorm between them, and no two layers
+    the same one, whose statistics each call moves.
+    """
     first = parts.layers[0]
     for layer in parts.weight_layers:
         if type(layer.conv) is not type(first.conv) and not (type(layer.conv) is ZeroPad and type(first.conv) is nn.Conv2d):
             return f"{layer.name} is a {type(layer.conv).__name__} where {first.name} is a {type(first.conv).__name__}"
     if type(first.conv) is nn.Linear and all(layer.norm is None for layer in parts.weight_layers):
         return f"{first.name} is a Linear without a BatchNorm1d"
+    norms = [id(layer.norm) for layer in parts.weight_layers if layer.norm is not None]
+    if len(set(norms)) != len(norms):
+        return f"a BatchNorm behind {first.name} or a later layer is called twice"
     return None
 
 

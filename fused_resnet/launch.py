@@ -210,6 +210,8 @@ DGRAD_EPILOGUES: dict[str, tuple[str, ...]] = {
 }
 
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+#: Element types of activations and filters.
+DTYPES = frozenset(_SHORT)
 
 
 @dataclass(frozen=True)

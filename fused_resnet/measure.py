@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import choose
+
 Clock = Callable[[], float]
 
 
@@ -180,8 +182,8 @@ def device_name(device: torch.device) -> str:
 
 
 def evidence(device: torch.device) -> str:
-    """The evidence grade of a time taken on ``device`` now (CONTRIBUTING.md lists the grades)."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FUSED_RESNET_BACKEND") == "triton":
+    """The evidence grade of a time taken on ``device`` now, by the backend in force (CONTRIBUTING.md lists the grades)."""
+    if choose(None, device) == "triton" and (device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
         return "interpreted: the values are right, the time says nothing"
     if device.type == "cuda":
         return f"measured on a GPU: {device_name(device)}"

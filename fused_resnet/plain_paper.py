@@ -73,6 +73,7 @@ class CifarResNet(Stages):
         **given: further arguments of the block (``gate_bias``).
 
     Raises:
+        TypeError: arguments that the block does not take; a plain network has no block.
         ValueError: ``depth`` is not 6n + 2, or ``shortcut`` unknown.
     """
 
@@ -87,6 +88,8 @@ class CifarResNet(Stages):
     ) -> None:
         super().__init__()
         blocks = blocks_of(depth)
+        if block is None and given:
+            raise TypeError(f"a plain network has no blocks, got the unexpected argument {next(iter(given))!r} for one")
         self.depth = depth
         self._prepare(16, norm_layer, shortcut, **given)
         self.conv1 = conv3x3(3, 16)

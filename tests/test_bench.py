@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fused_resnet
-from fused_resnet import counts, measure, plain, specimens
+from fused_resnet import backend, counts, measure, plain, specimens
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -103,6 +103,16 @@ def test_circumstances_name_the_evidence() -> None:
     facts = measure.circumstances(CPU)
     assert facts["evidence"].startswith("measured on this CPU: ") or "interpreted" in facts["evidence"]
     assert facts["versions"]["torch"] == torch.__version__
+
+
+def test_what_is_interpreted_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever chooses the backend: the environment, or a command's ``--backend``."""
+    with backend("triton"):
+        assert measure.circumstances(CPU)["evidence"].startswith("interpreted: ")
+    with backend("cpu"):
+        assert measure.evidence(CPU).startswith("measured on this CPU: ")
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "triton")
+    assert measure.evidence(CPU).startswith("interpreted: ")
 
 
 def test_calibrate_fills_untouched_norms_only() -> None:

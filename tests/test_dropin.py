@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from nets import copies, images, randomise, tiny
 from tolerances import relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
@@ -153,10 +155,48 @@ def test_filters_shared_by_two_batchnorms_are_folded_once_each(monkeypatch: pyte
         net(images())
 
 
+def test_statistics_of_a_batchnorm_that_is_called_twice() -> None:
+    """They move twice, under torch.compile as well: whoever calls it is a chain of its own."""
+    norm = nn.BatchNorm2d(4, momentum=0.5)
+    row = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), norm, nn.ReLU())
+    block = BasicBlock(4, 4)
+    block.bn2 = block.bn1
+    plain, fused = copies(randomise(nn.Sequential(row, block)).train())
+    fuse(fused)
+    assert [row.name for row in explain(fused, show=False).rows] == ["0.0", "0.3", "1.conv1", "1.conv2"]
+    compiled = copy.deepcopy(fused)
+    x = torch.randn(2, 4, 7, 8)
+    expected = plain(x)
+    assert relative_error(fused(x), expected) < CLOSE
+    assert relative_error(torch.compile(compiled, backend="aot_eager")(x), expected) < CLOSE
+    for name, value in plain.named_buffers():
+        for model in (fused, compiled):
+            assert relative_error(model.get_buffer(name).double(), value.double()) < CLOSE, name
+
+
 def test_pooling_padded_by_more_than_half_its_kernel_is_pytorchs_error() -> None:
     with pytest.raises(RuntimeError, match="at most half"):
         PoolGeometry(1, 8, 8, 3, (2, 2), (2, 2), (2, 2))
     PoolGeometry(1, 8, 8, 3, (3, 3), (2, 2), (1, 1))
+
+
+def test_complex_convolutions_are_left_to_pytorch() -> None:
+    """Its own backward of them is one of real convolutions, which a launch does not know of."""
+    net = fuse(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3)))
+    assert explain(net, show=False).rows[0].fused
+    plain, fused = copies(fused_resnet.unfuse(copy.deepcopy(net)).to(torch.complex64))
+    net.to(torch.complex64)
+    with pytest.warns(UserWarning, match="found no"):
+        fuse(fused)
+    assert {row.note for row in explain(net, show=False).left_alone} == {
+        "0's weight is torch.complex64, which no executor computes in"
+    }
+    net.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 2, 7, 8, dtype=torch.complex64)
+    for model in (plain, fused, net):
+        model(x).abs().square().sum().backward()
+    for p, a, b in zip(plain.parameters(), fused.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p.grad, a.grad) and torch.equal(p.grad, b.grad)
 
 
 def test_integer_images_under_autocast_are_pytorchs_error() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fused_resnet import count_launches
 from fused_resnet.cli import main
 from fused_resnet.models import NAMES
 from fused_resnet.paper import runs as runner
+from fused_resnet.paper import worker
 from fused_resnet.paper.networks import make, responses
 from fused_resnet.paper.page import draw
 from fused_resnet.paper.results import LogError, Outcome, Row, Spread, collect, read, verdict
@@ -33,6 +35,7 @@ WHERE = {"device": "a CPU", "versions": {"torch": "2"}, "date": "2026-01-01", "e
 FAKE = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 job = json.loads(Path(sys.argv[1]).read_text())
 out = Path(job["out"])
 if job["network"] == "{broken}":
@@ -209,6 +212,21 @@ def test_a_figure_without_runs_is_left_out(tmp_path: Path) -> None:
     (folder / "done.json").write_text("{}", encoding="utf-8")
     files = draw(TINY, collect(tmp_path, TINY.runs(1)), 1, WHERE)
     assert set(files) == {"paper.md", "runs.csv", "degradation-train.svg", "degradation-test.svg"}
+
+
+def test_a_run_that_is_killed_at_its_end_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a file would count as done, and could not be read."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = Run("cifar_resnet8", 0)
+    (tmp_path / run.name).mkdir()
+    monkeypatch.setattr("fused_resnet.train.fit", lambda config: SimpleNamespace(step=1))
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        worker.run({**runner.job_of(TINY, run, runner.Options(tmp_path, 1)), "responses": False})
+    assert not worker.is_done(tmp_path, run) and not list((tmp_path / run.name).iterdir())
 
 
 @pytest.mark.slow

@@ -132,6 +132,12 @@ def test_wrong_arguments(arguments: dict[str, str], message: str) -> None:
         models.build(**arguments)
 
 
+@pytest.mark.parametrize("name", ["cifar_plain20", "cifar_resnet20", "cifar_highway20", "plain18", "resnet18"])
+def test_an_argument_nobody_takes_is_an_error(name: str) -> None:
+    with torch.device("meta"), pytest.raises(TypeError, match=r"unexpected .*argument 'gate_bais'"):
+        models.build(name, gate_bais=-1.0)
+
+
 def test_a_shortcut_cannot_drop_channels() -> None:
     with pytest.raises(ValueError, match="filters must be at least channels"):
         plain.ZeroPad(8, 4)

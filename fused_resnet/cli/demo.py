@@ -209,13 +209,12 @@ def _show_training(eager: nn.Module, where: torch.device, size: int) -> None:
     print("  eager in its other memory format shows how far. In fp64 that hardly happens.")
 
 
-def _draw(path: Path, title: str, times: dict[int, dict[str, measure.Timing]], where: torch.device) -> None:
+def _draw(path: Path, title: str, times: dict[int, dict[str, measure.Timing]], facts: dict[str, Any]) -> None:
     try:
         from .picture import bars
     except ImportError:
         print("\nno picture: matplotlib is not installed (pip install 'fused_resnet[docs]')")
         return
-    facts = measure.circumstances(where)
     releases = ", ".join(f"{name} {release}" for name, release in facts["versions"].items())
     rates = {}
     for batch, row in times.items():
@@ -259,5 +258,5 @@ def run(arguments: argparse.Namespace) -> int:
         del trio
         progress.step("one training step each, with frozen and with batch statistics")
         _show_training(eager, where, min(arguments.size, 64))
-    _draw(arguments.output, f"{title}, {shape}", times, where)
+    _draw(arguments.output, f"{title}, {shape}", times, facts)
     return 0

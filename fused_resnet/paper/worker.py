@@ -34,7 +34,7 @@ def run(job: dict[str, Any]) -> None:
         job: ``network``, ``seed``, ``pool``, ``data``, ``data_folder``, ``recipe``, ``epochs``, ``backend``, ``out``,
             ``threads``, ``responses``.
     """
-    from ..train import Config, checkpoint, fit
+    from ..train import Config, checkpoint, files, fit
     from ..train import data as datasets
     from ..train import recipe as recipes
     from ..train.networks import make as make_network
@@ -65,11 +65,11 @@ def run(job: dict[str, Any]) -> None:
         model = make_network(config.network, len(data.classes), "eager", **config.model_arguments)
         model.load_state_dict(checkpoint.load(history.checkpoint)["model"])
         batch = next(iter(data.test.batches([datasets.Draw(list(range(min(WATCHED, len(data.test)))))])))
-        (out / RESPONSES).write_text(json.dumps(responses(model, data.normalise(batch.x))), encoding="utf-8")
+        files.replace(out / RESPONSES, json.dumps(responses(model, data.normalise(batch.x))).encode())
     done = {**job, "steps": history.step, "recipe_data": dataclasses.asdict(recipe), "threads": torch.get_num_threads()}
     if from_the_start:  # else the time before the interruption is not known
         done[PROCESSOR] = time.process_time()
-    (out / DONE).write_text(json.dumps(done, indent=1, default=str), encoding="utf-8")
+    files.replace(out / DONE, json.dumps(done, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":
