@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +53,20 @@ class Own(Classifier):
         return self.fc(x.view((x.shape[0], -1)))
 
 
+class Flatten(nn.Module):
+    """As people wrote it before there was an nn.Flatten."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.view(input.size(0), -1)
+
+
+class Flattened(nn.Sequential):
+    """Nothing but a Sequential, whose forward is known."""
+
+    def __init__(self) -> None:
+        super().__init__(*features(BasicBlock(8, 8)), Flatten(), nn.Linear(8 * 36, 5))
+
+
 class Bits(Classifier):
     """A view of another kind: of the type."""
 
@@ -69,7 +85,7 @@ class Written(Classifier):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("kind", [Classifier, Known, Own, Bits, Written])
+@pytest.mark.parametrize("kind", [Classifier, Known, Own, Flattened, Bits, Written])
 def test_views_of_what_chains_give(kind: Callable[[], nn.Module], training: bool) -> None:
     plain = randomise(kind()).train(training)
     fused, x = fuse(copy.deepcopy(plain)), torch.randn(2, 3, 14, 14)
@@ -82,6 +98,18 @@ def test_views_of_what_chains_give(kind: Callable[[], nn.Module], training: bool
         assert relative_error(second.grad, first.grad) < 1e-4
     assert launches(fused, x) > 1 and not explain(fused, show=False).left_alone
     assert all(type(module) is type(other) for module, other in zip(unfuse(fused).modules(), plain.modules(), strict=True))
+
+
+def test_a_module_that_views_is_one_as_before() -> None:
+    model = Flattened().eval()
+    fused = pickle.loads(pickle.dumps(copy.deepcopy(fuse(copy.deepcopy(model)))))
+    x, flatten = torch.randn(1, 3, 14, 14), fused[5]
+    assert isinstance(flatten, Flatten) and inspect.signature(flatten.forward) == inspect.signature(model[5].forward)
+    assert relative_error(fused(x), model(x)) < CLOSE
+    assert relative_error(torch.fx.symbolic_trace(fused)(x), model(x)) < CLOSE
+    assert type(unfuse(fused)[5]) is Flatten
+    with pytest.warns(UserWarning, match="unchanged"):
+        assert type(fuse(nn.Sequential(Flatten()))[0]) is Flatten, "without a chain there is nothing to look after"
 
 
 def test_the_keypoint_head_gives_what_its_loss_can_view() -> None:

@@ -124,6 +124,19 @@ def _transformers(kind: str, layer: str) -> None:
     ZOO[f"transformers {kind} {layer}"] = ("transformers", build, (2, 3, 64, 64), 0.95)
 
 
+def _detr(transformers: Any) -> nn.Module:
+    """Frozen BatchNorms of its own class; what counts is what the encoder and decoder make of the backbone's features."""
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 2, 1, 1], "layer_type": "bottleneck"}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    backbone = transformers.ResNetConfig(out_features=["stage4"], **sizes)
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
+        d_model=16, encoder_layers=1, decoder_layers=1, num_queries=5, dropout=0.0, **heads,
+    )  # fmt: skip
+    return transformers.DetrModel(config)
+
+
+ZOO["transformers DetrModel"] = ("transformers", _detr, (2, 3, 64, 64), 0.95)
 _transformers("ResNetModel", "basic")
 _transformers("ResNetForImageClassification", "bottleneck")
 
@@ -147,6 +160,13 @@ ZOO["smp Unet resnet50"] = (
     (2, 3, 96, 96),
     0.95,
 )
+ZOO["open_clip RN50"] = (
+    "open_clip",
+    lambda clip: clip.create_model("RN50", pretrained=None).visual,
+    (1, 3, 224, 224),
+    0.95,
+)
+LEAN.add("open_clip RN50")
 ZOO["open_clip ModifiedResNet"] = (
     "open_clip.modified_resnet",
     lambda clip: clip.ModifiedResNet([1, 2, 1, 1], output_dim=32, heads=8, image_size=64, width=16),

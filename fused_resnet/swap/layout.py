@@ -2,15 +2,22 @@
 
 Fused blocks give channels_last. ``view`` fails on such a tensor where eager's contiguous one has a view of that shape, so in a
 traced forward it becomes ``reshape``, which copies if it must. It stays where its result is written to in place, which has to
-reach the tensor that was viewed.
+reach the tensor that was viewed. A module without children that views what it is given (a ``Flatten`` written by hand) is given
+contiguous tensors.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import fx, nn
+from types import FunctionType
+from typing import Any
 
+import torch
+from torch import Tensor, fx, nn
+
+from ..blocks import Fused
+from ..describe import Parts
 from .patterns import Matcher
+from .tracing import has_layers
 
 #: Methods whose results share memory with what they are called on.
 _ALIASES = frozenset(
@@ -25,6 +32,26 @@ _VIEWED = frozenset({("torchvision.models.detection.keypoint_rcnn", "KeypointRCN
 def is_viewed(kind: type[nn.Module]) -> bool:
     """Whether the result of such a module must be contiguous, as eager's is."""
     return (kind.__module__, kind.__name__) in _VIEWED
+
+
+def views_itself(module: nn.Module) -> bool:
+    """Whether a module is somebody's own, without children or layers, with a call of ``view`` in its forward."""
+    forward = type(module).forward
+    if type(module).__module__.startswith("torch.") or not isinstance(forward, FunctionType) or isinstance(module, Fused):
+        return False
+    return "view" in forward.__code__.co_names and not module._modules and not has_layers(module)
+
+
+class FusedView(Fused):
+    """A module that is given contiguous tensors, since it views them. It holds no chain."""
+
+    @classmethod
+    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
+        return []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [argument.contiguous() if isinstance(argument, Tensor) else argument for argument in args]
+        return super().forward(*tensors, **kwargs)
 
 
 def _is_view(node: fx.Node) -> bool:

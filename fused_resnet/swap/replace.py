@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows
 from ..describe import check_memory
-from .layout import is_viewed
+from .layout import FusedView, is_viewed, views_itself
 from .quantised import quantised
 from .recognise import analysis, fused_forward
 from .region import Analysis, FusedRegion, Regions
@@ -52,12 +52,12 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
 _made: dict[tuple[type[nn.Module], type[blocks.Fused]], type[Any]] = {}
 
 
-def _signed(original: type[nn.Module]) -> Callable[..., Any]:
-    """A region's forward with the signature of the original class, by which torch.fx and trainers decide how to call it."""
+def _signed(original: type[nn.Module], fused: type[blocks.Fused]) -> Callable[..., Any]:
+    """A fused forward under the signature of the original class, by which torch.fx and trainers decide how to call it."""
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return FusedRegion.forward(self, *args, **kwargs)
+        return fused.forward(self, *args, **kwargs)
 
     return forward
 
@@ -78,8 +78,8 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[An
     }
     if is_viewed(original):
         namespace["gives_contiguous"] = True
-    if fused is FusedRegion:
-        namespace["forward"] = _signed(original)
+    if fused in (FusedRegion, FusedView):
+        namespace["forward"] = _signed(original, fused)
     return _made.setdefault((original, fused), type(f"Fused{original.__name__}", (fused, original), namespace))
 
 
@@ -172,6 +172,11 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
     _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, set())
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
+        return model
+    for module in model.modules():
+        if views_itself(module):
+            kind: Any = fused_class(type(module), FusedView)
+            module.__class__ = kind
     return model
 
 
