@@ -111,4 +111,4 @@ def test_what_chooses_boxes_is_left_alone() -> None:
     assert "" not in fused and not any(name in fused for name in ("rpn", "roi_heads", "transform"))
     takes = "its forward takes apart an argument that is no tensor, or counts with sizes: "
     notes = {row.name.split(".")[1]: row.note for row in explain(model, show=False).left_alone}
-    assert notes == {"fpn": f"{takes}FeaturePyramidNetwork", "head": f"{takes}RPNHead"}
+    assert notes == {"head": f"{takes}RPNHead"}
