@@ -83,7 +83,7 @@ def _detection(name: str) -> None:
         options = {"weights": None, "weights_backbone": None, "num_classes": 3}
         return _Backbone(getattr(detection, name)(**options))
 
-    # In the heads of RetinaNet's second version a GroupNorm stands behind convolutions without a bias: nothing to be fused with.
+    # In the heads of RetinaNet's second version GroupNorms stand behind convolutions without a bias: nothing to be fused with.
     share = 0.5 if name == "retinanet_resnet50_fpn_v2" else 0.95
     ZOO[f"torchvision {name} backbone"] = ("torchvision.models.detection", build, (2, 3, 96, 96), share)
 
