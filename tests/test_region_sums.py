@@ -96,6 +96,16 @@ class WrittenByReLU(Base):
         return y + F.relu(z, inplace=True)
 
 
+class WrittenByView(Base):
+    """An activation writes into a part of the chain's input before the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x * 2
+        y = self.bn1(self.conv1(z))
+        part = z[:, :]
+        return y + F.relu(part, inplace=True)
+
+
 class Broadcast(Base):
     """One value a channel and image: seen to be, since it comes from a pooling."""
 
@@ -146,8 +156,8 @@ class Lists(Base):
 #: Class -> launches in eval mode and in training, of one call.
 MODULES = {
     Pyramid: (3, 4), Size: (1, 2), AveragePool: (3, 4), PreActivation: (2, 2), Branches: (2, 4), IntoSide: (2, 3),
-    WrittenBetween: (1, 2), WrittenByReLU: (2, 4), Broadcast: (2, 3), BroadcastUnseen: (0, 0), Promoted: (0, 0),
-    Learned: (2, 3), Number: (0, 0), Lists: (1, 2),
+    WrittenBetween: (1, 2), WrittenByReLU: (2, 4), WrittenByView: (1, 2), Broadcast: (2, 3), BroadcastUnseen: (0, 0),
+    Promoted: (0, 0), Learned: (2, 3), Number: (0, 0), Lists: (1, 2),
 }  # fmt: skip
 
 
@@ -157,7 +167,7 @@ def _step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     made = model(x)
     made = list(made) if isinstance(made, tuple) else [made]
     weights = [torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype) for y in made]
-    if isinstance(model, (WrittenBetween, WrittenByReLU)):  # which eager PyTorch cannot differentiate either
+    if isinstance(model, (WrittenBetween, WrittenByReLU, WrittenByView)):  # which eager PyTorch cannot differentiate either
         return made, []
     sum((y * weight).sum() for y, weight in zip(made, weights)).backward()  # type: ignore[union-attr]
     return made, [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]

@@ -69,7 +69,7 @@ for _name in (
     "wide_resnet50_2", "seresnet50", "ecaresnet26t", "resnetrs50", "regnetx_002", "regnety_002", "resnetblur18", "skresnet18",
 ):  # fmt: skip
     _timm(_name)
-_timm("resnetv2_50d", 0.9)  # its projections have nothing behind them
+_timm("resnetv2_50d")
 _timm("resnet18", features_only=True)
 _timm("resnet50", features_only=True, output_stride=8)
 _timm("resnet26d", output_stride=16)
@@ -83,9 +83,8 @@ def _detection(name: str) -> None:
         options = {"weights": None, "weights_backbone": None, "num_classes": 3}
         return _Backbone(getattr(detection, name)(**options))
 
-    # The plain FPN's convolutions have neither BatchNorm nor activation behind them: nothing to be fused with.
-    # RetinaNet's second version has GroupNorms in its heads.
-    share = {"fasterrcnn_resnet50_fpn_v2": 0.85, "retinanet_resnet50_fpn_v2": 0.4}.get(name, 0.65)
+    # In the heads of RetinaNet's second version GroupNorms stand behind convolutions without a bias: nothing to be fused with.
+    share = 0.5 if name == "retinanet_resnet50_fpn_v2" else 0.95
     ZOO[f"torchvision {name} backbone"] = ("torchvision.models.detection", build, (2, 3, 96, 96), share)
 
 
