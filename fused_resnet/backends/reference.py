@@ -240,7 +240,7 @@ def zero_pad(launch: Launch, operands: Operands) -> Tensor:
     """Every stride-th pixel of x, and channels of zeros behind those it has."""
     g, x = launch.geometry, operands["x"]
     assert isinstance(g, Geometry)
-    y = torch.zeros(g.y_shape, dtype=launch.dtype, device=x.device).to(memory_format=torch.channels_last)
+    y = torch.empty(g.y_shape, dtype=launch.dtype, device=x.device, memory_format=torch.channels_last).zero_()
     y[:, : g.C] = x[:, :, :: g.stride[0], :: g.stride[1]]
     return y
 
@@ -249,7 +249,7 @@ def zero_pad_backward(launch: Launch, operands: Operands) -> Tensor:
     """The gradient of the channels that were there, at the pixels that were taken."""
     g, dz = launch.geometry, operands["dz"]
     assert isinstance(g, Geometry)
-    dx = torch.zeros(g.x_shape, dtype=launch.dtype, device=dz.device).to(memory_format=torch.channels_last)
+    dx = torch.empty(g.x_shape, dtype=launch.dtype, device=dz.device, memory_format=torch.channels_last).zero_()
     dx[:, :, :: g.stride[0], :: g.stride[1]] = dz[:, : g.C]
     return dx
 

@@ -120,7 +120,7 @@ def _images(arguments: argparse.Namespace) -> Data | str:
         return "not looked at: --recipe imagenet-paper --data-dir DIR does"
     try:
         chosen = recipe.load(arguments.recipe or "digits")
-        images = data.load(arguments.data or chosen.data, arguments.data_dir, chosen)
+        images = data.load(arguments.data or chosen.data, arguments.data_dir, chosen, on_corrupt="skip")
         check(images, arguments.batch[-1])  # the last one is looked at in detail
         return images
     except UsageError as error:

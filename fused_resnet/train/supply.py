@@ -63,7 +63,7 @@ def watch(
 
     Raises:
         UsageError: the set has fewer images than a batch.
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or where such are skipped, none of a batch can.
     """
     check(data, batch)
     batches = data.train.batches(sampler.draws(0, len(data.train), batch, range(10**9)), workers)
