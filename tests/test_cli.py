@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fused_resnet import blocks
+from fused_resnet.backends import cpu
 from fused_resnet.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +159,25 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in out for command in ("demo", "info", "fuse-check"))
     assert main(["--version"]) == 0
     assert "fused-resnet" in capsys.readouterr().out
+
+
+def test_fuse_check_of_a_fused_model_that_fails(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one element type, or in all: a row that says so, and exit code 1; not a traceback."""
+    real = cpu.run
+
+    def run(launch: Any, *rest: Any) -> Any:
+        if launch.dtype in broken:
+            raise RuntimeError("out of registers\nand more")
+        return real(launch, *rest)
+
+    monkeypatch.setattr(cpu, "run", run)
+    for broken in ({torch.float32}, set[torch.dtype]()):
+        code = main(["fuse-check", f"{models}:net", "--size", "8", "--dtype", "fp32,fp64", "--device", "cpu"])
+        out = capsys.readouterr().out
+        assert code == (1 if broken else 0)
+        assert ("FAILS: RuntimeError: out of registers" in out) == ("the fused model does not run" in out) == bool(broken)
 
 
 @pytest.mark.parametrize(("command", "says"), [("demo", "with eager PyTorch"), ("zoo", "as CSV"), ("tune", "on this GPU")])

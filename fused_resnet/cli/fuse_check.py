@@ -98,12 +98,15 @@ def _outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors against float64 in one element type; ``skipped`` says why there are none."""
+    """Errors against float64 in one element type; ``skipped`` says why there are none, ``failed`` what the fused model raises
+    where eager runs.
+    """
 
     dtype: torch.dtype
     eager: float = 0.0
     fused: float = 0.0
     skipped: str | None = None
+    failed: str | None = None
 
     @property
     def bound(self) -> float:
@@ -114,13 +117,15 @@ class Agreement:
     @property
     def ok(self) -> bool:
         """The fused model agrees (False for NaN)."""
-        return self.skipped is not None or self.fused <= self.bound
+        return self.skipped is not None or (self.failed is None and self.fused <= self.bound)
 
     @property
     def cells(self) -> list[str]:
         """A row of the table."""
         if self.skipped is not None:
             return [dtype_name(self.dtype), "-", "-", "-", f"skipped: {self.skipped}"]
+        if self.failed is not None:
+            return [dtype_name(self.dtype), f"{self.eager:.1e}", "-", f"{self.bound:.1e}", f"FAILS: {self.failed}"]
         numbers = [f"{number:.1e}" for number in (self.eager, self.fused, self.bound)]
         return [dtype_name(self.dtype), *numbers, "ok" if self.ok else "DIFFERS"]
 
@@ -143,8 +148,12 @@ def agreement(eager: nn.Module, fused: nn.Module, x: Tensor, wanted: torch.dtype
         return Agreement(wanted, skipped="the model overflows even in fp64")
     if not own.isfinite().all():
         return Agreement(wanted, skipped=f"eager itself overflows in {dtype_name(wanted)}")
-    result = _outputs(copy.deepcopy(fused).to(wanted), x)
-    return Agreement(wanted, relative_error(own, truth), relative_error(result, truth))
+    eagers = relative_error(own, truth)
+    try:
+        result = _outputs(copy.deepcopy(fused).to(wanted), x)
+    except Exception as raised:  # whatever it is, eager runs
+        return Agreement(wanted, eagers, failed=f"{type(raised).__name__}: {one_line(raised)}")
+    return Agreement(wanted, eagers, relative_error(result, truth))
 
 
 def _fused_copy(eager: nn.Module) -> nn.Module:
@@ -154,7 +163,12 @@ def _fused_copy(eager: nn.Module) -> nn.Module:
 
 
 def _report_launches(eager: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    before, after = counts.kernels(eager, x), counts.kernels(fused, x)
+    before = counts.kernels(eager, x)
+    try:
+        after = counts.kernels(fused, x)
+    except Exception as error:  # told again where its values are compared
+        print(f"launches: {len(before)} in eager mode; the fused model does not run ({one_line(error)})")
+        return
     launches = sum(kernel.fused for kernel in after)
     left = len(after) - launches
     print(f"launches: {len(before)} in eager mode, {len(after)} fused ({launches} of plans, {left} of PyTorch), as they ran")

@@ -95,8 +95,8 @@ def row(name: str, size: int, counted: int) -> dict[str, Any]:
         made["fuse_seconds"] = f"{time.perf_counter() - began:.2f}"
         made["chains"] = sum(line.fused for line in explain(fused, show=False).rows)
         found = agreement(eager, fused, x, torch.float32)
-        made |= {"error_eager": f"{found.eager:.1e}", "error_fused": f"{found.fused:.1e}"}
-        made |= {"agrees": "yes" if found.ok else "NO", "note": found.skipped or ""}
+        made |= {"error_eager": f"{found.eager:.1e}", "error_fused": "" if found.failed else f"{found.fused:.1e}"}
+        made |= {"agrees": "yes" if found.ok else "NO", "note": found.skipped or found.failed or ""}
         made |= _counts(name, counted)
     except Exception as error:  # the code of others
         made.setdefault("agrees", "")
