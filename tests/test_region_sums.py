@@ -87,6 +87,14 @@ class WrittenBetween(Base):
         return F.relu(y + side)
 
 
+class NormBetween(Base):
+    """One live BatchNorm behind two convolutions: its statistics move in the order of the calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.bn2(self.conv1(x))
+        return F.relu(first + self.bn2(self.conv2(x + 1)).flip(3))
+
+
 class WrittenByReLU(Base):
     """The chain's input is what a BatchNorm made, and an activation writes into it before the sum."""
 
@@ -156,7 +164,7 @@ class Lists(Base):
 #: Class -> launches in eval mode and in training, of one call.
 MODULES = {
     Pyramid: (3, 4), Size: (1, 2), AveragePool: (3, 4), PreActivation: (2, 2), Branches: (2, 4), IntoSide: (2, 3),
-    WrittenBetween: (1, 2), WrittenByReLU: (2, 4), WrittenByView: (1, 2), Broadcast: (2, 3), BroadcastUnseen: (0, 0),
+    WrittenBetween: (1, 2), NormBetween: (2, 4), WrittenByReLU: (2, 4), WrittenByView: (1, 2), Broadcast: (2, 3), BroadcastUnseen: (0, 0),
     Promoted: (0, 0), Learned: (2, 3), Number: (0, 0), Lists: (1, 2),
 }  # fmt: skip
 

@@ -391,8 +391,12 @@ class Matcher:
     def _quiet(self, mine: list[Node], node: Node) -> bool:
         """Whether nothing that is not of the chain writes between its first node and its last."""
         first = min(self.order[part] for part in mine)
-        between = self.nodes[first : self.order[node]]
-        return all(part in mine or self.is_pure(part) or self._into_new(part, first) for part in between)
+        others = [part for part in self.nodes[first : self.order[node]] if part not in mine]
+        # A live BatchNorm that is called in between as well would move its statistics in another order.
+        called = {part.target for part in mine if part.op == "call_module"}
+        if any(part.op == "call_module" and part.target in called for part in others):
+            return False
+        return all(self.is_pure(part) or self._into_new(part, first) for part in others)
 
     def _into_new(self, node: Node, first: int) -> bool:
         """Whether what an activation in place writes into was made behind ``first`` by a layer, and nobody else reads it."""
