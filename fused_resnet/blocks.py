@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional, plain, plain_paper, plain_rows
+from . import backends, functional, inputs, plain, plain_paper, plain_rows
 from .describe import (
     Parts,
     WeightLayer,
@@ -80,7 +80,7 @@ class Fused(nn.Module):
         if issubclass(type(x), torch.fx.Proxy):  # torch.fx traces the model: into the modules themselves
             return unfused(x, *skip), False
         reading = read(parts, self.fused_memory)
-        if reading.chain is None or functional.transformed() or functional.unfit(reading, x, *skip):
+        if reading.chain is None or inputs.transformed() or inputs.unfit(reading, x, *skip):
             return unfused(x, *skip), False
         second = skip[0] if skip else None
         return functional.read_chain(x, reading, self.fused_backend, skip=second, donate=donate, drop=drop), True

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from .chain import Chain, Layer
 from .functional import traced
-from .swap.patterns import Joined, LayerPlace, Match, Matcher, function_activation
+from .swap.nodes import function_activation
+from .swap.patterns import Joined, LayerPlace, Match, Matcher
 
 Node = fx.Node
 

@@ -230,7 +230,7 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
                 f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)} "
                 f"in the BatchNorm behind {layer.name}"
             )
-    if not chain.residual or (chain.skip and chain.projection is None):  # whose shape functional.check has seen
+    if not chain.residual or (chain.skip and chain.projection is None):  # whose shape inputs.check has seen
         return
     side = x_shape if chain.projection is None else sizes[chain.projection.name].y_shape
     shape = sizes[chain.layers[-1].name].y_shape

@@ -238,6 +238,25 @@ def test_types_that_are_not_those_of_the_sum() -> None:
         fused(x)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", [Pyramid, AveragePool], ids=lambda kind: kind.__name__)
+def test_under_the_compiler(kind: type[Base], training: bool) -> None:
+    """One graph for all batch sizes; exported, the operators are PyTorch's own."""
+    torch._dynamo.reset()
+    plain = randomise(kind()).double().train(training)
+    fused = fuse(copy.deepcopy(plain))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for n in (2, 3, 5):
+        x = torch.randn(n, 4, 6, 8, dtype=torch.float64)
+        plain.zero_grad(), fused.zero_grad()
+        for which, wanted in zip(_step(compiled, x), _step(plain, x)):
+            assert _far(which, wanted) < 1e-11
+    if not training:
+        program = torch.export.export(fused, (x,))
+        assert not any("fused" in str(node.target) for node in program.graph.nodes)
+        assert relative_error(program.module()(x), plain(x)) < 1e-12
+
+
 def test_explain_tells_of_the_sum() -> None:
     rows = {row.name: row for row in explain(fuse(randomise(Pyramid()).eval()), show=False).rows}
     assert "conv + bias_add" in rows["conv3"].note and rows["conv3"].fused

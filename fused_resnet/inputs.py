@@ -1,0 +1,137 @@
+"""What a chain takes: errors for inputs that PyTorch would not take either, and inputs for which its modules run one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .chain import Chain, Layer, shape_behind
+from .describe import Reading
+from .launch import accumulation_dtype
+
+
+def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor], skip: Tensor | None = None) -> None:
+    """Raise what PyTorch raises for an input a chain cannot take.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        ValueError: rank other than 4 in front of a BatchNorm.
+        RuntimeError: rank, channels, dtype or device do not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor of shape [N, C, H, W], got {type(x).__name__}")
+    first = chain.layers[0]
+    if x.dim() != 4:  # PyTorch's convolutions take one image as well, its BatchNorm does not
+        error = ValueError if x.dim() == 3 else RuntimeError
+        raise error(f"x: expected 4D input [N, C, H, W] (got {x.dim()}D input of size {list(x.shape)})")
+    if x.shape[1] != first.channels:
+        raise RuntimeError(
+            f"x: given groups={first.groups} and weight of size "
+            f"{[first.filters, first.channels // first.groups, *first.kernel]}, expected input of size {list(x.shape)} "
+            f"to have {first.channels} channels, but got {x.shape[1]} channels instead"
+        )
+    index = 0
+    for layer in chain.weight_layers:
+        for role in layer.parameter_roles:
+            _check_parameter(layer, role, parameters[index], x)
+            index += 1
+    if chain.skip or skip is not None:
+        _check_skip(chain, x, skip)
+
+
+def _check_skip(chain: Chain, x: Tensor, skip: Tensor | None) -> None:
+    if not chain.skip or not isinstance(skip, Tensor):
+        expected = "a Tensor, the chain's second input" if chain.skip else "None: the chain has one input"
+        raise TypeError(f"skip must be {expected}, got {type(skip).__name__}")
+    if skip.device != x.device or skip.dtype != x.dtype:
+        raise RuntimeError(f"skip is {skip.dtype} on {skip.device}, expected it as x is, {x.dtype} on {x.device}")
+    if not skip_fits(chain, x, skip):
+        made = list(shape_behind(chain.layers, x.shape[0], *x.shape[2:]))
+        behind = f"{made}" if chain.projection is None else f"what {chain.projection.name} makes {made} of"
+        raise RuntimeError(f"skip of shape {list(skip.shape)} does not match the block's output: expected {behind}")
+
+
+def skip_fits(chain: Chain, x: Tensor, skip: Tensor) -> bool:
+    """Whether a second input, behind the projection if there is one, has the shape of what it is added to."""
+    made, side = shape_behind(chain.layers, x.shape[0], *x.shape[2:]), chain.projection
+    if side is None:
+        return tuple(skip.shape) == made
+    if skip.dim() != 4 or skip.shape[1] != side.channels:
+        return False
+    return shape_behind((side,), skip.shape[0], *skip.shape[2:]) == made
+
+
+def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"x is on {x.device} but {layer.slot(role)} is on {tensor.device}: expected all tensors on the same device"
+        )
+    if role in ("w", "bias"):
+        if tensor.dtype != x.dtype:
+            raise RuntimeError(
+                f"input type ({x.dtype}) and weight type ({tensor.dtype}, {layer.slot(role)}) should be the same"
+            )
+    elif role != "batches" and tensor.dtype != x.dtype and tensor.dtype != accumulation_dtype(x.dtype):
+        raise RuntimeError(
+            f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32"
+        )
+    if role not in ("w", "batches") and tensor.shape[0] != layer.filters:
+        raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def promotes(reading: Reading, x: Tensor) -> bool:
+    """Whether autocast would make a result wider than its own type, which no launch does: such a chain runs unfused.
+
+    That is so where fp32 images go straight into a block with an identity shortcut, and behind torchvision's frozen BatchNorm,
+    which multiplies by fp32 buffers in plain arithmetic.
+    """
+    if not isinstance(x, Tensor) or not autocasts(x):
+        return False
+    spec = reading.chain
+    identity = spec is not None and spec.residual and not spec.skip
+    identity = identity and spec is not None and (spec.projection is None or not spec.projection.weights)
+    return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))
+
+
+def _skip_unfit(spec: Chain, x: Tensor, skip: Any) -> bool:
+    """Whether the sum with this second input is another one in eager PyTorch: of broadcast shapes, of promoted types."""
+    if not isinstance(skip, Tensor) or not isinstance(x, Tensor) or x.dim() != 4 or skip.device != x.device:
+        return True
+    if not autocasts(x):
+        same = skip.dtype == x.dtype
+    else:
+        same = spec.projection is not None or skip.dtype == torch.get_autocast_dtype(x.device.type)
+    return not same or not skip_fits(spec, x, skip)
+
+
+def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
+    """Whether these inputs must run unfused: autocast would promote one, there are no images to make statistics of, or the
+    second is not of the shape and type of what it is added to.
+
+    A rank without images takes part in a SyncBatchNorm all the same: the others wait for its share.
+    """
+    dimensions = x.dim() if isinstance(x, Tensor) else 0
+    if reading.dimensions != 4 and dimensions != reading.dimensions:  # a Linear takes any number, or PyTorch has an error
+        return True
+    empty = reading.chain is not None and reading.chain.batch and dimensions == reading.dimensions and x.shape[0] == 0
+    if empty and reading.chain is not None:
+        empty = not any(layer.group for layer in reading.chain.weight_layers)
+    if reading.chain is not None and reading.chain.skip and _skip_unfit(reading.chain, x, skip):
+        return True
+    return empty or promotes(reading, x)
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is on, which look into operators: chains run unfused."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

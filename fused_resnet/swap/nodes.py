@@ -1,0 +1,159 @@
+"""What a node of a graph is: a convolution, a BatchNorm, an activation, a sum, and whether it writes in place."""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..describe import is_activation, is_norm
+
+Node = fx.Node
+
+#: Functions that are activations -> the module that stands for them among a chain's, and its options by argument.
+_ACTIVATION_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    F.relu: (nn.ReLU, ()), F.relu_: (nn.ReLU, ()), torch.relu: (nn.ReLU, ()), torch.relu_: (nn.ReLU, ()),
+    F.relu6: (nn.ReLU6, ()), F.silu: (nn.SiLU, ()), F.hardswish: (nn.Hardswish, ()), F.gelu: (nn.GELU, ("approximate",)),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope",)), F.hardtanh: (nn.Hardtanh, ("min_val", "max_val")),
+}  # fmt: skip
+_RELU_METHODS = ("relu", "relu_")
+#: Functions and methods that add two tensors; True: into the first.
+_ADD_FUNCTIONS = {operator.add: False, torch.add: False, operator.iadd: True}
+_ADD_METHODS = {"add": False, "add_": True}
+
+
+@cache
+def _stand_in(kind: Any, *options: Any) -> nn.Module:
+    if kind is nn.Hardtanh:
+        return nn.ReLU6()
+    module: nn.Module = kind(**dict(options))
+    return module
+
+
+def function_activation(node: Node) -> nn.Module | None:
+    """The module that computes what a call of a function or method does, if that is an activation that is known."""
+    if node.op == "call_method" and node.target in _RELU_METHODS and len(node.args) == 1:
+        return _stand_in(cast(Any, nn.ReLU))
+    if node.op != "call_function" or node.target not in _ACTIVATION_FUNCTIONS or not node.args:
+        return None
+    kind, names = _ACTIVATION_FUNCTIONS[node.target]
+    options = {**dict(zip((*names, "inplace"), node.args[1:])), **node.kwargs}
+    options.pop("inplace", None)
+    plain = set(options) <= set(names) and all(type(value) in (int, float, str) for value in options.values())
+    if not plain or (kind is nn.Hardtanh and (options.get("min_val"), options.get("max_val")) != (0.0, 6.0)):
+        return None
+    return _stand_in(cast(Any, kind), *options.items())
+
+
+class Nodes:
+    """The nodes of one graph.
+
+    Args:
+        root: the module that was traced.
+        graph: its graph.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.nodes = list(graph.nodes)
+        self.modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+        self.reasons: dict[str, str] = {}
+
+    # ---- what a node is
+
+    def module(self, node: Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _one(self, node: Node) -> Node | None:
+        """The only tensor that a node reads."""
+        return node.args[0] if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node) else None
+
+    def is_conv(self, node: Node) -> bool:
+        module = self.module(node)
+        return type(module) is nn.Conv2d and self._one(node) is not None
+
+    def is_norm(self, node: Node) -> bool:
+        module = self.module(node)
+        images = module is not None and is_norm(module) and type(module) is not nn.BatchNorm1d
+        return images and self._one(node) is not None
+
+    def is_activation(self, node: Node) -> bool:
+        """As a module or a function that is known."""
+        if node.op == "call_module":
+            module = self.module(node)
+            return module is not None and is_activation(module) and self._one(node) is not None
+        return function_activation(node) is not None
+
+    def activation(self, node: Node) -> str | nn.Module | None:
+        """The place of an activation, or what stands for it."""
+        return str(node.target) if node.op == "call_module" else function_activation(node)
+
+    def is_identity(self, node: Node) -> bool:
+        module = self.module(node)
+        empty = type(module) is nn.Sequential and not module._modules
+        return (type(module) is nn.Identity or empty) and self._one(node) is not None
+
+    def is_pool(self, node: Node) -> bool:
+        """A max-pooling that can be launched."""
+        pool: Any = self.module(node)
+        return type(pool) is nn.MaxPool2d and self._one(node) is not None and not (pool.ceil_mode or pool.return_indices)
+
+    def added(self, node: Node) -> tuple[Node, Node, bool] | None:
+        """The two tensors that a node adds, and whether into the first."""
+        table: Any = _ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS if node.op == "call_method" else {}
+        if node.target not in table or len(node.args) != 2 or node.kwargs:
+            return None
+        first, second = node.args
+        if not (isinstance(first, Node) and isinstance(second, Node)) or first is second:
+            return None
+        return first, second, table[node.target]
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether a node surely writes to nothing that it is given."""
+        if node.op == "call_module":
+            module: Any = self.module(node)
+            return type(module).__module__.startswith("torch.nn") and not getattr(module, "inplace", False)
+        if node.op == "call_method":
+            return not str(node.target).endswith("_")
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", "_")
+            inside = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator", "builtins", "fused_resnet"))
+            written = name.endswith("_") or node.target in _IN_PLACE or node.kwargs.get("inplace") or "out" in node.kwargs
+            return inside and not written
+        return True
+
+    @staticmethod
+    def readers(node: Node) -> list[Node]:
+        """Who reads a node's elements, not only its size."""
+
+        def asks(user: Node) -> Any:
+            if user.op == "call_method":
+                return user.target in ("size", "dim")
+            return user.op == "call_function" and user.target is getattr and user.args[1] == "shape"
+
+        return [user for user in node.users if not asks(user)]
+
+    def is_pooled(self, node: Node) -> bool:
+        """Whether a tensor is one pixel an image: what a squeeze-and-excitation computes on."""
+        for _ in range(8):
+            module = self.module(node)
+            name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+            if "AdaptiveAvgPool" in name or "GlobalPool" in name or "AdaptivePool" in name or name in _POOLING:
+                return True
+            sources = node.all_input_nodes
+            if len(sources) != 1:
+                return False
+            node = sources[0]
+        return False
+
+
+_IN_PLACE = (
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.delitem,
+)  # fmt: skip
+_POOLING = ("mean", "adaptive_avg_pool2d")
