@@ -164,8 +164,8 @@ class Lists(Base):
 #: Class -> launches in eval mode and in training, of one call.
 MODULES = {
     Pyramid: (3, 4), Size: (1, 2), AveragePool: (3, 4), PreActivation: (2, 2), Branches: (2, 4), IntoSide: (2, 3),
-    WrittenBetween: (1, 2), NormBetween: (2, 4), WrittenByReLU: (2, 4), WrittenByView: (1, 2), Broadcast: (2, 3), BroadcastUnseen: (0, 0),
-    Promoted: (0, 0), Learned: (2, 3), Number: (0, 0), Lists: (1, 2),
+    WrittenBetween: (1, 2), WrittenByReLU: (2, 4), WrittenByView: (1, 2), Broadcast: (2, 3), BroadcastUnseen: (0, 0),
+    Promoted: (0, 0), Learned: (2, 3), Number: (0, 0), Lists: (1, 2), NormBetween: (2, 4),
 }  # fmt: skip
 
 
