@@ -245,6 +245,7 @@ class _Tracer(fx.Tracer):
         self.untraceable = untraceable
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
+        self.looking = False  # at a module's parameters, not on the way through its forward
         self.traced = Traced(fx.Graph(), {}, {})
 
     # ---- what torch.fx calls
@@ -265,7 +266,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self) if plain or node.target in ("size", "dim", "numel") else _TensorProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread or self.looking:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -320,7 +321,9 @@ class _Tracer(fx.Tracer):
             return f"a hook looks into this {type(m).__name__}"
         if (prepared := quantised(m)) is not None:
             return prepared
+        self.looking = True
         reason = self.opaque(m)
+        self.looking = False
         if reason is not None:
             return reason
         try:
