@@ -36,10 +36,16 @@ def is_viewed(kind: type[nn.Module]) -> bool:
 
 def views_itself(module: nn.Module) -> bool:
     """Whether a module is somebody's own, without children or layers, with a call of ``view`` in its forward."""
-    forward = type(module).forward
-    if type(module).__module__.startswith("torch.") or not isinstance(forward, FunctionType) or isinstance(module, Fused):
+    if type(module).__module__.startswith("torch.") or isinstance(
+        module, Fused
+    ):  # a scripted one's class has no forward to ask
         return False
-    return "view" in forward.__code__.co_names and not module._modules and not has_layers(module)
+    forward = type(module).forward
+    return (
+        isinstance(forward, FunctionType)
+        and "view" in forward.__code__.co_names
+        and not (module._modules or has_layers(module))
+    )
 
 
 class FusedView(Fused):
