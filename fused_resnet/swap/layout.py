@@ -36,9 +36,8 @@ def is_viewed(kind: type[nn.Module]) -> bool:
 
 def views_itself(module: nn.Module) -> bool:
     """Whether a module is somebody's own, without children or layers, with a call of ``view`` in its forward."""
-    if type(module).__module__.startswith("torch.") or isinstance(
-        module, Fused
-    ):  # a scripted one's class has no forward to ask
+    # The class of a scripted module has no forward to ask.
+    if isinstance(module, Fused) or type(module).__module__.startswith("torch."):
         return False
     forward = type(module).forward
     return (
