@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,27 @@ def test_a_training_step_runs_here(name: str) -> None:
             chain(x, parameters, spec, "cpu").sum().backward()
         elsewhere = [str(launch) for runner, launch in log.launches if runner != "cpu"]
         assert elsewhere == (["pool: max_pool_backward"] if name == "stem" and not spec.batch else [])
+
+
+def test_filters_are_laid_out_for_the_size_that_comes_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First for the first; for another when it came three times in a row. Heads of detectors see five sizes in turn."""
+    conv, norm = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16)
+    plain = nn.Sequential(conv, norm, nn.ReLU()).eval()
+    with torch.no_grad():
+        for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            vector.uniform_(0.5, 2)
+    fused = fuse(copy.deepcopy(plain), backend="cpu")
+    laid_out: list[tuple[int, int]] = []
+    own = cpu._laid_out
+    monkeypatch.setattr(cpu, "_laid_out", lambda weight, g: laid_out.append((g.H, g.W)) or own(weight, g))
+    sizes = [(9, 7), (5, 4), (9, 7), (5, 4), (3, 3), (5, 4), (5, 4), (5, 4), (5, 4), (9, 7)]
+    for size in sizes:
+        x = torch.randn(1, 8, *size)
+        with torch.no_grad():
+            assert relative_error(fused(x), copy.deepcopy(plain).double()(x.double())) < 1e-6
+        if size == (3, 3):
+            assert laid_out == [(9, 7)]
+    assert laid_out == [(9, 7), (5, 4)]
 
 
 def test_filters_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
