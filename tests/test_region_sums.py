@@ -95,6 +95,16 @@ class NormBetween(Base):
         return F.relu(first + self.bn2(self.conv2(x + 1)).flip(3))
 
 
+class NormByAnotherName(NormBetween):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.bn2(self.conv1(x))
+        return F.relu(first + self.same(self.conv2(x + 1)).flip(3))
+
+
 class WrittenByReLU(Base):
     """The chain's input is what a BatchNorm made, and an activation writes into it before the sum."""
 
@@ -166,6 +176,7 @@ MODULES = {
     Pyramid: (3, 4), Size: (1, 2), AveragePool: (3, 4), PreActivation: (2, 2), Branches: (2, 4), IntoSide: (2, 3),
     WrittenBetween: (1, 2), WrittenByReLU: (2, 4), WrittenByView: (1, 2), Broadcast: (2, 3), BroadcastUnseen: (0, 0),
     Promoted: (0, 0), Learned: (2, 3), Number: (0, 0), Lists: (1, 2), NormBetween: (2, 4),
+    NormByAnotherName: (2, 4),
 }  # fmt: skip
 
 

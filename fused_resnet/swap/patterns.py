@@ -273,10 +273,15 @@ class Matcher(Nodes):
         first = min(self.order[part] for part in mine)
         others = [part for part in self.nodes[first : self.order[node]] if part not in mine]
         # A live BatchNorm that is called in between as well would move its statistics in another order.
-        called = {part.target for part in mine if part.op == "call_module"}
-        if any(part.op == "call_module" and part.target in called for part in others):
+        moved = {of for part in mine if self.is_norm(part) for of in self._statistics(part)}
+        if any(self.is_norm(part) and not moved.isdisjoint(self._statistics(part)) for part in others):
             return False
         return all(self.is_pure(part) or self._into_new(part, first) for part in others)
+
+    def _statistics(self, norm: Node) -> list[Any]:
+        """What a BatchNorm is told by: the module, under whatever name, or the tensors that a function is given."""
+        module = self.module(norm)
+        return norm.all_input_nodes[1:] if module is None else [module]
 
     def _into_new(self, node: Node, first: int) -> bool:
         """Whether what an activation in place writes into was made behind ``first`` by a layer, and nobody else reads it."""

@@ -169,12 +169,13 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
     if not inplace:
         model = copy.deepcopy(model)
-    _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, set())
+    seen: set[int] = set()
+    _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, seen)
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
         return model
     for module in model.modules():
-        if views_itself(module):
+        if id(module) in seen and views_itself(module):  # not what is in a part that must stay as it is
             kind: Any = fused_class(type(module), FusedView)
             module.__class__ = kind
     return model

@@ -322,8 +322,10 @@ class _Tracer(fx.Tracer):
         if (prepared := quantised(m)) is not None:
             return prepared
         self.looking = True
-        reason = self.opaque(m)
-        self.looking = False
+        try:
+            reason = self.opaque(m)
+        finally:
+            self.looking = False
         if reason is not None:
             return reason
         try:
