@@ -138,6 +138,28 @@ def test_sums_with_what_is_not_the_input(training: bool) -> None:
             assert relative_error(b.double(), a.double()) < 1e-12, key
 
 
+def test_a_batch_norm_that_is_called_in_between() -> None:
+    """Its statistics move in the order of the calls, so the first call is in no chain that runs at the sum."""
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.bn(self.first(x)) + self.bn(self.second(x + 1)).flip(3))
+
+    torch._dynamo.reset()
+    plain = randomise(Between()).double().train()
+    same = copy.deepcopy(plain)
+    x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    actual = torch.compile(same, backend=backend, options={"inner": "aot_eager"})(x)
+    assert relative_error(actual, plain(x)) < 1e-11
+    assert relative_error(same.bn.running_mean, plain.bn.running_mean) < 1e-12
+    assert relative_error(same.bn.running_var, plain.bn.running_var) < 1e-12
+
+
 def test_a_mode_is_refused() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match="mode must be None"):
