@@ -129,13 +129,15 @@ def _swap(module: nn.Module, backend: str | None, memory: str, traced: dict[bool
 def fuse(model: Model, *, backend: str | None = None, memory: str = "default", inplace: bool = True) -> Model:
     """Swap fused blocks into a model, without changing a parameter, a buffer or a name.
 
-    torchvision's ResNet family, any model that contains its blocks, and every ``Sequential`` of Conv2d, BatchNorm2d and an
-    activation, or of Conv1d or Linear with BatchNorm1d. What is not understood stays as it is:
-    :func:`fused_resnet.explain` lists it, with the reason.
+    Found by what a forward does, in modules of any class: convolutions with what is behind them (a bias, a BatchNorm, an
+    activation, a sum with a shortcut or another tensor, a max-pooling), torchvision's ResNet blocks, and ``Sequential``s, also
+    of Conv1d or Linear with BatchNorm1d. What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with
+    the reason.
 
     Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on
-    working. Outputs of fused blocks are channels_last (use ``flatten`` or ``reshape`` on them, not ``view``). On a GPU, a
-    model in that memory format (``model.to(memory_format=torch.channels_last)``) saves a cached copy of its filters.
+    working. Outputs of fused blocks are channels_last (use ``flatten`` or ``reshape`` on them; a ``view`` is looked after only
+    in forwards that can be traced and in modules without children). On a GPU, a model in that memory format
+    (``model.to(memory_format=torch.channels_last)``) saves a cached copy of its filters.
 
     Args:
         model: any module.
