@@ -2,15 +2,16 @@
 
 Each is a class of :mod:`fused_resnet.plain` (or of the model at hand, see :mod:`fused_resnet.swap`) with a fused forward in
 front. What runs is decided at each call: the chain, where :func:`fused_resnet.describe.read` finds one; else the forward of
-the class behind, in plain PyTorch (a hook on a child). :func:`fused_resnet.explain` tells which,
-and why.
+the class behind, in plain PyTorch (a hook on a child). What was read is remembered while every module stays as it is
+(:mod:`.watch`). :func:`fused_resnet.explain` tells which, and why.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from . import backends, functional, inputs, plain, plain_paper, plain_rows
 from .describe import (
     Parts,
+    Reading,
     WeightLayer,
     activation_of,
     follows,
@@ -29,6 +31,7 @@ from .describe import (
     is_norm,
     read,
 )
+from .watch import Memory
 
 
 class Fused(nn.Module):
@@ -58,15 +61,29 @@ class Fused(nn.Module):
         """Modules inside that are not called as such, besides those of the chains."""
         return []
 
-    def run(self, parts: Parts, x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
-        """``x`` through the chain that ``parts`` are now, or through ``unfused`` where they are none; with the second input of
-        a chain that has one.
+    def recall(self, what: Any, make: Callable[[Any], tuple[Any, Iterable[nn.Module] | None]]) -> Any:
+        """What ``make(self)`` says first; it is asked again only where this module or one of those that it lists is not as it
+        was, or where it lists None.
         """
-        return self.run_owned(parts, x, unfused, False, skip=skip)[0]
+        if torch.compiler.is_compiling() or hooks_everywhere():  # the compiler has guards of its own
+            return make(self)[0]
+        memory = Memory.of(self)
+        value = memory.recall(what, self)
+        if value is None:
+            value, modules = make(self)
+            if modules is not None:
+                memory.remember(what, value, self, modules)
+        return value
+
+    def run(self, parts_of: Callable[[Any], Parts], x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
+        """``x`` through the chain that the modules ``parts_of(self)`` are now, or through ``unfused`` where they are none; with
+        the second input of a chain that has one.
+        """
+        return self.run_owned(parts_of, x, unfused, False, skip=skip)[0]
 
     def run_owned(
         self,
-        parts: Parts,
+        parts_of: Callable[[Any], Parts],
         x: Tensor,
         unfused: Callable[..., Tensor],
         donate: bool,
@@ -79,11 +96,30 @@ class Fused(nn.Module):
         """
         if issubclass(type(x), torch.fx.Proxy):  # torch.fx traces the model: into the modules themselves
             return unfused(x, *skip), False
-        reading = read(parts, self.fused_memory)
+        reading = self.recall(parts_of, partial(_read, parts_of))
+        return self.run_reading(reading, x, unfused, donate, drop, skip)
+
+    def run_reading(
+        self,
+        reading: Reading,
+        x: Tensor,
+        unfused: Callable[..., Tensor],
+        donate: bool = False,
+        drop: bool = False,
+        skip: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, bool]:
+        """As :meth:`run_owned`, of a chain that has been read."""
         if reading.chain is None or inputs.transformed() or inputs.unfit(reading, x, *skip):
             return unfused(x, *skip), False
         second = skip[0] if skip else None
         return functional.read_chain(x, reading, self.fused_backend, skip=second, donate=donate, drop=drop), True
+
+
+def _read(parts_of: Callable[[Any], Parts], module: Fused) -> tuple[Reading, Iterable[nn.Module] | None]:
+    """A chain, and the modules that it was read off; None where another reading may differ all the same."""
+    parts = parts_of(module)
+    reading = read(parts, module.fused_memory)
+    return reading, parts.watched if reading.lasts else None
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -141,13 +177,13 @@ class FusedResidual(Fused):
         return [("", cls.parts_of(module))]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(self.parts_of(self), x, super().forward)
+        return self.run(self.parts_of, x, super().forward)
 
     def step(self, x: Tensor, donate: bool, drop: bool = False) -> tuple[Tensor, bool]:
         """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory; with
         ``drop`` the result is not kept for the backward but made again there.
         """
-        return self.run_owned(self.parts_of(self), x, super().forward, donate, drop)
+        return self.run_owned(self.parts_of, x, super().forward, donate, drop)
 
 
 class FusedHighway(FusedResidual):
@@ -196,7 +232,7 @@ class FusedStem(Fused):
         return [("", stem_parts(module))]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(stem_parts(self), x, super().forward)
+        return self.run(stem_parts, x, super().forward)
 
 
 class FusedResNet(Fused):
@@ -208,8 +244,7 @@ class FusedResNet(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
-        stem = stem_parts(self)
-        x = self.run(stem, x, _one_by_one(stem))
+        x = self.run(stem_parts, x, lambda x: _one_by_one(stem_parts(self), x))
         x = module.layer4(module.layer3(module.layer2(module.layer1(x))))
         return module.fc(torch.flatten(module.avgpool(x), 1))
 
@@ -223,8 +258,7 @@ class FusedCifarResNet(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
-        stem = cifar_stem_parts(self)
-        x = self.run(stem, x, _one_by_one(stem))
+        x = self.run(cifar_stem_parts, x, lambda x: _one_by_one(cifar_stem_parts(self), x))
         x = module.layer3(module.layer2(module.layer1(x)))
         return module.fc(torch.flatten(module.avgpool(x), 1))
 
@@ -305,22 +339,33 @@ class FusedSequential(Fused):
         return [(name, part) for name, part in segments(list(module._modules.items())) if isinstance(part, Parts)]
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, part in segments(list(self._modules.items())):  # type: ignore[arg-type]
-            x = self.run(part, x, _one_by_one(part)) if isinstance(part, Parts) else part(x)
+        if issubclass(type(x), torch.fx.Proxy):
+            x = super().forward(x)
+        else:
+            for part, reading in self.recall("segments", _segments):
+                x = part(x) if reading is None else self.run_reading(reading, x, partial(_one_by_one, part))[0]
         return x.contiguous() if self.gives_contiguous else x
 
 
-def _one_by_one(parts: Parts) -> Callable[[Tensor], Tensor]:
-    """The modules of layers in a row, called as such: an activation that its BatchNorm calls by itself is left to that."""
+def _segments(module: FusedSequential) -> tuple[list[tuple[Any, Reading | None]], Iterable[nn.Module] | None]:
+    """The chains of a Sequential and the modules between them, and what all of it was read off."""
+    found: list[tuple[Any, Reading | None]] = []
+    watched: list[nn.Module] = []
+    for _, part in segments(list(module._modules.items())):  # type: ignore[arg-type]
+        reading = read(part, module.fused_memory) if isinstance(part, Parts) else None
+        found.append((part, reading))
+        watched += part.watched if isinstance(part, Parts) else []
+    lasts = all(reading.lasts for _, reading in found if reading is not None)
+    return found, watched if lasts else None
 
-    def unfused(x: Tensor) -> Tensor:
-        for layer in parts.layers:
-            for module in layer.modules:
-                if module is not activation_of(layer.norm):
-                    x = module(x)
-        return x if parts.pool is None else parts.pool(x)
 
-    return unfused
+def _one_by_one(parts: Parts, x: Tensor) -> Tensor:
+    """``x`` through the modules of layers in a row, called as such: an activation that its BatchNorm calls is left to that."""
+    for layer in parts.layers:
+        for module in layer.modules:
+            if module is not activation_of(layer.norm):
+                x = module(x)
+    return x if parts.pool is None else parts.pool(x)
 
 
 class BasicBlock(FusedResidual, plain.BasicBlock):

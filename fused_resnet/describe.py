@@ -1,12 +1,12 @@
 """Modules -> chain: reads a chain and its tensors off the modules a model has, or says why it cannot.
 
-Nothing is remembered between forwards: a module that was replaced, a BatchNorm that was switched to training, a hook that was
-added, all are seen at the next call.
+A module that was replaced, a BatchNorm that was switched to training, a hook that was added, all are seen at the next call:
+:mod:`.watch` tells whether there is anything to read again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -140,6 +140,11 @@ class Parts:
         modules = [module for layer in self.weight_layers for module in layer.modules]
         return modules if self.pool is None else [*modules, self.pool]
 
+    @property
+    def watched(self) -> list[nn.Module]:
+        """All modules that it is read off."""
+        return [*self.modules, *self.containers]
+
 
 @dataclass
 class Reading:
@@ -150,6 +155,9 @@ class Reading:
     reason: str | None = None
     frozen: bool = False  # a BatchNorm is torchvision's frozen one
     dimensions: int = 4  # of the input: 3 for sequences [N, C, L], 2 for rows [N, C]
+    batch: bool = False  # a BatchNorm normalises by the batch's statistics
+    lasts: bool = False  # while the modules stay as they are: no hooks elsewhere, no process groups decide as well
+    fitting: set[tuple[torch.dtype, torch.device]] = field(default_factory=set)  # inputs that the parameters were checked for
 
 
 def hooked(module: nn.Module) -> bool:
@@ -408,6 +416,8 @@ def read(parts: Parts, memory: str = "default") -> Reading:
         if dimensions == 3:
             window = tuple((one, pair[1]) for one, pair in zip((1, 1, 0, 1), window, strict=True))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
-    frozen = any(layer.norm is not None and _is_frozen_norm(layer.norm) for layer in parts.weight_layers)
+    norms = [layer.norm for layer in parts.weight_layers if layer.norm is not None]
+    frozen = any(_is_frozen_norm(norm) for norm in norms)
     chain = make(layers, parts.residual, projection, window, memory, gate, parts.skip)
-    return Reading(chain, parameters, frozen=frozen, dimensions=dimensions)
+    lasts = not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    return Reading(chain, parameters, frozen=frozen, dimensions=dimensions, batch=chain.batch, lasts=lasts)

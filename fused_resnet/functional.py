@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from . import backends
 from .backends.derived import derived
 from .chain import BUFFERS, Chain
 from .describe import Reading
-from .inputs import autocasts, check
+from .inputs import Fitting, autocasts, check
 from .launch import accumulation_dtype
-from .plan import backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
+from .plan import Plan, backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
 
 #: Chains whose forward is running: who counts operators leaves out those by which an executor runs launches.
 running: list[Chain] = []
@@ -63,13 +63,23 @@ def forward(
     ``operands``: by :attr:`.Chain.operand_slots`.
     ``donate``: nobody reads ``x`` afterwards, its memory may hold the result. ``drop``: the backward makes ``out`` again.
     """
-    n, h, w, *skip = _size(chain, x, operands)
-    slots = dict(zip(("x", *chain.operand_slots), (x, *operands), strict=True))
-    slots.update((slot, _channels_last(slots[slot])) for slot in chain.inputs)
-    keep = kept_slots(chain, needs, drop) if needs else ()
-    plan = forward_plan(chain, n, h, w, x.dtype, keep, ("x",) if donate else (), tuple(skip) or None)
+    plan, names, keep = _planned(chain, _size(chain, x, operands), x.dtype, needs, donate, drop)
+    slots = dict(zip(names, (x, *operands), strict=True))
+    for slot in names[: len(chain.inputs)]:
+        slots[slot] = _channels_last(slots[slot])
     results = backends.execute(plan, slots, backend)
-    return [results["out"], *(results[slot] for slot in keep)]
+    return [results["out"], *[results[slot] for slot in keep]]
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    chain: Chain, size: tuple[int, ...], dtype: torch.dtype, needs: frozenset[str], donate: bool, drop: bool
+) -> tuple[Plan, tuple[str, ...], tuple[str, ...]]:
+    """The plan of a forward, the names of what it is given, and of what it keeps."""
+    n, h, w, *skip = size
+    keep = kept_slots(chain, needs, drop) if needs else ()
+    plan = forward_plan(chain, n, h, w, dtype, keep, ("x",) if donate else (), tuple(skip) or None)
+    return plan, ("x", *chain.operand_slots), keep
 
 
 def backward(
@@ -335,7 +345,8 @@ def read_chain(
     """
     assert reading.chain is not None
     if reading.dimensions == 4:
-        return chain(x, reading.parameters, reading.chain, backend, skip=skip, donate=donate, drop=drop)
+        fitting = None if torch.compiler.is_compiling() else reading.fitting
+        return _chain(x, reading.parameters, reading.chain, backend, skip, donate, drop, fitting)
     slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
     parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
     out = chain(_as_image(x), parameters, reading.chain, backend, donate=donate)
@@ -375,13 +386,28 @@ def chain(
         TypeError, ValueError, RuntimeError: as PyTorch does for the same input.
         RuntimeError: the backend cannot run here.
     """
+    return _chain(x, parameters, spec, backend, skip, donate, drop, None)
+
+
+def _chain(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    spec: Chain,
+    backend: str | None,
+    skip: Tensor | None,
+    donate: bool,
+    drop: bool,
+    fitting: Fitting | None,
+) -> Tensor:
+    """:func:`chain`; ``fitting``: see :func:`.inputs.check`."""
     # PyTorch's convolutions take one image without a batch, its BatchNorm does not.
     if isinstance(x, Tensor) and x.dim() == 3 and not any(layer.norm for layer in spec.weight_layers):
         return chain(x.unsqueeze(0), parameters, spec, backend).squeeze(0)
     if isinstance(x, Tensor) and autocasts(x):
         x, parameters = _autocast(spec, x, parameters)
         skip = None if skip is None else _cast(skip, x.dtype)
-    check(spec, x, parameters, skip)
+        fitting = None
+    check(spec, x, parameters, skip, fitting)
     operands = parameters if skip is None else (skip, *parameters)
     if torch.compiler.is_compiling():
         return traced(x, operands, spec, backend)

@@ -13,9 +13,17 @@ from .chain import Chain, Layer, shape_behind
 from .describe import Reading
 from .launch import accumulation_dtype
 
+#: Types and devices of x for which a chain's parameters were found to be right.
+Fitting = set[tuple[torch.dtype, torch.device]]
 
-def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor], skip: Tensor | None = None) -> None:
+
+def check(
+    chain: Chain, x: Tensor, parameters: Sequence[Tensor], skip: Tensor | None = None, fitting: Fitting | None = None
+) -> None:
     """Raise what PyTorch raises for an input a chain cannot take.
+
+    Args:
+        fitting: what is known of these parameters, where they are known to be the same; what is found is added.
 
     Raises:
         TypeError: ``x`` is not a tensor.
@@ -34,11 +42,14 @@ def check(chain: Chain, x: Tensor, parameters: Sequence[Tensor], skip: Tensor | 
             f"{[first.filters, first.channels // first.groups, *first.kernel]}, expected input of size {list(x.shape)} "
             f"to have {first.channels} channels, but got {x.shape[1]} channels instead"
         )
-    index = 0
-    for layer in chain.weight_layers:
-        for role in layer.parameter_roles:
-            _check_parameter(layer, role, parameters[index], x)
-            index += 1
+    if fitting is None or (x.dtype, x.device) not in fitting:
+        index = 0
+        for layer in chain.weight_layers:
+            for role in layer.parameter_roles:
+                _check_parameter(layer, role, parameters[index], x)
+                index += 1
+        if fitting is not None:
+            fitting.add((x.dtype, x.device))
     if chain.skip or skip is not None:
         _check_skip(chain, x, skip)
 
@@ -122,12 +133,13 @@ def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
     dimensions = x.dim() if isinstance(x, Tensor) else 0
     if reading.dimensions != 4 and dimensions != reading.dimensions:  # a Linear takes any number, or PyTorch has an error
         return True
-    empty = reading.chain is not None and reading.chain.batch and dimensions == reading.dimensions and x.shape[0] == 0
-    if empty and reading.chain is not None:
-        empty = not any(layer.group for layer in reading.chain.weight_layers)
-    if reading.chain is not None and reading.chain.skip and _skip_unfit(reading.chain, x, skip):
+    spec = reading.chain
+    if spec is None:
+        return promotes(reading, x)
+    empty = reading.batch and dimensions == reading.dimensions and x.shape[0] == 0
+    if empty and not any(layer.group for layer in spec.weight_layers):
         return True
-    return empty or promotes(reading, x)
+    return (spec.skip and _skip_unfit(spec, x, skip)) or promotes(reading, x)
 
 
 def transformed() -> bool:

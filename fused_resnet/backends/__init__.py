@@ -181,13 +181,15 @@ def record_kernel(name: str) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _program(plan: Plan, name: str) -> tuple[tuple[Launch, str, ModuleType, frozenset[str], frozenset[str]], ...]:
+def _program(plan: Plan, name: str) -> tuple[tuple[Launch, str, Callable[..., Any], bool, frozenset[str], frozenset[str]], ...]:
+    """Launch by launch: what runs it, what is given up, and what nobody reads afterwards."""
     steps = []
     for launch, dead in zip(plan.launches, plan.dead_after, strict=True):
         runner, _ = assign(launch, name)
         read = [slot for _, slot in launch.operands]  # what is read under two roles cannot be written over under one
         donated = frozenset(role for role, slot in launch.operands if slot in dead and read.count(slot) == 1)
-        steps.append((launch, runner, executor(runner), donated, dead))
+        module = executor(runner)
+        steps.append((launch, runner, module.run, getattr(module, "shares", False), donated, dead))
     return tuple(steps)
 
 
@@ -217,13 +219,13 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
 
 def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     shared: dict[str, Tensor] = {}
-    for launch, runner, module, donated, dead in _program(plan, name):
-        extra = (shared,) if getattr(module, "shares", False) else ()
-        began = [(clock, clock.now()) for clock in _clocks]
-        outputs = module.run(launch, {role: slots[slot] for role, slot in launch.operands}, donated, *extra)
+    for launch, runner, run, shares, donated, dead in _program(plan, name):
+        began = [(clock, clock.now()) for clock in _clocks] if _clocks else ()
+        operands = {role: slots[slot] for role, slot in launch.operands}
+        outputs = run(launch, operands, donated, shared) if shares else run(launch, operands, donated)
         for clock, start in began:
             clock.seen.append((launch, start, clock.now()))
-        for log in tuple(_logs):
+        for log in tuple(_logs) if _logs else ():
             log.launches.append((runner, launch))
         for slot in dead:
             del slots[slot]

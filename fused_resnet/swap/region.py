@@ -318,7 +318,7 @@ def _call_of(site: Site) -> Callable[..., Tensor]:
     """The call of a chain, as a function that torch.fx can name."""
 
     def fused_chain(module: Any, x: Tensor, *skip: Tensor) -> Tensor:
-        return module.run(site.parts(module), x, partial(site.unfused, module), *skip)
+        return module.run(site.parts, x, partial(site.unfused, module), *skip)
 
     return fused_chain
 
@@ -394,6 +394,15 @@ def usable(module: Any) -> tuple[Region | None, str | None]:
     return regions.add(mode, analysis().region(module))
 
 
+def _region(module: Any) -> tuple[Region | None, list[nn.Module] | None]:
+    """The forward that holds now, and the modules inside that it depends on."""
+    region, _ = usable(module)
+    if region is None or torch.compiler.is_compiling():
+        return region, None
+    inside = [descend(module, guard.path) for guard in region.guards if guard.path]
+    return region, [inner for inner in inside if inner is not None]
+
+
 class FusedRegion(Fused):
     """A module of any class whose forward holds chains. ``fused_region`` keeps what was traced, one forward a mode."""
 
@@ -408,7 +417,7 @@ class FusedRegion(Fused):
         return [module for module in found if module is not None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        region, _ = usable(self)
+        region = self.recall("region", _region)
         if region is None or kwargs or len(args) != region.required or not all(isinstance(x, Tensor) for x in args):
             return super().forward(*args, **kwargs)
         return region.run(self, *args)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import backends, blocks, plain, plain_paper, plain_rows
+from .. import backends, blocks, plain, plain_paper, plain_rows, watch
 from ..describe import check_memory
 from .layout import FusedView, is_viewed, views_itself
 from .quantised import quantised
@@ -196,7 +196,7 @@ def unfuse(model: Model) -> Model:
     if not fused:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
-        for option in ("fused_backend", "fused_memory", "fused_region"):
+        for option in ("fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE):
             module.__dict__.pop(option, None)
         kind: type[Any] = module.unfused_class
         module.__class__ = kind

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .. import watch
 from ..describe import hooked, hooks_everywhere
 from .quantised import quantised
 
@@ -101,7 +102,7 @@ def _print(value: Any, depth: int = 3) -> Any:
 
 
 #: Attributes of every nn.Module that say nothing about its forward, or that are compared otherwise.
-_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region"}
+_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE}
 
 
 def _original(kind: Any) -> type[Any]:

@@ -1,0 +1,174 @@
+"""Whether modules are as they were when something was read off them, in a few microseconds a module.
+
+A fused module looks at its modules at each call: one may have been replaced, switched to training, given a hook, its parameters
+moved. Reading a chain takes some hundred Python calls; seeing that nothing has changed takes a handful. So what was read is
+remembered together with what it was read from (:class:`Watched`), and read again when anything of that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from torch import nn
+
+#: The attribute of a fused module that is its :class:`Memory`.
+ATTRIBUTE = "fused_seen"
+_PLAIN = (type(None), bool, int, float, str)
+#: What every module has, of which what matters is looked at one by one; and the memory, which must not refer to itself.
+_OWN = frozenset(vars(nn.Module())) | {ATTRIBUTE}
+_OFTEN = ("training", "_is_full_backward_hook")  # two at least, so that an itemgetter gives a tuple
+
+
+class CannotWatchError(Exception):
+    """A module has attributes whose change could not be seen."""
+
+
+def _copied(value: Any) -> Any:
+    """A value that stays as it is, of which ``==`` asks no tensor.
+
+    Raises:
+        CannotWatchError: it is no plain value, nor a container of such.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if type(value) in (tuple, list):
+        return type(value)([_copied(part) for part in value])
+    if type(value) is dict:
+        return {_copied(key): _copied(part) for key, part in value.items()}
+    raise CannotWatchError(type(value).__name__)
+
+
+def _changes(value: Any) -> bool:
+    """Whether an object of this kind may hold other things the next time, being the same object."""
+    return isinstance(value, (tuple, list, dict, set, frozenset))
+
+
+class Watched:
+    """One module as it was: its class, plain attributes, objects, children, parameters and buffers, and that nobody hooks in.
+
+    Attributes are compared by value where they are numbers, texts or containers of such, by identity where they are objects;
+    tensors by identity, address and shape: a parameter that was moved, cast or cut is the same object. Values of parameters are
+    not looked at.
+    """
+
+    __slots__ = ("children", "count", "kind", "objects", "objects_of", "tensors", "uncalled", "values", "values_of")
+
+    def __init__(self, module: nn.Module, uncalled: bool = False) -> None:
+        """Args:
+            module: the module, as it is; not referred to.
+            uncalled: it is not called as such, or calls its hooks itself: they do not matter.
+
+        Raises:
+            CannotWatchError: not everything it has can be compared.
+        """
+        own = module.__dict__
+        values = list(_OFTEN)
+        objects: list[str] = []
+        for name, value in own.items():
+            if name not in _OWN:
+                (values if type(value) in _PLAIN or _changes(value) else objects).append(name)
+        self.kind = type(module)
+        self.uncalled = uncalled
+        self.count = len(own)
+        self.values_of = itemgetter(*values)
+        self.values = tuple(_copied(own[name]) for name in values)
+        self.objects_of = tuple(objects)
+        self.objects = tuple(own[name] for name in objects)
+        self.children = dict(own["_modules"])
+        tensors = (*own["_parameters"].items(), *own["_buffers"].items())
+        try:
+            self.tensors = tuple(
+                (name, tensor, *((0, None) if tensor is None else (tensor.data_ptr(), tensor.shape)))
+                for name, tensor in tensors
+            )
+        except RuntimeError as error:  # of a transform, or without memory
+            raise CannotWatchError(str(error)) from None
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether the module is what was watched, or cannot be told from it."""
+        own = module.__dict__
+        if module.__class__ is not self.kind or len(own) != self.count or own["_modules"] != self.children:
+            return False
+        if not self.uncalled and (
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        ):
+            return False
+        try:
+            if self.values_of(own) != self.values:
+                return False
+            for name, value in zip(self.objects_of, self.objects):
+                if own[name] is not value:
+                    return False
+        except KeyError:
+            return False
+        if self.tensors:
+            parameters, buffers = own["_parameters"], own["_buffers"]
+            if len(parameters) + len(buffers) != len(self.tensors):
+                return False
+            for name, tensor, address, shape in self.tensors:
+                now = parameters[name] if name in parameters else buffers.get(name)
+                if now is not tensor:
+                    return False
+                if tensor is not None and (tensor.data_ptr() != address or tensor.shape != shape):
+                    return False
+            return True
+        return not own["_parameters"] and not own["_buffers"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    value: Any
+    itself: Watched
+    others: tuple[tuple[nn.Module, Watched], ...]
+
+    def holds(self, module: nn.Module) -> bool:
+        return self.itself.same(module) and all([watched.same(other) for other, watched in self.others])
+
+
+class Memory:
+    """What was read off a module, by what it is; an attribute of it. Copies and pickles start empty.
+
+    A child is watched as the object it was. So whoever remembers something lists the children on the way to it as well, or asks
+    in the same call for something else first that lists them: where one thing differs, all of a module is forgotten.
+    """
+
+    __slots__ = ("entries",)
+
+    def __init__(self) -> None:
+        self.entries: dict[Any, _Entry] = {}
+
+    @staticmethod
+    def of(module: nn.Module) -> Memory:
+        """The memory of a module, made if it has none."""
+        memory: Memory | None = module.__dict__.get(ATTRIBUTE)
+        if memory is None:
+            memory = module.__dict__[ATTRIBUTE] = Memory()
+        return memory
+
+    def recall(self, what: Any, module: nn.Module) -> Any:
+        """What was remembered, or None if the module or any of the others differs from what it was."""
+        entry = self.entries.get(what)
+        if entry is None:
+            return None
+        if entry.holds(module):
+            return entry.value
+        self.entries.clear()
+        return None
+
+    def remember(self, what: Any, value: Any, module: nn.Module, others: Iterable[nn.Module]) -> None:
+        """Remember ``value`` for as long as the module and the others stay as they are."""
+        try:
+            itself = Watched(module, uncalled=True)
+            seen = tuple((other, Watched(other)) for other in dict.fromkeys(others))
+        except CannotWatchError:
+            return
+        self.entries[what] = _Entry(value, itself, seen)
+
+    def __deepcopy__(self, memo: Any) -> Memory:
+        return Memory()
+
+    def __reduce__(self) -> Any:
+        return Memory, ()

@@ -1,0 +1,257 @@
+"""What is read off modules is remembered while they stay as they are, and read again as soon as anything differs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nets import randomise, tiny
+from tolerances import CLOSE, relative_error
+from torch import Tensor, nn
+
+from fused_resnet import blocks, fuse, unfuse
+from fused_resnet.watch import ATTRIBUTE, CannotWatchError, Memory, Watched
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Chains read off modules, as they are read."""
+    seen: list[Any] = []
+    read = blocks.read
+
+    def counted(parts: Any, memory: str) -> Any:
+        seen.append(parts)
+        return read(parts, memory)
+
+    monkeypatch.setattr(blocks, "read", counted)
+    return seen
+
+
+class Sum(nn.Module):
+    """A forward that is traced: two branches, an attribute of plain values, one in a list, and a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.ModuleDict({"second": nn.Conv2d(8, 8, 1, bias=False), "norm": nn.BatchNorm2d(8)})
+        self.act = nn.LeakyReLU(0.1)
+        self.scales = [1.0, 2.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm(self.first(x)))
+        return self.act(self.inner["norm"](self.inner["second"](y)) + x) * self.scales[0]
+
+
+def _net() -> nn.Module:
+    """A block, a Sequential and a traced forward."""
+    net = nn.Sequential(
+        tiny().basic,
+        nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
+        Sum(),
+    )
+    return randomise(net).eval()
+
+
+def _x() -> Tensor:
+    return torch.randn(2, 8, 9, 7)
+
+
+def test_read_once_in_a_mode(reads: list[Any]) -> None:
+    net = fuse(_net())
+    x = _x()
+    with torch.no_grad():
+        net(x)
+        assert len(reads) == 3
+        net(x), net(torch.cat([x, x]))
+    x.requires_grad_()
+    net(x).sum().backward()
+    assert len(reads) == 3
+    net.train()
+    net(x).sum().backward()
+    assert len(reads) == 6
+    net(x).sum().backward()  # statistics, counters and gradients have changed in place
+    assert len(reads) == 6
+
+
+def _in_place_of(module: Any, name: str, value: Any) -> None:
+    setattr(module, name, value)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "activation replaced": lambda net: _in_place_of(net[0], "relu", nn.LeakyReLU(0.5)),
+    "activation's slope": lambda net: _in_place_of(net[2].act, "negative_slope", 0.7),
+    "kind of GELU": lambda net: _in_place_of(net[1][2], "approximate", "tanh"),
+    "class of the activation": lambda net: _in_place_of(net[2].act, "__class__", nn.ReLU),
+    "eps": lambda net: _in_place_of(net[1][1], "eps", 0.9),
+    "one BatchNorm in training mode": lambda net: net[0].bn2.train(),
+    "no running statistics": lambda net: [_in_place_of(net[1][4], name, None) for name in ("running_mean", "running_var")],
+    "buffer replaced": lambda net: _in_place_of(net[1][1], "running_var", net[1][1].running_var * 9),
+    "bias taken away": lambda net: _in_place_of(net[1][0], "bias", None),
+    "bias added": lambda net: _in_place_of(net[0].conv1, "bias", nn.Parameter(torch.randn(16))),
+    "filters cut in place": lambda net: [
+        _in_place_of(net[1][0].weight, "data", net[1][0].weight.data[:, :, :2, :2]),
+        _in_place_of(net[1][0], "padding", (0, 1)),
+    ],
+    "filters turned in place": lambda net: _in_place_of(net[1][0].weight, "data", net[1][0].weight.data.transpose(2, 3)),
+    "padding": lambda net: _in_place_of(net[1][0], "padding", (0, 2)),
+    "padding in words": lambda net: _in_place_of(net[1][0], "padding", "valid"),
+    "padding mode": lambda net: _in_place_of(net[1][0], "padding_mode", "circular"),
+    "projection's BatchNorm replaced": lambda net: net[0].downsample.__setitem__(1, nn.BatchNorm2d(16).eval()),
+    "projection longer": lambda net: net[0].downsample.append(nn.Tanh()),
+    "layers swapped": lambda net: net[1].__init__(net[1][0], net[1][1], net[1][2], net[1][4], net[1][3]),
+    "layer added": lambda net: net[1].append(nn.ReLU()),
+    "layer in between": lambda net: net[1].insert(2, nn.Sigmoid()),
+    "an attribute of a forward": lambda net: net[2].scales.__setitem__(0, 3.0),
+    "a container's child": lambda net: net[2].inner.update({"norm": nn.BatchNorm2d(8).eval()}),
+    "forward replaced on a convolution": lambda net: _in_place_of(net[2].first, "forward", lambda x: 2 * x),
+    "forward hook": lambda net: net[1][1].register_forward_hook(lambda _m, _x, y: y + 1),
+    "forward pre-hook": lambda net: net[2].inner["second"].register_forward_pre_hook(lambda _m, x: (x[0] * 2,)),
+    "double": lambda net: net.double(),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_change_is_seen(how: str) -> None:
+    """Outputs are those of a copy that was fused after the change, and of the plain model."""
+    torch.manual_seed(0)
+    plain, fused = _net(), _net()
+    fused.load_state_dict(plain.state_dict())
+    fuse(fused)
+    x = _x()
+    with torch.no_grad():
+        before = fused(x)
+        for net in (plain, fused):
+            torch.manual_seed(1)
+            CHANGES[how](net)
+        x = x.to(next(plain.parameters()).dtype)
+        expected, after, again = plain(x), fused(x), fused(x)
+    if how not in ("double", "projection's BatchNorm replaced"):
+        assert before.shape != expected.shape or relative_error(before, expected) > 3 * CLOSE, "the change shows"
+    assert relative_error(after, expected) < CLOSE and relative_error(again, expected) < CLOSE
+
+
+def test_what_hooks_see_comes_back_with_their_end(reads: list[Any]) -> None:
+    net, x, calls = fuse(_net()), _x(), []
+    with torch.no_grad():
+        net(x)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, _x, _y: calls.append(type(module)))
+        net(x)
+        assert nn.GELU in calls and nn.LeakyReLU in calls
+        handle.remove()
+        calls.clear()
+        count = len(reads)
+        net(x)
+    assert not calls and len(reads) == count
+
+
+def test_parameters_of_a_functional_call() -> None:
+    plain, fused = _net(), _net()
+    fused.load_state_dict(plain.state_dict())
+    fuse(fused)
+    x = _x()
+    other = {name: tensor.detach() * 1.5 for name, tensor in plain.named_parameters()}
+    with torch.no_grad():
+        first = fused(x)
+        called = torch.func.functional_call(fused, other, (x,))
+        expected = torch.func.functional_call(plain, other, (x,))
+        assert relative_error(called, expected) < CLOSE and relative_error(fused(x), first) == 0
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "replica"])
+def test_copies_read_their_own_modules(how: str) -> None:
+    """A replica, of DataParallel's kind, shares all attributes of the original but its children and parameters."""
+    net = fuse(_net())[0]
+    x = _x()
+    with torch.no_grad():
+        first = net(x)
+    if how == "replica":
+        other = copy.copy(net)
+        other.__dict__ = {**net.__dict__, "_modules": {name: copy.deepcopy(child) for name, child in net._modules.items()}}
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(net))
+    else:
+        other = copy.deepcopy(net) if how == "deepcopy" else copy.copy(net)
+    with torch.no_grad():
+        other.conv1.weight.mul_(2)
+        same = relative_error(net(x), first) == 0
+        assert same is (how != "copy")
+        assert relative_error(other(x), unfuse(copy.deepcopy(net if how == "copy" else other))(x)) < CLOSE
+
+
+def test_a_model_dies_with_its_last_reference() -> None:
+    """What is remembered makes no cycle, which would keep a model's memory until Python looks for such."""
+    net = fuse(_net())
+    net(_x())
+    alive = [weakref.ref(part) for part in (net, net[0], net[0].conv1, net[1], net[2], net[2].inner["norm"].weight)]
+    gc.collect()  # tracing a forward leaves cycles
+    gc.disable()
+    try:
+        del net
+        assert [part() for part in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
+
+
+def test_unfuse_forgets() -> None:
+    net = fuse(_net())
+    net(_x())
+    assert ATTRIBUTE in vars(net[0])
+    unfuse(net)
+    assert all(ATTRIBUTE not in vars(module) for module in net.modules())
+
+
+def test_modules_that_cannot_be_watched_are_read_each_time(reads: list[Any]) -> None:
+    net = fuse(_net())
+    net[0].conv1.marks = {1, 2}
+    with pytest.raises(CannotWatchError):
+        Watched(net[0].conv1)
+    with torch.no_grad():
+        net(_x()), net(_x())
+    assert len(reads) == 3 + 1
+
+
+def test_a_watched_module_is_the_same_until_it_differs() -> None:
+    module = nn.Conv2d(4, 4, 3)
+    watched = Watched(module)
+    assert watched.same(module) and not watched.same(nn.Conv2d(4, 4, 3))
+    module.note = "new"
+    assert not watched.same(module)
+    del module.note
+    assert watched.same(module)
+    handle = module.register_forward_hook(print)
+    assert not watched.same(module) and Watched(module, uncalled=True).same(module)
+    handle.remove()
+    del module.stride
+    module.other = 1  # as many attributes as before
+    assert not watched.same(module)
+
+
+def test_memory_holds_what_it_was_told() -> None:
+    module, other, memory = nn.ReLU(), nn.BatchNorm2d(2), Memory()
+    memory.remember("what", 5, module, [other])
+    memory.remember("inside", 6, module, [])
+    assert memory.recall("what", module) == 5 and memory.recall("else", module) is None
+    assert memory.recall("inside", module) == 6
+    other.eval()
+    assert memory.recall("what", module) is None
+    other.train()
+    assert memory.recall("what", module) is None and memory.recall("inside", module) is None, "all is forgotten"
+    assert not copy.deepcopy(memory).entries and not pickle.loads(pickle.dumps(memory)).entries
+
+
+def test_images_of_another_kind_are_still_checked() -> None:
+    """Parameters are checked against x's type and device once a type and device."""
+    net, x = fuse(_net()), _x()
+    with torch.no_grad():
+        net(x)
+        with pytest.raises(RuntimeError, match="weight type"):
+            net(x.double())
+        with pytest.raises(RuntimeError, match="channels"):
+            net(torch.randn(2, 5, 9, 7))
