@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from nets import CHAINS, TRAINING_CHAINS, chain_inputs, copies, images, plain_chain, tiny
+from nets import CHAINS, TRAINING_CHAINS, chain_inputs, copies, images, plain_chain, randomise, tiny
 from test_reference import GEOMETRIES, ONE_RESULT, make, statistics, tensors, truth
 from tolerances import assert_close, relative_error
 from torch import nn
@@ -108,12 +109,45 @@ def test_filters_are_laid_out_for_the_size_that_comes_most(monkeypatch: pytest.M
     monkeypatch.setattr(cpu, "_laid_out", lambda weight, g: laid_out.append((g.H, g.W)) or own(weight, g))
     sizes = [(9, 7), (5, 4), (9, 7), (5, 4), (3, 3), (5, 4), (5, 4), (5, 4), (5, 4), (9, 7)]
     for size in sizes:
-        x = torch.randn(1, 8, *size)
+        x = torch.randn(2, 8, *size)
         with torch.no_grad():
             assert relative_error(fused(x), copy.deepcopy(plain).double()(x.double())) < 1e-6
         if size == (3, 3):
             assert laid_out == [(9, 7)]
     assert laid_out == [(9, 7), (5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "groups", "small"),
+    [
+        ((1, 8, 9, 7), 3, 1, True),
+        ((1, 320, 8, 8), 1, 1, True),  # as many elements as are small
+        ((1, 324, 8, 8), 1, 1, False),
+        ((2, 8, 9, 7), 3, 1, False),
+        ((1, 8, 9, 7), 3, 2, False),
+        ((1, 8, 9, 9), 5, 1, False),
+        ((1, 8, 9, 9), (5, 3), 1, True),
+    ],
+)
+def test_small_convolutions_are_pytorchs_own(
+    shape: tuple[int, ...], kernel: Any, groups: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch would not take oneDNN either. (With one thread it takes less of it, for 1x1 filters.)"""
+    net = nn.Sequential(nn.Conv2d(shape[1], 12, kernel, 1, 1, groups=groups), nn.BatchNorm2d(12), nn.Hardswish())
+    net = randomise(net).eval()
+    fused = fuse(copy.deepcopy(net), backend="cpu")
+    laid_out: list[Any] = []
+    own = cpu._laid_out
+    monkeypatch.setattr(cpu, "_laid_out", lambda weight, g: laid_out.append(g) or own(weight, g))
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y = fused(x)
+        assert relative_error(y, net.double()(x.double())) < 1e-6 and laid_out == ([] if small else laid_out[:1])
+        assert y.is_contiguous(memory_format=torch.channels_last) and (small or laid_out)
+    conv = net[0].float()
+    where = ((1, 1), (1, 1), (1, 1), False, (0, 0), groups)
+    taken = torch._C._select_conv_backend(x, conv.weight, conv.bias, *where)
+    assert ("Mkldnn" not in str(taken)) is small or torch.get_num_threads() == 1
 
 
 def test_filters_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:

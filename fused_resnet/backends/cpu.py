@@ -72,13 +72,52 @@ def _dilation(g: Geometry) -> tuple[int, int]:
     return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
 
 
-@lru_cache(maxsize=4096)
-def _purpose(launch: Launch) -> str:
-    """What folded filters depend on besides the tensors. (Text, whose hash is computed once.)"""
-    g = launch.geometry
-    assert isinstance(g, Geometry)
-    # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
-    return repr(("cpu", g.N == 1, launch.dtype, launch.eps, g.stride, g.padding, g.dilation, g.groups, sorted(launch.roles)))
+class _Inference:
+    """What follows from a launch alone, of a convolution with given statistics.
+
+    Attributes:
+        purpose: what folded filters depend on besides the tensors. (Text, whose hash is computed once.)
+        sources: roles of the tensors that filters and shift are folded from.
+        native: PyTorch's own convolution instead of oneDNN's.
+        where: padding, stride, dilation and groups.
+        end: the activation, in place; None for the identity.
+    """
+
+    __slots__ = ("end", "native", "purpose", "slope", "sources", "where")
+
+    def __init__(self, launch: Launch) -> None:
+        g, roles = launch.geometry, launch.roles
+        assert isinstance(g, Geometry)
+        self.native = launch.dtype == torch.float32 and _is_small(g) and "shortcut" not in roles
+        # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
+        kind = (
+            "cpu",
+            g.N == 1,
+            self.native,
+            launch.dtype,
+            launch.eps,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
+            sorted(roles),
+        )
+        self.purpose = repr(kind)
+        self.sources = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in roles)
+        self.where = (g.padding, g.stride, _dilation(g), g.groups)
+        self.end = None if launch.activation == "identity" else ACTIVATIONS[launch.activation].in_place
+        self.slope = launch.slope
+
+
+_inference = lru_cache(maxsize=4096)(_Inference)
+
+#: Elements of an input up to which PyTorch 2.11 to 2.14 takes its own convolution.
+SMALL = 20480
+
+
+def _is_small(g: Geometry) -> bool:
+    """Whether PyTorch would not call oneDNN, each of whose calls costs some 60 us; its own, of one pixel, takes 10."""
+    return g.N == 1 and g.groups == 1 and min(g.R, g.S) <= 3 and g.C * g.H * g.W <= SMALL
 
 
 class _Packed:
@@ -89,14 +128,19 @@ class _Packed:
     in a row. (The heads of a detector see five sizes in turn.)
     """
 
-    def __init__(self, weight: Tensor, g: Geometry, shift: Tensor | None) -> None:
-        self.now = _laid_out(weight, g), (g.H, g.W)  # in one piece: another thread may read them
+    def __init__(self, weight: Tensor, g: Geometry | None, shift: Tensor | None) -> None:
+        """``g``: what to lay out for; None: they stay as they are, for PyTorch's own convolution."""
         self.shift = shift
+        self.plain = weight if g is None else None
         self.dense: Tensor | None = None
-        self.other, self.times = (g.H, g.W), 0
+        if g is not None:
+            self.now = _laid_out(weight, g), (g.H, g.W)  # in one piece: another thread may read them
+            self.other, self.times = (g.H, g.W), 0
 
     def weight(self, g: Geometry) -> Tensor:
         """The filters for a convolution of that size."""
+        if self.plain is not None:
+            return self.plain
         packed, sides = self.now
         wanted = g.H, g.W
         if wanted == sides:
@@ -119,26 +163,31 @@ def _laid_out(weight: Tensor, g: Geometry) -> Tensor:
 
 def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Filters times scale, and the shift. Folded in fp32, rounded once."""
-    w = operands["w"]
-    roles = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in operands)
+    prepared = _inference(launch)
 
     def build() -> _Packed:
+        w = operands["w"]
         weight, shift = w.detach(), operands.get("bias")
         if "var" in operands:
             scale, shift = reference.scale_and_shift(operands, launch.eps, torch.float32)
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
-        return _Packed(weight, g, None if shift is None else shift.detach().to(launch.dtype))
+        return _Packed(weight, None if prepared.native else g, None if shift is None else shift.detach().to(launch.dtype))
 
-    kept: _Packed = derived(_purpose(launch), [operands[role] for role in roles], build)
+    kept: _Packed = derived(prepared.purpose, [operands[role] for role in prepared.sources], build)
     return kept.weight(g), kept.shift
 
 
 def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
     x = operands["x"]
     shortcut = operands.get("shortcut")
+    prepared = _inference(launch)
     weight, shift = _folded(launch, g, operands)
-    where = (g.padding, g.stride, _dilation(g), g.groups)
+    where = prepared.where
+    if prepared.native:
+        y = torch.conv2d(x, weight, shift, g.stride, g.padding, where[2], g.groups)
+        y = y.contiguous(memory_format=torch.channels_last)
+        return y if prepared.end is None else prepared.end(y, prepared.slope)
     in_place = "shortcut" in donated  # nobody reads it afterwards: the convolution adds to it where it is
     if shortcut is not None and (in_place or launch.dtype != torch.float32):  # a sum of its own would round fp16 and bf16 twice
         y = shortcut if in_place else shortcut.clone(memory_format=torch.channels_last)
@@ -148,7 +197,7 @@ def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: fro
         if shortcut is not None:  # faster than oneDNN's sum into a third tensor (ResNet-50, batch 8: 356 against 379 ms)
             y.add_(shortcut)
     # Not oneDNN's own ReLU: it turns NaN into 0 (in PyTorch 2.11 and 2.14), and a diverged network must be seen to be one.
-    return ACTIVATIONS[launch.activation].in_place(y, launch.slope)
+    return y if prepared.end is None else prepared.end(y, prepared.slope)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -161,7 +210,7 @@ def _vector(operands: Operands, role: str) -> Tensor | None:
 
 def _normalised(x: Tensor, operands: Operands, prefix: str) -> Tensor:
     """BatchNorm with the batch's statistics, in a new tensor. PyTorch's operator wants a variance: ``invstd``'s, eps 0."""
-    mean, var = operands[f"{prefix}mean"], operands[f"{prefix}invstd"].square().reciprocal()
+    mean, var = operands[f"{prefix}mean"], operands[f"{prefix}invstd"].pow(-2)
     gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
     if x.dtype != torch.float32 and gamma is None:  # PyTorch takes vectors in fp32 for fp16 and bf16 only together
         gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
@@ -201,18 +250,20 @@ def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
     n, channels, p, q = y.shape
     together = _pixels_together(n * p * q, channels)
     rows = y.permute(0, 2, 3, 1).reshape(-1, together * channels, 1, 1)
-    unused = torch.zeros(2, together * channels)  # running statistics in fp32 make the result fp32, for fp16 and bf16 too
-    means, variances = torch.ops.aten.batch_norm_update_stats(rows, unused[0], unused[1], 0.0)
-    means, variances = means.view(together, channels).double(), variances.view(together, channels).double()
-    mean = means.mean(0)
-    return mean.float(), (variances + (means - mean).square()).mean(0).float()
+    running = (None, None) if y.dtype == torch.float32 else (torch.zeros(rows.shape[1]), torch.zeros(rows.shape[1]))
+    # In fp32 for fp16 and bf16 too, if running statistics are there in fp32.
+    means, variances = torch.ops.aten.batch_norm_update_stats(rows, *running, 0.0)
+    if together == 1:
+        return means, variances
+    between, mean = torch.var_mean(means.view(together, channels), 0, correction=0)  # adds up in fp64
+    return mean, between.add_(variances.view(together, channels).mean(0))
 
 
 def _statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd of y; the running statistics are updated on the way."""
     mean, var = _moments(y)
     reference.update_running(operands, mean, var, y.numel() // y.shape[1], launch.momentum)
-    return mean, (var + launch.eps).rsqrt()
+    return mean, var.add_(launch.eps).rsqrt_()
 
 
 def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
@@ -434,7 +485,9 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
         if "x_mean" not in operands and launch.epilogue != "stats":
             if g.N == 0:
                 return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
-            return _conv(launch, g, {**operands, "x": _input(launch, operands, {})}, donated)
+            if launch.prologue != "identity":
+                operands = {**operands, "x": _input(launch, operands, {})}
+            return _conv(launch, g, operands, donated)
         return _training_conv(launch, g, operands, shared)
     if launch.kind == "max_pool":
         assert isinstance(g, PoolGeometry)

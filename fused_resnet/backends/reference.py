@@ -172,7 +172,7 @@ def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | T
     for role, new in (("running_mean", mean), ("running_var", unbiased)):
         old = operands[role]
         if old.dtype == new.dtype and isinstance(factor, float):
-            old.mul_(1 - factor).add_(new, alpha=factor)
+            old.mul_(1 - factor).add_(new, alpha=factor)  # not lerp_, which makes NaN of an infinity
         else:
             old.copy_((1 - factor) * old.to(new.dtype) + factor * new)
 
