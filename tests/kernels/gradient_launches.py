@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import DEVICE, activations, poisoned_workspace
+from launches import DEVICE, activations, poisoned_workspace, prologue_roles
 from torch import Tensor
 from triton.runtime import interpreter
 
 from fused_resnet.backends import triton_gradients as executor
-from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, PROLOGUES, Geometry, Launch
+from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, Geometry, Launch
 from fused_resnet.tuning import Tile
 
 #: Roles that are a tensor like the convolution's output, and like its input.
@@ -33,6 +33,7 @@ def dgrad(
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C, K, R, S and the keyword arguments of Geometry; ``without`` leaves out operands."""
+    without = without if "x_invstd" in without else (*without, "x_var")
     roles = [role for role in ("dz", "w", *GRADIENTS[gradient], *DGRAD_EPILOGUES[epilogue]) if role not in without]
     outputs = {"store": ("dx",), "mask": ("dx", "sum_previous"), "bn_mask": ("dx", "sum_previous", "dot_previous")}[epilogue]
     return _launch("dgrad", sizes, dtype, roles, outputs, how, gradient=gradient, epilogue=epilogue, activation=activation)
@@ -51,7 +52,7 @@ def wgrad(
     roles = ["dz", "x", "w", *GRADIENTS[gradient]]
     if gradient != "bn_backward":
         roles += ["sum", "bias", *(["mean"] if gradient == "scale" else [])]
-    roles += PROLOGUES[prologue]
+    roles += prologue_roles(prologue, without)
     roles = [role for role in roles if role not in without]
     return _launch("wgrad", sizes, dtype, roles, outputs, how, gradient=gradient, prologue=prologue)
 
