@@ -131,7 +131,8 @@ def normalised(launch: Launch, operands: dict[str, Tensor]) -> Tensor:
     """What a prologue makes of x, in the launch's type as a kernel that wrote it would round it, as float64."""
     o = {role: tensor.float().cpu() for role, tensor in operands.items()}
     ones = torch.ones_like(o["x_mean"])
-    scale, shift = o["x_invstd"] * o.get("x_gamma", ones), o.get("x_beta", 0 * ones)
+    invstd = o["x_invstd"] if "x_var" not in o else (o["x_var"].double() + launch.x_eps).rsqrt()
+    scale, shift = invstd * o.get("x_gamma", ones), o.get("x_beta", 0 * ones)
     z = (o["x"] - o["x_mean"].view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
     return (F.relu(z) if launch.prologue == "bn_relu" else z).to(launch.dtype).double()
 
