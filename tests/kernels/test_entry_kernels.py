@@ -19,6 +19,7 @@ from fused_resnet.tuning.tile import Strip
 
 RUNNING = ("running_mean", "running_var", "batches")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LARGER = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
 GIVEN = ("x_invstd",)
 
 
@@ -36,11 +37,10 @@ def entry(
     return Launch(kind, "entry", Geometry(n, h, w, c, c, 1, 1), dtype, *named, eps=0.02, **how)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("momentum", [0.3, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "momentum"), [(torch.float32, None), (torch.float16, 0.3), (torch.bfloat16, 0.3)], ids=str)
 def test_statistics(dtype: torch.dtype, momentum: float | None) -> None:
     """Several strips in two levels, the last of each not full; a mean far off, against float64."""
-    launch = entry("statistics", (3, 13, 11, 21), ("x", *RUNNING), ("mean", "invstd"), dtype, momentum=momentum)
+    launch = entry("statistics", (3, 7, 11, 21), ("x", *RUNNING), ("mean", "invstd"), dtype, momentum=momentum)
     operands = operands_of(launch)
     operands["x"] = (3 * operands["x"].float() + 40).to(dtype)
     before = {role: operands[role].double().cpu() for role in RUNNING}
@@ -88,22 +88,26 @@ def test_output_gradient(dtype: torch.dtype, gradient: str, shortcut: bool) -> N
     assert log.kernels == ["output_gradient"]
 
 
-@pytest.mark.parametrize("prologue", ["bn", "bn_relu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prologue_with_given_statistics(dtype: torch.dtype, prologue: str) -> None:
-    """Padding is zero behind the activation; 40 and 24 channels are no whole chunks."""
-    for sizes, tile, without in (
-        ((2, 5, 6, 24, 40, 3, 3), Tile(1, 2, 4, 16, 16), ()),
-        ((2, 5, 7, 40, 20, 1, 1), Tile(1, 1, 16, 16, 32), ("x_gamma", "x_beta")),
-        ((2, 6, 7, 7, 20, 3, 3), None, ()),
-    ):
-        how = {"padding": (1, 1)} if sizes[-1] == 3 else {}
-        launch = conv(*sizes, dtype=dtype, prologue=prologue, without=(*GIVEN, *without), **how)
-        launch = replace(launch, x_eps=0.07)
-        operands = operands_of(launch)
-        assert "x_var" in operands
-        out = run_all(launch, operands, tile)
-        assert_close(out["y"], expected(launch, operands), sizes[3] * sizes[5] ** 2, what=str(launch))
+#: Sizes, tile, what is left out: padding that is zero behind the activation, channels that are no whole chunks, flat loads.
+PROLOGUES = [
+    ((1, 4, 5, 24, 20, 3, 3), Tile(1, 2, 4, 16, 16), ()),
+    ((2, 5, 4, 40, 20, 1, 1), Tile(1, 1, 16, 16, 32), ("x_gamma", "x_beta")),
+    ((1, 5, 4, 7, 20, 3, 3), None, ()),
+]
+
+
+@pytest.mark.parametrize("row", range(len(PROLOGUES)))
+@pytest.mark.parametrize("dtype", LARGER, ids=str)
+def test_prologue_with_given_statistics(dtype: torch.dtype, row: int) -> None:
+    sizes, tile, without = PROLOGUES[row]
+    how = {"padding": (1, 1)} if sizes[-1] == 3 else {}
+    prologue = "bn" if without else "bn_relu"
+    launch = conv(*sizes, dtype=dtype, prologue=prologue, without=(*GIVEN, *without), **how)
+    launch = replace(launch, x_eps=0.07)
+    operands = operands_of(launch)
+    assert "x_var" in operands
+    out = run_all(launch, operands, tile)
+    assert_close(out["y"], expected(launch, operands), sizes[3] * sizes[5] ** 2, what=str(launch))
 
 
 def test_an_eps_of_zero_makes_no_nan_past_the_last_channel() -> None:
@@ -120,31 +124,19 @@ def test_given_statistics_in_pieces(how: str) -> None:
     assert_close(run_all(launch, operands, how=how)["y"], expected(launch, operands), 9 * 24)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LARGER, ids=str)
 def test_wgrad_with_given_statistics_on_load(dtype: torch.dtype) -> None:
-    launch = gradients.wgrad(
-        2,
-        7,
-        6,
-        24,
-        40,
-        3,
-        3,
-        padding=(1, 1),
-        dtype=dtype,
-        gradient="bn_backward",
-        prologue="bn_relu",
-        without=("count", "x_invstd"),
-    )
+    how = {"gradient": "bn_backward", "prologue": "bn_relu", "without": ("count", "x_invstd")}
+    launch = gradients.wgrad(2, 5, 4, 24, 20, 3, 3, padding=(1, 1), dtype=dtype, **how)
     launch = replace(launch, x_eps=0.07)
     operands = gradients.operands_of(launch)
     out = gradients.run_poisoned(launch, operands, Tile(1, 2, 4, 16, 16, splits=2))
-    assert_close(out["dw"], gradients.expected(launch, operands)["dw"], 2 * 7 * 6)
+    assert_close(out["dw"], gradients.expected(launch, operands)["dw"], 2 * 5 * 4)
 
 
 @pytest.mark.parametrize("statistics", ["given", "of the batch"])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LARGER, ids=str)
 def test_dgrad_ends_in_front_of_the_entry(dtype: torch.dtype, stride: int, statistics: str) -> None:
     """The projection's gradient is added in front of the mask, also at pixels that no tap reads."""
     without = ("count", *(GIVEN if statistics == "given" else ()))
@@ -154,9 +146,9 @@ def test_dgrad_ends_in_front_of_the_entry(dtype: torch.dtype, stride: int, stati
     launch = replace(launch, x_eps=0.07)
     operands = gradients.operands_of(launch)
     operands["dshortcut"] = activations(launch.geometry.x_shape, dtype).to(DEVICE)
-    truth = gradients.expected(launch, operands)
     out = gradients.run_poisoned(launch, operands, Tile(1, 2, 4, 16, 16))
-    assert_close(out["dx"], truth["dx"], 40)
+    assert_close(out["dx"], gradients.expected(launch, operands)["dx"], 40)
     stored = out["dx"].double().cpu()
-    assert_close(out["sum_previous"], stored.sum((0, 2, 3)), 2 * 7 * 6 * 4)
-    assert_close(out["dot_previous"], truth["dot_previous"], 2 * 7 * 6 * 40 if dtype == torch.float32 else 10**6)
+    standardised = gradients._standardised(launch, {role: tensor.double().cpu() for role, tensor in operands.items()})
+    assert_close(out["sum_previous"], stored.sum((0, 2, 3)), stored.numel())
+    assert_close(out["dot_previous"], (stored * standardised).sum((0, 2, 3)), stored.numel())
