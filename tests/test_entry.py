@@ -12,6 +12,7 @@ from nets import CHAINS as ALL_CHAINS
 from nets import chain_inputs, in_training, launches, plain_chain, randomise, train_step, twin
 from tolerances import relative_error
 from torch import Tensor, nn
+from zoo import PreActivation, PreActivationNet
 
 from fused_resnet import count_launches, explain, fuse, unfuse
 from fused_resnet.compiling import fused_resnet as backend
@@ -21,40 +22,7 @@ CHAINS = {name: row for name, row in ALL_CHAINS.items() if name.startswith("entr
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class PreActivation(nn.Module):
-    """He et al. 2016 (identity mappings), figure 1 (b), as people write it: the projection reads what conv1 reads."""
-
-    def __init__(self, channels: int, filters: int, stride: int = 1) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(channels, eps=1e-2), nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(filters, eps=1e-2), nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != filters:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, filters, 1, stride, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        side = self.shortcut(out) if len(self.shortcut) else x
-        out = self.conv1(out)
-        out = self.conv2(F.relu(self.bn2(out)))
-        out += side
-        return out
-
-
-class PreActivationNet(nn.Module):
-    """A stem without a BatchNorm, three blocks, and a last BatchNorm with nothing behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
-        self.blocks = nn.Sequential(PreActivation(8, 8), PreActivation(8, 12, 2), PreActivation(12, 12))
-        self.bn = nn.BatchNorm2d(12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.blocks(self.conv(x)))).mean((2, 3))
-
-
-#: Launches of its chains in one forward, eval and training: statistics, two convolutions, a projection.
+#: Launches of the net's chains in one forward, eval and training: statistics, two convolutions, a projection.
 NET = {False: 2 + 3 + 2, True: 3 + 4 + 3}
 
 
@@ -235,7 +203,7 @@ def test_explain_names_it() -> None:
     assert "conv1: bn_relu + conv + affine + relu" in rows["blocks.1"].note
     assert (rows["blocks.1"].launches, rows["blocks.1"].eager_launches) == (3, 8)
     shared = explain(fuse(randomise(ReadElsewhere(6, 6)).eval()), show=False).left_alone
-    assert [row.name for row in shared] == ["bn1"] and "alone" in shared[0].note
+    assert [row.name for row in shared] == ["bn1"] and "to itself" in shared[0].note
     unfuse(net)
     assert type(net.blocks[0]) is PreActivation
 

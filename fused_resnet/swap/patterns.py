@@ -135,7 +135,7 @@ class Matcher(Nodes):
                 refused = refusal(Parts([WeightLayer(place, module)]), structure_only=True)
                 self.reasons.setdefault(place, refused or self._behind(node))
             elif is_norm(module):
-                self.reasons.setdefault(place, "no convolution in front of it or behind it is its alone")
+                self.reasons.setdefault(place, "no convolution has it to itself, in front of it or behind it")
             elif isinstance(module, nn.modules.batchnorm._NormBase):
                 self.reasons.setdefault(place, f"a {type(module).__name__} is no BatchNorm2d")
 
