@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import backends, functional, inputs, plain, plain_paper, plain_rows
 from .describe import (
+    Entry,
     Parts,
     Reading,
     WeightLayer,
@@ -266,11 +267,9 @@ class FusedCifarResNet(Fused):
 _GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 
 
-def _worth_it(layers: list[WeightLayer]) -> bool:
+def _worth_it(parts: Parts) -> bool:
     """Whether something can be fused with the products of layers in a row."""
-    if any(layer.norm is not None for layer in layers):
-        return True
-    return any(_ends(layer) and type(layer.conv) is not nn.Linear for layer in layers)
+    return bool(parts.norms) or any(_ends(layer) and type(layer.conv) is not nn.Linear for layer in parts.layers)
 
 
 def _ends(layer: WeightLayer) -> bool:
@@ -295,12 +294,26 @@ def _weight_layer(children: list[tuple[str, nn.Module]], index: int) -> tuple[We
     return layer, index
 
 
+def _entry(children: list[tuple[str, nn.Module]], index: int) -> tuple[Entry | None, int]:
+    """The BatchNorm at ``index`` with its activation, if a convolution follows, and the index of that."""
+    name, norm = children[index]
+    if not is_norm(norm):
+        return None, index
+    behind, activation = index + 1, activation_of(norm)
+    if type(activation) in (type(None), nn.Identity) and behind < len(children) and is_activation(children[behind][1]):
+        activation, behind = children[behind][1], behind + 1
+    if behind == len(children) or not is_convolution(children[behind][1]) or not follows(children[behind][1], norm):
+        return None, index
+    return Entry(name, norm, activation), behind
+
+
 def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts | nn.Module]]:
     """Cut the children of a Sequential into chains and modules that run on their own.
 
-    A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with a MaxPool2d behind them if there is one;
-    likewise Conv1d with BatchNorm1d and MaxPool1d, and Linear with BatchNorm1d. A convolution alone, without a bias, has
-    nothing to be fused with, nor has a Linear without a BatchNorm1d, nor any without one behind a global pooling, on one pixel.
+    A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with ``BatchNorm2d [activation]`` in front of
+    them and a MaxPool2d behind them if there are such; likewise Conv1d with BatchNorm1d and MaxPool1d, and Linear with
+    BatchNorm1d. A convolution alone, without a bias, has nothing to be fused with, nor has a Linear without a BatchNorm1d, nor
+    any without one behind a global pooling, on one pixel.
     """
     index = 0
     pooled = False
@@ -308,17 +321,18 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
         name = children[index][0]
         start = index
         pooled = pooled or isinstance(children[index][1], _GLOBAL_POOLS)
+        entry, index = _entry(children, index)
         layers: list[WeightLayer] = []
         while index < len(children) and is_convolution(children[index][1]):
             if layers and type(children[index][1]) is not type(layers[0].conv):
                 break
             layer, behind = _weight_layer(children, index)
-            if layer.norm is not None and any(layer.norm is before.norm for before in layers):
+            if layer.norm is not None and any(layer.norm is before for before in Parts(layers, entry=entry).norms):
                 break  # a chain moves the statistics of a BatchNorm once
             layers.append(layer)
             index = behind
-        if _worth_it(layers) and not (pooled and all(layer.norm is None for layer in layers)):
-            parts = Parts(layers)
+        parts = Parts(layers, entry=entry)
+        if layers and _worth_it(parts) and not (pooled and not parts.norms):
             if index < len(children) and not is_norm(children[index][1]) and follows(layers[0].conv, children[index][1]):
                 parts.pool = children[index][1]
                 index += 1
@@ -361,7 +375,7 @@ def _segments(module: FusedSequential) -> tuple[list[tuple[Any, Reading | None]]
 
 def _one_by_one(parts: Parts, x: Tensor) -> Tensor:
     """``x`` through the modules of layers in a row, called as such: an activation that its BatchNorm calls is left to that."""
-    for layer in parts.layers:
+    for layer in parts.in_a_row:
         for module in layer.modules:
             if module is not activation_of(layer.norm):
                 x = module(x)

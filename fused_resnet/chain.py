@@ -3,7 +3,9 @@
 A chain is ``out = pool(act(norm_L(conv_L(... act(norm_1(conv_1(x))) ...)) + shortcut(x)))`` where the normalisations,
 activations, the shortcut and the pooling may each be absent; or, with a gate, ``T * act(norm_L(...)) + (1 - T) * shortcut(x)``
 with ``T = sigmoid(gate(x))``. The shortcut starts from ``x``, or from a second input, ``skip``, such as what a feature pyramid
-hands down, or an average pooling of ``x``. He et al. 2016, section 3, draws the blocks; every block of a ResNet, its stem, and
+hands down, or an average pooling of ``x``. In front of the first convolution there may be a BatchNorm with its activation, the
+chain's *entry* (blocks with pre-activation, dense layers): then ``conv_1``, and a projection, read ``act(norm_0(x))``, and the
+identity shortcut is ``x``. He et al. 2016, section 3, draws the blocks; every block of a ResNet, its stem, and
 any ``Sequential`` of convolutions, BatchNorms and activations is one. :mod:`fused_resnet.plan` turns a chain into launches.
 """
 
@@ -40,7 +42,8 @@ class Layer:
         momentum: of the update; None is the cumulative average.
         group: name of the process group that shares the batch (SyncBatchNorm), or empty.
         activation: a key of :data:`fused_resnet.activations.ACTIVATIONS`; ``slope``: LeakyReLU's, 0 for all others.
-        weights: False for a shortcut without parameters: every ``stride``-th pixel, zeros for the channels added (option A).
+        weights: False for a shortcut without parameters: every ``stride``-th pixel, zeros for the channels added (option A);
+            and for a chain's entry, which has no convolution: what its BatchNorm reads is the chain's input.
     """
 
     name: str
@@ -160,7 +163,8 @@ class Chain(HashedOnce):
 
     ``residual`` without a ``projection`` is the identity shortcut; ``memory`` is one of :data:`MEMORY`. A ``gate`` is a
     convolution of ``x`` without a BatchNorm; the activation of the last layer then comes before the shortcut. With ``skip`` the
-    shortcut, or its projection, starts from a second input of that name.
+    shortcut, or its projection, starts from a second input of that name. ``entry`` is the BatchNorm in front of the first
+    convolution, a layer without weights; without ``skip`` a projection, too, starts behind it.
     """
 
     layers: tuple[Layer, ...]
@@ -170,18 +174,29 @@ class Chain(HashedOnce):
     memory: str = "default"
     gate: Layer | None = None
     skip: bool = False
+    entry: Layer | None = None
 
     def __hash__(self) -> int:
         return self.hash
 
     @property
     def weight_layers(self) -> tuple[Layer, ...]:
-        """All layers, behind those in a row the projection and the gate."""
-        return (*self.layers, *[layer for layer in (self.projection, self.gate) if layer is not None])
+        """All layers: the entry, those in a row, the projection and the gate."""
+        first, behind = [self.entry], [self.projection, self.gate]
+        return tuple([layer for layer in (*first, *self.layers, *behind) if layer is not None])
+
+    def before(self, index: int) -> Layer | None:
+        """The layer whose BatchNorm and activation ``layers[index]`` reads, if any."""
+        return self.layers[index - 1] if index > 0 else self.entry
+
+    @property
+    def projects_entry(self) -> bool:
+        """Whether the projection reads what the entry gives, as the first convolution does."""
+        return self.entry is not None and self.projection is not None and not self.skip
 
     @property
     def start(self) -> str:
-        """The slot that the shortcut, or its projection, reads."""
+        """The slot that the shortcut, or its projection, reads (behind the entry, see :attr:`projects_entry`)."""
         return "skip" if self.skip else "x"
 
     @property
@@ -295,14 +310,14 @@ class Chain(HashedOnce):
         pool = self.pool
         windows = () if pool is None else (*pool.kernel, *pool.stride, *pool.padding, *pool.dilation)
         lines = [",".join([f"{size}" for size in windows]), f"{self.residual}", self.memory, f"{self.skip}"]
-        lines += ["" if layer is None else layer.token for layer in (self.projection, self.gate)]
+        lines += ["" if layer is None else layer.token for layer in (self.projection, self.gate, self.entry)]
         return "\n".join([*lines, *[layer.token for layer in self.layers]])
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(token: str) -> Chain:
         """The chain that a :attr:`token` stands for."""
-        pool, residual, memory, skip, projection, gate, *layers = token.split("\n")
+        pool, residual, memory, skip, projection, gate, entry, *layers = token.split("\n")
         sizes = [int(size) for size in pool.split(",")] if pool else []
         return Chain(
             tuple(Layer.parse(layer) for layer in layers),
@@ -312,6 +327,7 @@ class Chain(HashedOnce):
             memory,
             Layer.parse(gate) if gate else None,
             skip == "True",
+            Layer.parse(entry) if entry else None,
         )
 
 

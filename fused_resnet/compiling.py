@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .chain import Chain, Layer
+from .describe import activation_name
 from .functional import traced
 from .swap.nodes import function_activation
-from .swap.patterns import Joined, LayerPlace, Match, Matcher
+from .swap.patterns import EntryPlace, Joined, LayerPlace, Match, Matcher
 
 Node = fx.Node
 
@@ -62,6 +63,12 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 def _optional(value: Any) -> bool:
     return value is None or _example(value) is not None
+
+
+def _activated(place: LayerPlace | EntryPlace) -> dict[str, Any]:
+    """What a layer says of its activation, which is a module that stands for the function."""
+    name, slope = activation_name(place.activation)
+    return {"activation": name, "slope": slope}
 
 
 class _Functions(Matcher):
@@ -138,10 +145,14 @@ class _Functions(Matcher):
 
     def names(self, place: LayerPlace) -> set[str]:
         found = {str(_convolution(self.by_name[place.conv])["weight"])}
-        if place.norm is not None:
-            running = _norm(self.by_name[place.norm])["running_mean"]
-            found.add(place.norm if running is None else str(running))
-        return found
+        return found if place.norm is None else {*found, self.norm_name(place.norm)}
+
+    def place(self, node: Node) -> str:
+        return node.name
+
+    def norm_name(self, norm: str) -> str:
+        running = _norm(self.by_name[norm])["running_mean"]
+        return norm if running is None else str(running)
 
     def _tell(self, chains: list[Match]) -> None:
         """Nobody asks for reasons here."""
@@ -156,20 +167,31 @@ class _Functions(Matcher):
         windows: dict[str, Any] = {name: _pair(found[name]) for name in ("stride", "padding", "dilation")}
         norm: dict[str, Any] = {}
         if place.norm is not None:
-            given = _norm(self.by_name[place.norm])
-            running = [given["running_mean"], given["running_var"]] if given["running_mean"] is not None else []
-            tensors += [given["weight"], given["bias"]] if given["weight"] is not None else []
-            tensors += running
-            norm = {"norm": True, "affine": given["weight"] is not None, "eps": given["eps"]}
-            if given["training"]:
-                norm |= {"batch": True, "tracked": bool(running), "momentum": given["momentum"]}
+            norm, vectors = self.described_norm(place.norm)
+            tensors += vectors
         K, C, R, S = (int(size) for size in weight.shape)
-        ends: dict[str, Any] = {
-            "bias": found["bias"] is not None,
-            "activation": "relu" if place.activation else "identity",
-            **norm,
-        }
+        ends: dict[str, Any] = {"bias": found["bias"] is not None, **_activated(place), **norm}
         return Layer(place.conv, K, C * found["groups"], (R, S), groups=found["groups"], **windows, **ends), tensors
+
+    def described_norm(self, norm: str) -> tuple[dict[str, Any], list[Node]]:
+        """What a layer says of its BatchNorm, and the nodes of its tensors."""
+        given = _norm(self.by_name[norm])
+        running = [given["running_mean"], given["running_var"]] if given["running_mean"] is not None else []
+        vectors = [given["weight"], given["bias"]] if given["weight"] is not None else []
+        said = {"norm": True, "affine": bool(vectors), "eps": given["eps"]}
+        if given["training"]:
+            said |= {"batch": True, "tracked": bool(running), "momentum": given["momentum"]}
+        return said, [*vectors, *running]
+
+    def described_entry(self, match: Match) -> tuple[Layer | None, list[Node]]:
+        """The same of a chain's entry, if it has one."""
+        if match.entry is None:
+            return None, []
+        said, vectors = self.described_norm(match.entry.norm)
+        x: Any = _example(match.x)
+        channels = int(x.shape[1])
+        ends: dict[str, Any] = {**_activated(match.entry), **said, "weights": False}
+        return Layer(match.entry.norm, channels, channels, (1, 1), **ends), vectors
 
     def one_type(self, match: Match) -> bool:
         """Whether all that a chain makes has its input's type, and the shortcut its output's shape."""
@@ -196,8 +218,11 @@ def fuse_graph(gm: fx.GraphModule) -> int:
         layers = [matcher.described(place) for place in match.layers]
         side = matcher.described(match.projection) if match.projection is not None else None
         projection = side[0] if side is not None else None
-        spec = Chain(tuple(layer for layer, _ in layers), match.residual, projection, skip=match.skip is not None)
+        entry, vectors = matcher.described_entry(match)
+        how: dict[str, Any] = {"skip": match.skip is not None, "entry": entry}
+        spec = Chain(tuple(layer for layer, _ in layers), match.residual, projection, **how)
         tensors = [] if match.skip is None else [made.get(match.skip, match.skip)]
+        tensors += vectors
         tensors += [tensor for _, found in (*layers, *([side] if side is not None else [])) for tensor in found]
         with gm.graph.inserting_before(match.nodes[0] if match.skip is None else match.out):
             call = gm.graph.call_function(run_chain, (made.get(match.x, match.x), tensors, spec.token, True))

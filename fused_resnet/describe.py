@@ -112,12 +112,26 @@ class WeightLayer:
 
 
 @dataclass
+class Entry:
+    """Modules in front of the first convolution: a BatchNorm, by name for people (``norm1``), and its activation."""
+
+    name: str
+    norm: nn.Module
+    activation: nn.Module | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules present, in the order in which they run."""
+        return [self.norm] if self.activation is None else [self.norm, self.activation]
+
+
+@dataclass
 class Parts:
     """Modules of one chain.
 
     ``containers`` are modules around some of them (the Sequential of a projection), which a hook may look into as well;
-    ``gate`` is the convolution of a highway's gate; ``skip``: the shortcut starts from a second input; ``reason`` says why the
-    modules are known not to be a chain.
+    ``gate`` is the convolution of a highway's gate; ``skip``: the shortcut starts from a second input; ``entry``: what stands
+    in front of the first convolution; ``reason`` says why the modules are known not to be a chain.
     """
 
     layers: list[WeightLayer]
@@ -128,6 +142,7 @@ class Parts:
     reason: str | None = None
     gate: WeightLayer | None = None
     skip: bool = False
+    entry: Entry | None = None
 
     @property
     def weight_layers(self) -> list[WeightLayer]:
@@ -135,9 +150,26 @@ class Parts:
         return [*self.layers, *(layer for layer in (self.projection, self.gate) if layer is not None)]
 
     @property
+    def in_a_row(self) -> list[Entry | WeightLayer]:
+        """The entry, if there is one, and the layers behind it, in the order in which they run."""
+        return [*([] if self.entry is None else [self.entry]), *self.layers]
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The BatchNorms present."""
+        found = [None if self.entry is None else self.entry.norm, *(layer.norm for layer in self.weight_layers)]
+        return [norm for norm in found if norm is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers, the entry first."""
+        return [*([] if self.entry is None else [self.entry.name]), *(layer.name for layer in self.weight_layers)]
+
+    @property
     def modules(self) -> list[nn.Module]:
         """All modules that the chain stands for."""
-        modules = [module for layer in self.weight_layers for module in layer.modules]
+        behind = self.weight_layers[len(self.layers) :]
+        modules = [module for layer in (*self.in_a_row, *behind) for module in layer.modules]
         return modules if self.pool is None else [*modules, self.pool]
 
     @property
@@ -213,13 +245,22 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
     return None
 
 
-def _refuse_norm(name: str, conv: Any, norm: Any) -> str | None:
+def _refuse_norm(place: str, conv: Any, norm: Any) -> str | None:
+    """``place``: ``behind conv1``."""
     if not (is_norm(norm) and follows(conv, norm)):
         expected = _NORMS[_CONVOLUTIONS[type(conv)]].__name__
-        return f"the normalisation behind {name} is a {type(norm).__name__}, not a {expected}"
+        return f"the normalisation {place} is a {type(norm).__name__}, not a {expected}"
     if (norm.weight is None) != (norm.bias is None):
-        return f"the BatchNorm behind {name} has only one of weight and bias"
+        return f"the BatchNorm {place} has only one of weight and bias"
     return None
+
+
+def _refuse_entry(parts: Parts) -> str | None:
+    first, entry = parts.layers[0], parts.entry
+    if entry is None:
+        return None
+    place = f"in front of {first.name}"
+    return _refuse_norm(place, first.conv, entry.norm) or _refuse_activation(place, entry.norm, entry.activation)
 
 
 def _refuse_mixture(parts: Parts) -> str | None:
@@ -230,21 +271,21 @@ def _refuse_mixture(parts: Parts) -> str | None:
     for layer in parts.weight_layers:
         if type(layer.conv) is not type(first.conv) and not (type(layer.conv) is ZeroPad and type(first.conv) is nn.Conv2d):
             return f"{layer.name} is a {type(layer.conv).__name__} where {first.name} is a {type(first.conv).__name__}"
-    if type(first.conv) is nn.Linear and all(layer.norm is None for layer in parts.weight_layers):
+    if type(first.conv) is nn.Linear and not parts.norms:
         return f"{first.name} is a Linear without a BatchNorm1d"
-    norms = [id(layer.norm) for layer in parts.weight_layers if layer.norm is not None]
-    if len(set(norms)) != len(norms):
+    if len({id(norm) for norm in parts.norms}) != len(parts.norms):
         return f"a BatchNorm behind {first.name} or a later layer is called twice"
     return None
 
 
-def _refuse_activation(layer: WeightLayer) -> str | None:
-    if layer.activation is not None and type(layer.activation) not in _ACTIVATIONS:
+def _refuse_activation(place: str, norm: nn.Module | None, activation: nn.Module | None) -> str | None:
+    """``place``: ``behind conv1``."""
+    if activation is not None and type(activation) not in _ACTIVATIONS:
         known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
-        return f"the activation behind {layer.name} is a {type(layer.activation).__name__}, none of {known}"
-    own = activation_of(layer.norm)
-    if own is not None and own is not layer.activation and type(own) is not nn.Identity:
-        return f"the {type(layer.norm).__name__} behind {layer.name} calls an activation of its own, a {type(own).__name__}"
+        return f"the activation {place} is a {type(activation).__name__}, none of {known}"
+    own = activation_of(norm)
+    if own is not None and own is not activation and type(own) is not nn.Identity:
+        return f"the {type(norm).__name__} {place} calls an activation of its own, a {type(own).__name__}"
     return None
 
 
@@ -261,12 +302,12 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
             continue
         reason = _refuse_convolution(layer.name, layer.conv)
         if reason is None and layer.norm is not None:
-            reason = _refuse_norm(layer.name, layer.conv, layer.norm)
+            reason = _refuse_norm(f"behind {layer.name}", layer.conv, layer.norm)
         if reason is None:
-            reason = _refuse_activation(layer)
+            reason = _refuse_activation(f"behind {layer.name}", layer.norm, layer.activation)
         if reason is not None:
             return reason
-    reason = _refuse_mixture(parts)
+    reason = _refuse_mixture(parts) or _refuse_entry(parts)
     if reason is not None:
         return reason
     pool: Any = parts.pool
@@ -373,6 +414,23 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *activation_name(layer.activation))
 
 
+def _entry_layer(name: str, channels: int, norm: tuple[Any, ...], activation: str, slope: float) -> Layer:
+    present, affine, eps, *statistics = norm
+    state = (present, affine, eps, activation, *statistics, slope, False)
+    return Layer(name, channels, channels, (1, 1), (1, 1), (0, 0), (1, 1), 1, False, *state)
+
+
+def _read_entry(parts: Parts, parameters: list[Tensor]) -> Layer | None:
+    entry, conv = parts.entry, parts.layers[0].conv
+    if entry is None:
+        return None
+    weight: Any = conv.weight
+    state = _read_norm(entry.norm, parameters)
+    channels = weight.shape[1] * _windows(conv)[3]
+    make = _entry_layer if torch.compiler.is_compiling() else _cached_entry
+    return make(entry.name, channels, state, *activation_name(entry.activation))
+
+
 def convolutions(parts: Parts) -> tuple[Layer, ...]:
     """The layers in a row of :func:`refusal`'s structure, without what is behind the convolutions: their sizes."""
     return tuple(_read_layer(WeightLayer(layer.name, layer.conv), []) for layer in parts.layers)
@@ -386,11 +444,14 @@ def _chain(
     memory: str,
     gate: Layer | None,
     skip: bool,
+    entry: Layer | None,
 ) -> Chain:
-    return Chain(layers, residual, projection, None if pool is None else Pool(*pool), check_memory(memory), gate, skip)
+    window = None if pool is None else Pool(*pool)
+    return Chain(layers, residual, projection, window, check_memory(memory), gate, skip, entry)
 
 
 _cached_layer = lru_cache(maxsize=4096)(_layer)
+_cached_entry = lru_cache(maxsize=4096)(_entry_layer)
 _cached_chain = lru_cache(maxsize=4096)(_chain)
 
 
@@ -405,6 +466,7 @@ def read(parts: Parts, memory: str = "default") -> Reading:
     if reason is not None:
         return Reading(None, [], reason)
     parameters: list[Tensor] = []
+    entry = _read_entry(parts, parameters)
     layers = tuple(_read_layer(layer, parameters) for layer in parts.layers)
     projection = None if parts.projection is None else _read_layer(parts.projection, parameters)
     gate = None if parts.gate is None else _read_layer(parts.gate, parameters)
@@ -416,8 +478,7 @@ def read(parts: Parts, memory: str = "default") -> Reading:
         if dimensions == 3:
             window = tuple((one, pair[1]) for one, pair in zip((1, 1, 0, 1), window, strict=True))
     make = _chain if torch.compiler.is_compiling() else _cached_chain
-    norms = [layer.norm for layer in parts.weight_layers if layer.norm is not None]
-    frozen = any(_is_frozen_norm(norm) for norm in norms)
-    chain = make(layers, parts.residual, projection, window, memory, gate, parts.skip)
-    lasts = not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    frozen = any(_is_frozen_norm(norm) for norm in parts.norms)
+    chain = make(layers, parts.residual, projection, window, memory, gate, parts.skip, entry)
+    lasts = not any(isinstance(norm, nn.SyncBatchNorm) for norm in parts.norms)
     return Reading(chain, parameters, frozen=frozen, dimensions=dimensions, batch=chain.batch, lasts=lasts)

@@ -103,11 +103,13 @@ def promotes(reading: Reading, x: Tensor) -> bool:
     """Whether autocast would make a result wider than its own type, which no launch does: such a chain runs unfused.
 
     That is so where fp32 images go straight into a block with an identity shortcut, and behind torchvision's frozen BatchNorm,
-    which multiplies by fp32 buffers in plain arithmetic.
+    which multiplies by fp32 buffers in plain arithmetic. And in front of a BatchNorm that reads wider images as they are.
     """
     if not isinstance(x, Tensor) or not autocasts(x):
         return False
     spec = reading.chain
+    if spec is not None and spec.entry is not None and x.dtype != torch.get_autocast_dtype(x.device.type):
+        return True
     identity = spec is not None and spec.residual and not spec.skip
     identity = identity and spec is not None and (spec.projection is None or not spec.projection.weights)
     return reading.frozen or (identity and x.dtype != torch.get_autocast_dtype(x.device.type))

@@ -167,13 +167,15 @@ class PoolGeometry:
 #: Functions applied last, after the shortcut: :mod:`fused_resnet.activations`, and their twins in the kernels.
 ACTIVATIONS: tuple[str, ...] = tuple(_ACTIVATIONS)
 
+_VECTORS = ("x_mean", "x_invstd", "x_gamma", "x_beta", "x_var")
 #: Prologue of a ``conv``, ``wgrad`` or ``max_pool`` -> the roles of the vectors [C] it reads besides ``x``. ``bn`` is BatchNorm
-#: with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``; gamma and beta may be absent. ``bn_relu`` is an
-#: activation behind it, ``relu`` the activation alone; so for all of them.
+#: with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``; gamma and beta may be absent. With given statistics
+#: ``x_var`` stands in the place of ``x_invstd``, which is ``1 / sqrt(x_var + x_eps)``. ``bn_relu`` is an activation behind it,
+#: ``relu`` the activation alone; so for all of them.
 PROLOGUES: dict[str, tuple[str, ...]] = {
     "identity": (),
-    "bn": ("x_mean", "x_invstd", "x_gamma", "x_beta"),
-    **{f"bn_{name}": ("x_mean", "x_invstd", "x_gamma", "x_beta") for name in ACTIVATIONS if name != "identity"},
+    "bn": _VECTORS,
+    **{f"bn_{name}": _VECTORS for name in ACTIVATIONS if name != "identity"},
     **{name: () for name in ACTIVATIONS if name != "identity"},
 }
 
@@ -201,12 +203,12 @@ GRADIENTS: dict[str, tuple[str, ...]] = {
 }
 
 #: Epilogue of a ``dgrad`` -> roles read. ``mask`` and ``bn_mask`` end in front of the previous layer's activation, from its
-#: output ``a_previous`` or its input ``z_previous``, or from its convolution's output ``x`` and the batch's statistics; both
-#: make the sum over the pixels, ``bn_mask`` also ``dot``, the sum of ``dx * (x - x_mean) * x_invstd``.
+#: output ``a_previous`` or its input ``z_previous``, or from what its BatchNorm reads, ``x``, and the statistics; both make the
+#: sum over the pixels, ``bn_mask`` also ``dot``, the sum of ``dx * (x - x_mean) * x_invstd``. ``dshortcut`` is added in front.
 DGRAD_EPILOGUES: dict[str, tuple[str, ...]] = {
     "store": ("dshortcut",),
     "mask": ("a_previous", "z_previous"),
-    "bn_mask": ("x", "x_mean", "x_invstd", "x_gamma", "x_beta"),
+    "bn_mask": ("x", *_VECTORS, "dshortcut"),
 }
 
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -220,8 +222,9 @@ class Launch(HashedOnce):
 
     Attributes:
         kind: ``conv``; ``bn_add_relu``, ``gate`` and ``max_pool`` behind it; ``zero_pad`` in a shortcut; each of these with
-            ``_backward``, ``dgrad`` and ``wgrad`` for gradients; ``sync_statistics``, ``sync_sums`` between the ranks of a
-            SyncBatchNorm.
+            ``_backward``, ``dgrad`` and ``wgrad`` for gradients; ``statistics`` of a chain's input, and ``output_gradient``
+            from behind a BatchNorm to in front of it, where no convolution does that; ``sync_statistics``, ``sync_sums``
+            between the ranks of a SyncBatchNorm.
         layer: name of the weight layer it belongs to, for people and for tuning tables.
         geometry: sizes of the convolution (or pooling) the launch is about; for dgrad and wgrad those of the forward.
         dtype: element type of activations and filters. Accumulation is always in fp32 (fp64 for fp64).
@@ -232,7 +235,8 @@ class Launch(HashedOnce):
         epilogue: key of :data:`EPILOGUES` (``conv``) or :data:`DGRAD_EPILOGUES` (``dgrad``).
         activation: one of :data:`ACTIVATIONS`; of a dgrad, that of the layer in front of it.
         slope: of a LeakyReLU that ``activation`` is; ``x_slope``: of one that ``prologue`` ends in.
-        eps: BatchNorm's, where an epilogue or the backward needs it.
+        eps: BatchNorm's, where an epilogue or the backward needs it; ``x_eps``: of one with given statistics in ``prologue``,
+            or in front of whose activation a dgrad ends.
         momentum: BatchNorm's; None is the cumulative average.
         group: name of the process group of a SyncBatchNorm.
     """
@@ -252,6 +256,7 @@ class Launch(HashedOnce):
     group: str = ""
     slope: float = 0.0
     x_slope: float = 0.0
+    x_eps: float = 0.0
     #: Bytes of each operand and output by role, each counted once (the algorithmic traffic).
     sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 

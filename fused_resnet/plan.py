@@ -8,6 +8,11 @@ Forward of a layer with given statistics, and of one with the batch's (design: d
     out = act(bn_L(y_L) + shortcut)                          or, where statistics must be known first, by bn_add_relu
     out = T * act(bn_L(y_L)) + (1 - T) * shortcut            with a gate, T = sigmoid(conv_gate(x)): by gate
 
+A BatchNorm in front of the first convolution, the chain's entry, is a layer 0 whose y_0 is x::
+
+    y_1 = conv_1(act(bn_0(x)))                               the prologue, with given statistics or the batch's;
+                                                             the batch's are made by a launch that reads x: statistics
+
 A backward that wants z_l, in front of an activation behind given statistics (:meth:`.Chain.pre_activation`)::
 
     z_l = affine_l(conv_l(act(z_(l-1))))                     kept in the place of a_l: the next launch applies act on load
@@ -19,6 +24,10 @@ Backward, given ``dout`` (``dz_l`` is the gradient behind the activation's mask,
     dw_l         = wgrad(dy_l, a_(l-1))                      dy_l from dz_l, a_(l-1) from y_(l-1), both on load
     dz_(l-1)     = dgrad(dy_l, w_l) * act'                   and its sums, in the epilogue
     dx           = dgrad(dy_1, w_1) + shortcut's gradient
+
+or, behind an entry, whose dz_0 and sums the dgrad of conv_1 makes as any other::
+
+    dx           = output_gradient(dz_0, x) + shortcut's gradient
 
 With a gate the first is ``dz_L, dt, dside, sums = gate_backward(dout, y_L, t, shortcut)``, and the gradient of the gate's
 convolution is added to the shortcut's by its dgrad.
@@ -86,6 +95,17 @@ class Plan(HashedOnce):
         return tuple(reversed(dead))
 
     @cached_property
+    def last_read(self) -> tuple[frozenset[str], ...]:
+        """For each launch the slots that nothing reads afterwards."""
+        later: set[str] = set()
+        found: list[frozenset[str]] = []
+        for launch in reversed(self.launches):
+            read = {slot for _, slot in launch.operands}
+            found.append(frozenset(read - later))
+            later |= read
+        return tuple(reversed(found))
+
+    @cached_property
     def updated(self) -> tuple[str, ...]:
         """Slots read that the launches update in place: running statistics."""
         return tuple(slot for launch in self.launches for role, slot in launch.operands if role in UPDATED)
@@ -133,9 +153,10 @@ def _launch(
     group: str = "",
     slope: float = 0.0,
     x_slope: float = 0.0,
+    x_eps: float = 0.0,
 ) -> Launch:
     sizes = tuple((role, _operand_bytes(role, geometry, dtype)) for role, _ in (*operands, *outputs))
-    ends = (prologue, gradient, epilogue, activation, eps, momentum, group, slope, x_slope, sizes)
+    ends = (prologue, gradient, epilogue, activation, eps, momentum, group, slope, x_slope, x_eps, sizes)
     return Launch(kind, name, geometry, dtype, tuple(operands), tuple(outputs), *ends)
 
 
@@ -148,8 +169,9 @@ def _parameters(layer: Layer, *roles: str) -> list[Named]:
 
 
 def _statistics(layer: Layer, prefix: str) -> list[Named]:
-    """The four vectors of BatchNorm with the batch's statistics."""
-    named = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd")), *_parameters(layer, "gamma", "beta")]
+    """The four vectors of BatchNorm; of one with given statistics ``var`` is one of them, in the place of ``invstd``."""
+    of_batch = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd"))]
+    named = [*(of_batch if layer.batch else _parameters(layer, "mean", "var")), *_parameters(layer, "gamma", "beta")]
     return [(prefix + role, slot) for role, slot in named]
 
 
@@ -166,16 +188,29 @@ class _Input:
     prologue: str = "identity"
     vectors: tuple[Named, ...] = ()
     x_slope: float = 0.0
+    x_eps: float = 0.0
+
+    @staticmethod
+    def behind(layer: Layer, y: str) -> _Input:
+        """What a layer's BatchNorm and activation make of ``y``, on load."""
+        x_eps = 0.0 if layer.batch else layer.eps
+        return _Input(y, _normalisation(layer), tuple(_statistics(layer, "x_")), layer.slope, x_eps)
+
+    @staticmethod
+    def of_projection(chain: Chain) -> _Input:
+        """Likewise of ``chain.projection``."""
+        return _Input.of(chain, 0) if chain.projects_entry else _Input(chain.start)
 
     @staticmethod
     def of(chain: Chain, index: int, keep: Collection[str] | None = None) -> _Input:
         """``keep``: slots that a forward keeps; None in a backward, which has all it reads."""
-        if index == 0:
+        before = chain.before(index)
+        if before is None:
             return _Input("x")
-        before = chain.layers[index - 1]
+        if before is chain.entry:
+            return _Input.behind(before, "x")
         if before.batch:
-            vectors = tuple(_statistics(before, "x_"))
-            return _Input(chain.output_slot(index - 1), _normalisation(before), vectors, before.slope)
+            return _Input.behind(before, chain.output_slot(index - 1))
         z = chain.pre_activation(index - 1)
         if z is not None and (keep is None or z in keep):
             return _Input(z, before.activation, (), before.slope)
@@ -185,11 +220,18 @@ class _Input:
     def operands(self) -> list[Named]:
         return [("x", self.slot), *self.vectors]
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What a launch is told of it."""
+        return {"prologue": self.prologue, "x_slope": self.x_slope, "x_eps": self.x_eps}
+
 
 def _geometries(chain: Chain, n: int, h: int, w: int, skip: Pair | None = None) -> dict[str, Geometry]:
     """The geometry of each weight layer by its name, given the chain's input size; ``skip``: rows and columns of its second."""
     sizes = {}
     rows, columns = h, w
+    if chain.entry is not None:
+        sizes[chain.entry.name] = chain.entry.geometry(n, h, w)
     for layer in chain.layers:
         sizes[layer.name] = layer.geometry(n, rows, columns)
         rows, columns = sizes[layer.name].P, sizes[layer.name].Q
@@ -215,6 +257,8 @@ def _check(chain: Chain, sizes: dict[str, Geometry]) -> None:
     """
     x_shape = sizes[chain.layers[0].name].x_shape
     given = [x_shape, *[sizes[layer.name].y_shape for layer in chain.layers[:-1]]]
+    if chain.entry is not None:
+        given.insert(0, x_shape)
     if chain.projection is not None:  # of the second input, where there is one
         given.append(sizes[chain.projection.name].x_shape if chain.skip else x_shape)
     for layer, shape in zip(chain.weight_layers, (*given, x_shape)):
@@ -266,24 +310,37 @@ def _conv(
     if shortcut is not None:
         operands.append(("shortcut", shortcut))
         epilogue = "add" if epilogue == "store" else f"{epilogue}_add"
-    how: dict[str, Any] = {"prologue": x.prologue, "x_slope": x.x_slope, "eps": layer.eps}
+    how: dict[str, Any] = {**x.how, "eps": layer.eps}
     if not layer.batch:
         how |= {"epilogue": epilogue}
         how |= {"activation": layer.activation, "slope": layer.slope} if activated else {}
         return [_launch("conv", layer.name, geometry, dtype, operands, [("y", y)], **how)]
     operands += _parameters(layer, "bias")
+    return _with_statistics("conv", layer, geometry, dtype, operands, [("y", y)], **how, epilogue="stats")
+
+
+def _with_statistics(
+    kind: str, layer: Layer, geometry: Geometry, dtype: torch.dtype, operands: list[Named], outputs: list[Named], **how: Any
+) -> list[Launch]:
+    """A launch that makes the batch's statistics of a layer besides; behind it, where ranks share the batch, their exchange."""
     running = _parameters(layer, *UPDATED)
     made = [("mean", layer.slot("batch_mean")), ("invstd", layer.slot("invstd"))]
-    how |= {"epilogue": "stats"}
     if not layer.group:
-        outputs = [("y", y), *made]
-        return [_launch("conv", layer.name, geometry, dtype, [*operands, *running], outputs, momentum=layer.momentum, **how)]
+        how |= {"momentum": layer.momentum}
+        return [_launch(kind, layer.name, geometry, dtype, [*operands, *running], [*outputs, *made], **how)]
     local = [("mean", layer.slot("local_mean")), ("var", layer.slot("local_var"))]
-    conv = _launch("conv", layer.name, geometry, dtype, operands, [("y", y), *local], **how)
-    outputs = [*made, ("count", layer.slot("count"))]
+    own = _launch(kind, layer.name, geometry, dtype, operands, [*outputs, *local], **how)
+    made.append(("count", layer.slot("count")))
     ends: dict[str, Any] = {"eps": layer.eps, "momentum": layer.momentum, "group": layer.group}
-    sync = _launch("sync_statistics", layer.name, geometry, dtype, [*local, *running], outputs, **ends)
-    return [conv, sync]
+    return [own, _launch("sync_statistics", layer.name, geometry, dtype, [*local, *running], made, **ends)]
+
+
+def _entry(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list[Launch]:
+    """The batch's statistics of the chain's own input, where a BatchNorm reads it that wants them."""
+    layer = chain.entry
+    if layer is None or not layer.batch:
+        return []
+    return _with_statistics("statistics", layer, sizes[layer.name], dtype, [("x", "x")], [], eps=layer.eps)
 
 
 def _end_operands(chain: Chain, z: str | None = None) -> list[Named]:
@@ -363,7 +420,7 @@ def forward_plan(
     """
     sizes = _geometries(chain, n, h, w, skip)
     _check(chain, sizes)
-    launches: list[Launch] = []
+    launches = _entry(chain, sizes, dtype)
     side = chain.projection
     for index, layer in enumerate(chain.layers):
         shortcut = None
@@ -371,7 +428,7 @@ def forward_plan(
         if index == len(chain.layers) - 1 and chain.residual:
             shortcut = None if late or chain.gate is not None else chain.shortcut_slot
             if side is not None:
-                launches += _conv(side, sizes[side.name], dtype, _Input(chain.start), "yd")
+                launches += _conv(side, sizes[side.name], dtype, _Input.of_projection(chain), "yd")
         z = chain.pre_activation(index)
         held = z is not None and z in keep
         y = z if z is not None and held else chain.output_slot(index)
@@ -451,12 +508,11 @@ def _wgrad(
     if layer.batch:
         operands += vectors if contracts else []
     else:
-        operands += [("sum", total), *([("w", layer.slot("w"))] if contracts else [])]
+        operands += [("sum", total)] if layer.norm or layer.bias else []
+        operands += [("w", layer.slot("w"))] if contracts else []
         operands += _parameters(layer, "bias", "gamma", "mean", "var")
     outputs = [(f"d{role}", f"d.{layer.slot(role)}") for role in wanted]
-    prologue = x.prologue if contracts else "identity"
-    x_slope = x.x_slope if contracts else 0.0
-    ends: dict[str, Any] = {"prologue": prologue, "x_slope": x_slope, "gradient": gradient, "eps": layer.eps}
+    ends: dict[str, Any] = {**(x.how if contracts else {}), "gradient": gradient, "eps": layer.eps}
     return [_launch("wgrad", layer.name, geometry, dtype, operands, outputs, **ends)]
 
 
@@ -478,11 +534,11 @@ def _dgrad(
     gradient, vectors = _gradient(layer, y, total)
     operands = [("dz", dz), ("w", layer.slot("w")), *vectors]
     outputs = [("dx", result)]
-    epilogue, activation, slope = "store", "identity", 0.0
+    epilogue, activation, slope, x_eps = "store", "identity", 0.0, 0.0
     if before is not None and x is not None:
-        activation, slope = before.activation, before.slope
+        activation, slope, x_eps = before.activation, before.slope, x.x_eps
         outputs.append(("sum_previous", f"{result}.sum"))
-        if before.batch:
+        if x.vectors:
             epilogue = "bn_mask"
             operands += x.operands
             outputs.append(("dot_previous", before.slot("dot")))
@@ -492,7 +548,7 @@ def _dgrad(
     if shortcut_gradient is not None:
         operands.append(("dshortcut", shortcut_gradient))
     ends: dict[str, Any] = {"gradient": gradient, "epilogue": epilogue, "eps": layer.eps}
-    ends |= {"activation": activation, "slope": slope}
+    ends |= {"activation": activation, "slope": slope, "x_eps": x_eps}
     return _launch("dgrad", layer.name, geometry, dtype, operands, outputs, **ends)
 
 
@@ -565,10 +621,10 @@ def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list
         if not layer.batch:  # only where the last activation is differentiated at its input
             return [] if last.masked_by_output else _conv(layer, sizes[layer.name], dtype, x, y, shortcut)
         operands = [*x.operands, *_parameters(layer, "w", "bias")]
-        ends: dict[str, Any] = {"prologue": x.prologue, "x_slope": x.x_slope, "epilogue": "bias" if layer.bias else "store"}
+        ends: dict[str, Any] = {**x.how, "epilogue": "bias" if layer.bias else "store"}
         return [_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends)]
 
-    launches = [] if side is None else conv(side, _Input(chain.start), "yd")
+    launches = [] if side is None else conv(side, _Input.of_projection(chain), "yd")
     shortcut = None
     if chain.residual and not chain.normalised_late and chain.gate is None:
         shortcut = chain.shortcut_slot
@@ -576,6 +632,31 @@ def _again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list
     if chain.gate is not None:
         launches += _conv(chain.gate, sizes[chain.gate.name], dtype, _Input("x"), "t")
     return launches
+
+
+def _wanted(chain: Chain, index: int, needs: frozenset[str]) -> bool:
+    """Whether a gradient is wanted of what ``layers[index]`` reads, or of what that is made of."""
+    earlier = [layer for layer in (chain.entry, *chain.layers[:index]) if layer is not None]
+    return "x" in needs or any(layer.slot(role) in needs for layer in earlier for role in layer.parameter_roles)
+
+
+def _through_entry(
+    entry: Layer,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    dz: str,
+    total: str,
+    needs: frozenset[str],
+    shortcut_gradient: str | None,
+) -> list[Launch]:
+    """From the gradient behind the BatchNorm of a chain's entry to that of the chain's input, with the shortcut's."""
+    launches = _sync_sums(entry, geometry, dtype, total)
+    if "x" not in needs:
+        return launches
+    gradient, vectors = _gradient(entry, "x", total)
+    operands = [("dz", dz), *vectors, *([("dshortcut", shortcut_gradient)] if shortcut_gradient is not None else [])]
+    ends: dict[str, Any] = {"gradient": gradient, "eps": entry.eps}
+    return [*launches, _launch("output_gradient", entry.name, geometry, dtype, operands, [("dy", "d.x")], **ends)]
 
 
 @lru_cache(maxsize=4096)
@@ -601,7 +682,9 @@ def backward_plan(
     if chain.gate is not None:
         launches.append(_gate_backward(chain, geometry, dtype))
     elif not chain.activated_in_pool:
-        launches.append(_bn_add_relu_backward(chain, geometry, dtype, behind, out))
+        summed = [layer for layer in (last, side) if layer is not None and (layer.norm or layer.bias)]
+        if last.activation != "identity" or summed:  # else dz is what comes in, and nobody wants its sum
+            launches.append(_bn_add_relu_backward(chain, geometry, dtype, behind, out))
         dz = "dz" if last.activation != "identity" else behind
 
     aliases: list[Named] = []
@@ -620,8 +703,8 @@ def backward_plan(
         if side.batch:
             sums_of(side, side_total)
             launches += _sync_sums(side, g, dtype, side_total)
-        launches += _wgrad(side, g, dtype, _Input(chain.start), "yd", behind_side, side_total, needs)
-        if chain.start in needs:
+        launches += _wgrad(side, g, dtype, _Input.of_projection(chain), "yd", behind_side, side_total, needs)
+        if chain.start in needs or (chain.projects_entry and _wanted(chain, 0, needs)):
             side_gradient = "d.shortcut"
             launches.append(_dgrad(side, g, dtype, "yd", behind_side, side_total, side_gradient))
     if chain.skip:  # a gradient by itself, not a part of that of x
@@ -641,15 +724,19 @@ def backward_plan(
             sums_of(layer, total)
             launches += _sync_sums(layer, g, dtype, total)
         launches += _wgrad(layer, g, dtype, x, y, dz, total, needs)
-        earlier = {earlier.slot(role) for earlier in chain.layers[:index] for role in earlier.parameter_roles}
-        if index > 0 and ("x" in needs or earlier & needs):
-            result = f"dz{index}"
-            launches.append(_dgrad(layer, g, dtype, y, dz, total, result, chain.layers[index - 1], x))
-            dz, total = result, f"{result}.sum"
-        elif index == 0 and "x" in needs:
-            launches.append(_dgrad(layer, g, dtype, y, dz, total, "d.x", shortcut_gradient=side_gradient))
-        else:
+        before = chain.before(index)
+        if not _wanted(chain, index, needs):
             break
+        if before is None:
+            launches.append(_dgrad(layer, g, dtype, y, dz, total, "d.x", shortcut_gradient=side_gradient))
+            break
+        result = f"dz{index}"
+        beside = side_gradient if index == 0 and chain.projects_entry else None
+        launches.append(_dgrad(layer, g, dtype, y, dz, total, result, before, x, beside))
+        dz, total = result, f"{result}.sum"
+        if before is chain.entry:
+            sums_of(before, total)
+            launches += _through_entry(before, sizes[before.name], dtype, dz, total, needs, None if beside else side_gradient)
     results = tuple(f"d.{slot}" for slot in ("x", *chain.operand_slots) if slot in needs)
     return Plan(tuple(launches), results, aliases=tuple(aliases))
 

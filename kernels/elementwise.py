@@ -59,7 +59,7 @@ def bn_add_relu(
 
     Args:
         y: pointer to [pixels, K] fp32, fp16 or bf16.
-        y_bn: pointers (mean, invstd, gamma, beta), the last two may be None; None where y is taken as it is.
+        y_bn: the last arguments of :func:`.prologues.batch_norm`; None where y is taken as it is.
         shortcut: pointer like y, or None.
         shortcut_bn: as y_bn, for the shortcut.
         out: pointer like y.
@@ -114,7 +114,7 @@ def bn_add_relu_backward(
     Args:
         dout: pointer to [pixels, K].
         out: pointer like dout: what the activation gave, or None where there is none or its output does not tell.
-        y, y_bn: pointer like dout, and pointers (mean, invstd, gamma, beta), the last two only needed without ``out``. y is
+        y, y_bn: pointer like dout, and as for :func:`bn_add_relu`, gamma and beta only needed without ``out``. y is
             None where neither its sum nor the activation's input is asked for, y_bn where it is not behind a BatchNorm.
         shortcut, shortcut_bn: likewise.
         dz: pointer like dout, or None. The sums are of what is stored.

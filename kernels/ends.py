@@ -2,7 +2,8 @@
 
 For layers where the work on load costs more than writing its result once, and for PyTorch's own convolution. The functions are
 those the fused kernels call (prologues.py, gradients.py, epilogues.py); only who loads and stores differs. A program owns a
-strip of ``PIXELS`` pixels by ``CHANNELS`` channels, as in elementwise.py::
+strip of ``PIXELS`` pixels by ``CHANNELS`` channels, as in elementwise.py. Around a chain's entry, a BatchNorm without a
+convolution, two of them stand alone: the statistics, and the gradient in front of it::
 
     dz, y --GRADIENT--> dy      convolution      raw --EPILOGUE, ACTIVATION--> y      --AFTER--> statistics
                                                  raw --EPILOGUE of dgrad--> dx        --> sums over the pixels
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import strip_index
-from .epilogues import At, Index
+from .epilogues import At, Index, per_pixel
 from .finish import Column, finish_sums
 from .numerics import rounded
 
@@ -37,6 +38,7 @@ def strip_of(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.c
 def output_gradient(
     dz,
     y,
+    dshortcut,
     dy,
     pixels,
     K,
@@ -47,12 +49,20 @@ def output_gradient(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``dy = GRADIENT(dz, y)``; pointers to [pixels, K]."""
+    """``dy = GRADIENT(dz, y) + dshortcut``; pointers to [pixels, K].
+
+    ``y`` is None where the gradient does not read it, ``dshortcut`` where there is no shortcut.
+    """
     at, _ = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
-    gradient = tl.load(dz + at.offsets, mask=at.mask, other=0.0)
-    made = tl.load(y + at.offsets, mask=at.mask, other=0.0)
+    gradient = tl.load(dz + at.offsets, mask=at.mask, other=0.0).to(tl.float32)
+    made = None
+    if y is not None:
+        made = tl.load(y + at.offsets, mask=at.mask, other=0.0).to(tl.float32)
     coefficients = COEFFICIENTS(at.filters, at.filters_inside, *gradient_args)
-    tl.store(dy + at.offsets, GRADIENT(gradient, made, None, coefficients), mask=at.mask)
+    gradient = GRADIENT(gradient, made, None, coefficients)
+    if dshortcut is not None:
+        gradient += per_pixel(dshortcut, at)
+    tl.store(dy + at.offsets, rounded(gradient, dy.dtype.element_ty), mask=at.mask)
 
 
 @triton.jit
@@ -71,7 +81,7 @@ def conv_end(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw stays."""
+    """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw stays as it is."""
     at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
     z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args), slope), acc.dtype)

@@ -50,7 +50,7 @@ def gate(
 
     Args:
         y, shortcut, t: pointers to [pixels, K] fp32, fp16 or bf16.
-        y_bn, shortcut_bn: pointers (mean, invstd, gamma, beta), the last two may be None; None where there is no BatchNorm.
+        y_bn, shortcut_bn: the last arguments of :func:`.prologues.batch_norm`; None where there is no BatchNorm.
         out: pointer like y.
         ACTIVATION, slope: function of activations.py and its second argument.
         WIDE: 64-bit offsets.

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .epilogues import per_filter, per_pixel
 from .numerics import rounded
-from .prologues import batch_norm
+from .prologues import batch_norm, deviation
 
 
 @triton.jit
@@ -150,17 +150,24 @@ def mask(acc, at, BACKWARD: tl.constexpr, slope, a_previous, z_previous):
 
 
 @triton.jit
-def bn_mask(acc, at, BACKWARD: tl.constexpr, slope, x, x_mean, x_invstd, x_gamma, x_beta):
-    """The same, the input computed again from what its BatchNorm read; the factor is ``(x - mean) * invstd``."""
+def bn_mask(acc, at, BACKWARD: tl.constexpr, slope, x, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, dshortcut):
+    """The same, the input computed again from what its BatchNorm read; the factor is ``(x - mean) * invstd``.
+
+    ``dshortcut``: what else has read the activation gives its gradient, or None.
+    """
     value = tl.load(x + at.offsets, mask=at.mask, other=0.0, eviction_policy="evict_first")
+    if dshortcut is not None:
+        acc = acc + per_pixel(dshortcut, at)
     if BACKWARD is not None:
-        acc = BACKWARD(acc, batch_norm(value, at.filters, at.filters_inside, None, x_mean, x_invstd, x_gamma, x_beta), slope)
-    return acc, (value.to(tl.float32) - per_filter(x_mean, at)) * per_filter(x_invstd, at)
+        z = batch_norm(value, at.filters, at.filters_inside, None, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps)
+        acc = BACKWARD(acc, z, slope)
+    centred = value.to(tl.float32) - per_filter(x_mean, at)
+    return acc, centred * deviation(at.filters, at.filters_inside, x_invstd, x_var, x_eps)
 
 
-#: Name in a launch -> (function, names of its arguments: ``slope`` or roles of operands).
+#: Name in a launch -> (function, names of its arguments: ``slope``, ``x_eps`` or roles of operands).
 EPILOGUES = {
     "store": (store, ("dshortcut",)),
     "mask": (mask, ("slope", "a_previous", "z_previous")),
-    "bn_mask": (bn_mask, ("slope", "x", "x_mean", "x_invstd", "x_gamma", "x_beta")),
+    "bn_mask": (bn_mask, ("slope", "x", "x_mean", "x_invstd", "x_gamma", "x_beta", "x_var", "x_eps", "dshortcut")),
 }

@@ -123,7 +123,7 @@ def max_pool_backward(
         dy: pointer to [N, P, Q, C].
         x: pointer to [N, H, W, C]: what was pooled, or what ``x_bn`` and the activation made into what was pooled.
         indices: pointer to uint8 [N, P, Q, C]; None: the maxima are found again in x.
-        x_bn: pointers (mean, invstd, gamma, beta), the last two may be None; None where x was pooled as it is.
+        x_bn: the last arguments of :func:`.prologues.batch_norm`; None where x was pooled as it is.
         dx: pointer like x.
         sums: pointers to fp32 [C]: of dx, and of dx * xhat(x), which is None without x_bn; None where none is asked for.
         group, partials, counters: see :class:`.finish.Column`; counters for each tile of channels.

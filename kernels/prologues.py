@@ -31,8 +31,18 @@ def per_channel(vector, channels, exists):
 
 
 @triton.jit
-def batch_norm(x, channels, exists, inside, mean, invstd, gamma, beta):
-    """BatchNorm with the batch's statistics, fp32 [M, C], zero where ``inside`` is false. The one place it is computed.
+def deviation(channels, exists, invstd, var, eps):
+    """``invstd``, or of given statistics ``1 / sqrt(var + eps)``; fp32 [1, C]. Past the last channel it is finite."""
+    if invstd is not None:
+        return per_channel(invstd, channels, exists)
+    else:
+        spread = tl.load(var + channels, mask=exists, other=1.0).to(tl.float32)[None, :]
+        return tl.math.div_rn(1.0, tl.math.sqrt_rn(spread + eps))
+
+
+@triton.jit
+def batch_norm(x, channels, exists, inside, mean, invstd, gamma, beta, var, eps):
+    """BatchNorm, fp32 [M, C], zero where ``inside`` is false. The one place it is computed.
 
     fp32 ``x``: ``(x - mean) * (invstd * gamma) + beta``. The mean is taken off first: ``scale * x + shift`` would cancel where
     it is large against the deviation.
@@ -46,9 +56,11 @@ def batch_norm(x, channels, exists, inside, mean, invstd, gamma, beta):
         x: [M, C], of the type it has in memory.
         channels, exists: [C], which channel each column is, and whether there is one.
         inside: [M, 1] or [M, C], or None where nobody asks.
-        mean, invstd, gamma, beta: pointers to [C]; gamma and beta may be None.
+        mean, invstd, gamma, beta, var: pointers to [C]; gamma and beta may be None, and either invstd (with the batch's
+            statistics) or var (with given ones).
+        eps: added to var; None without.
     """
-    scale = per_channel(invstd, channels, exists)
+    scale = deviation(channels, exists, invstd, var, eps)
     if gamma is not None:
         scale = scale * per_channel(gamma, channels, exists)
     if x.dtype.primitive_bitwidth == 32:
@@ -68,55 +80,55 @@ def batch_norm(x, channels, exists, inside, mean, invstd, gamma, beta):
 
 
 @triton.jit
-def activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, ACTIVATION: tl.constexpr, slope):
-    if x_invstd is None:
+def activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, ACTIVATION: tl.constexpr, slope):
+    if x_mean is None:
         z = pixels.to(tl.float32)
     else:
-        z = batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta)
+        z = batch_norm(pixels, channels, channels < C, inside, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps)
     return rounded(ACTIVATION(z, slope), pixels.dtype)
 
 
 @triton.jit
-def bn(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.identity, None)
+def bn(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.identity, None)
 
 
 @triton.jit
-def bn_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.relu, None)
+def bn_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.relu, None)
 
 
 @triton.jit
-def bn_relu6(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.relu6, None)
+def bn_relu6(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.relu6, None)
 
 
 @triton.jit
-def bn_leaky_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_slope):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.leaky_relu, x_slope)
+def bn_leaky_relu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, x_slope):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.leaky_relu, x_slope)
 
 
 @triton.jit
-def bn_silu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.silu, None)
+def bn_silu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.silu, None)
 
 
 @triton.jit
-def bn_gelu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.gelu, None)
+def bn_gelu(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.gelu, None)
 
 
 @triton.jit
-def bn_gelu_tanh(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.gelu_tanh, None)
+def bn_gelu_tanh(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.gelu_tanh, None)
 
 
 @triton.jit
-def bn_hardswish(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta):
-    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, act.hardswish, None)
+def bn_hardswish(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps):
+    return activated(pixels, channels, inside, C, x_mean, x_invstd, x_gamma, x_beta, x_var, x_eps, act.hardswish, None)
 
 
-_VECTORS = ("C", "x_mean", "x_invstd", "x_gamma", "x_beta")
+_VECTORS = ("C", "x_mean", "x_invstd", "x_gamma", "x_beta", "x_var", "x_eps")
 _ACTIVATED = {
     "relu": (bn_relu, _VECTORS),
     "relu6": (bn_relu6, _VECTORS),
@@ -127,7 +139,7 @@ _ACTIVATED = {
     "hardswish": (bn_hardswish, _VECTORS),
 }
 
-#: Name in a launch -> (function, names of its arguments: ``C``, ``x_slope`` or roles of operands).
+#: Name in a launch -> (function, names of its arguments: ``C``, ``x_slope``, ``x_eps`` or roles of operands).
 PROLOGUES = {
     "identity": (identity, ()),
     "bn": (bn, _VECTORS),

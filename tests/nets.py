@@ -100,6 +100,12 @@ def _conv(name: str, channels: int, filters: int, kernel: int = 3, **options: ob
 
 _PLAIN = {"norm": False, "affine": False, "eps": 0.0}
 
+
+def _entry(channels: int, **options: object) -> Layer:
+    defaults = {"norm": True, "affine": True, "eps": 0.03, "activation": "relu", "weights": False}
+    return Layer("e", channels, channels, (1, 1), **{**defaults, **options})
+
+
 #: One chain for each thing a chain can have: name -> (chain, rows, columns).
 CHAINS: dict[str, tuple[Chain, int, int]] = {
     "store": (Chain((_conv("a", 3, 5, activation="identity", **_PLAIN),)), 7, 9),
@@ -164,6 +170,33 @@ CHAINS: dict[str, tuple[Chain, int, int]] = {
         10,
         11,
     ),
+    "entry": (Chain((_conv("a", 5, 8, 1), _conv("b", 8, 4, activation="identity", **_PLAIN)), entry=_entry(5)), 6, 7),
+    "entry_without_affine": (
+        Chain((_conv("a", 5, 4, activation="identity", **_PLAIN),), entry=_entry(5, affine=False, activation="identity")),
+        5,
+        6,
+    ),
+    "entry_and_shortcut": (
+        Chain((_conv("a", 6, 6), _conv("b", 6, 6, activation="identity", **_PLAIN)), residual=True, entry=_entry(6)),
+        7,
+        5,
+    ),
+    "entry_and_projection": (
+        Chain(
+            (_conv("a", 5, 6, stride=(2, 2)), _conv("b", 6, 6, activation="identity", **_PLAIN)),
+            residual=True,
+            projection=_conv("d", 5, 6, 1, stride=(2, 2), activation="identity", **_PLAIN),
+            entry=_entry(5),
+        ),
+        9,
+        7,
+    ),
+    "entry_and_late_sum": (
+        Chain((_conv("a", 4, 6),), True, _conv("d", 4, 6, 1, activation="identity"), entry=_entry(4, activation="silu")),
+        6,
+        5,
+    ),
+    "entry_and_pool": (Chain((_conv("a", 5, 4),), pool=Pool((2, 2), (2, 2)), entry=_entry(5)), 8, 6),
 }
 
 
@@ -180,7 +213,8 @@ def in_training(spec: Chain, every: int = 1, first: int = 0, memory: str = "defa
         index += layer.norm
         made.append(live(layer, **how) if index % every == first else layer)
     side = None if spec.projection is None else made.pop()
-    return replace(spec, layers=tuple(made), projection=side, memory=memory)
+    entry = None if spec.entry is None else made.pop(0)
+    return replace(spec, layers=tuple(made), projection=side, memory=memory, entry=entry)
 
 
 def with_activation(spec: Chain, name: str, slope: float = 0.0) -> Chain:
@@ -189,7 +223,8 @@ def with_activation(spec: Chain, name: str, slope: float = 0.0) -> Chain:
     def changed(layer: Layer) -> Layer:
         return replace(layer, activation=name, slope=slope) if layer.activation == "relu" else layer
 
-    return replace(spec, layers=tuple(changed(layer) for layer in spec.layers))
+    entry = None if spec.entry is None else changed(spec.entry)
+    return replace(spec, layers=tuple(changed(layer) for layer in spec.layers), entry=entry)
 
 
 def _norms(spec: Chain) -> int:
@@ -247,8 +282,10 @@ def _plain_layer(layer: Layer, x: Tensor, tensors: dict[str, Tensor], layout: to
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     y = F.conv2d(x, tensors[f"{layer.name}.w"], bias, stride, layer.padding, layer.dilation, layer.groups)
     y = y.contiguous(memory_format=layout)
-    if not layer.norm:
-        return y
+    return _plain_norm(layer, y, tensors) if layer.norm else y
+
+
+def _plain_norm(layer: Layer, y: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     roles = ("mean", "var", "gamma", "beta")
     if layer.batch:
         roles = ("running_mean", "running_var", "gamma", "beta")
@@ -289,11 +326,14 @@ def plain_chain(
     """
     slots = [f"{layer.name}.{role}" for layer in spec.weight_layers for role in layer.parameter_roles]
     tensors = dict(zip(slots, parameters, strict=True))
-    y = x
+    y = seen = x
+    if spec.entry is not None:
+        seen = PLAIN_ACTIVATIONS[spec.entry.activation](_plain_norm(spec.entry, x, tensors), spec.entry.slope)
+        y = seen
     for index, layer in enumerate(spec.layers):
         y = _plain_layer(layer, y, tensors, layout)
         if spec.residual and index == len(spec.layers) - 1:
-            start = x if skip is None else skip
+            start = skip if skip is not None else x if spec.projection is None else seen
             y = y + (start if spec.projection is None else _plain_layer(spec.projection, start, tensors, layout))
         y = PLAIN_ACTIVATIONS[layer.activation](y, layer.slope)
     if spec.pool is not None:

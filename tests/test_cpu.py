@@ -85,7 +85,7 @@ def test_given_statistics_behind_the_batchs_are_folded_in_fp32(dtype: torch.dtyp
     assert relative_error(ours, expected) < 3 * max(relative_error(theirs, expected), torch.finfo(dtype).eps / 2)
 
 
-@pytest.mark.parametrize("name", ["basic", "basic_projection", "stem", "bottleneck_groups"])
+@pytest.mark.parametrize("name", ["basic", "basic_projection", "stem", "bottleneck_groups", "entry", "entry_and_projection"])
 def test_a_training_step_runs_here(name: str) -> None:
     """No launch of a step in fp32 goes to the reference, with the batch's statistics or with given ones."""
     for spec, h, w in (CHAINS[name], TRAINING_CHAINS[name]):

@@ -45,7 +45,9 @@ def test_forward_and_all_gradients_against_float64_autograd(name: str, backend: 
         assert_close(actual, wanted, longest_sum(spec) * pixels, 2 * len(spec.layers), f"gradient of {label}")
 
 
-@pytest.mark.parametrize("name", ["basic_projection", "bottleneck_groups", "stem", "affine_with_bias", "bias_add"])
+@pytest.mark.parametrize(
+    "name", ["basic_projection", "bottleneck_groups", "stem", "affine_with_bias", "bias_add", "entry_and_projection"]
+)
 def test_gradcheck(name: str) -> None:
     """Against finite differences: nobody's derivative formulas."""
     spec, h, w = CHAINS[name]
@@ -54,8 +56,12 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["basic_projection", "bottleneck_dilated", "stem", "bias_add", "affine_with_bias", "plain_projection"]
-)
+    "name",
+    [
+        "basic_projection", "bottleneck_dilated", "stem", "bias_add", "affine_with_bias", "plain_projection",
+        "entry_and_shortcut", "entry_and_projection",
+    ],
+)  # fmt: skip
 def test_each_gradient_alone_equals_its_share_of_all(name: str) -> None:
     """With one tensor to train, its gradient is the same and nothing else comes out."""
     spec, h, w = CHAINS[name]

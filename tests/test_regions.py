@@ -173,7 +173,7 @@ class InPlaceInput(Base):
 MODULES = {
     Residual: (2, 3), SumFirst: (1, 2), IntoInput: (1, 2), WrittenBetween: (2, 3), ReadElsewhere: (2, 4), OneNormTwice: (2, 4),
     OneConvTwice: (2, 4), OnMode: (2, 3), OnData: (0, 0), OnAttribute: (1, 2), OnType: (1, 2), OnNone: (1, 2),
-    OnGradient: (0, 0), Counts: (0, 0), Notes: (0, 0), Makes: (0, 0), Dropped: (2, None), Dense: (2, 3), InPlaceInput: (2, 2),
+    OnGradient: (0, 0), Counts: (0, 0), Notes: (0, 0), Makes: (0, 0), Dropped: (2, None), Dense: (2, 4), InPlaceInput: (2, 2),
 }  # fmt: skip
 
 

@@ -171,8 +171,11 @@ def test_export(dynamic: bool) -> None:
 
 #: Chains in eval mode, and in training, where the operator hands on running statistics.
 OPERATORS = {
-    **{name: CHAINS[name] for name in ("basic_projection", "stem", "bottleneck_groups", "bias_add")},
-    **{f"{name}, train": TRAINING_CHAINS[name] for name in ("basic_projection", "stem", "basic, second frozen")},
+    **{name: CHAINS[name] for name in ("basic_projection", "stem", "bottleneck_groups", "bias_add", "entry")},
+    **{
+        f"{name}, train": TRAINING_CHAINS[name]
+        for name in ("basic_projection", "stem", "basic, second frozen", "entry_and_projection")
+    },
     "low, train": (replace(TRAINING_CHAINS["basic_projection"][0], memory="low"), 9, 7),
 }
 

@@ -11,7 +11,7 @@ from fused_resnet import fuse
 from fused_resnet.counts import fused_share
 
 #: What `make test` takes; `make test-all` takes all.
-SAMPLE = ("by hand CifarNet", "timm resnet18 features_only=True", "timm regnety_002")
+SAMPLE = ("by hand CifarNet", "by hand PreActivationNet", "timm resnet18 features_only=True", "timm regnety_002")
 ALL = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in zoo.ZOO]
 
 

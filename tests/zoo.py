@@ -40,7 +40,7 @@ def _vision(name: str, share: float = 0.95, size: int = 64, images: int = 2, lea
 
 for _name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "googlenet", "vgg11_bn"):
     _vision(_name)
-_vision("densenet121", 0.85)
+_vision("densenet121", 1.0)
 # inception_v3 ends in images of 2 x 2: with two images BatchNorm would divide by what is left of four values.
 _vision("inception_v3", 0.95, 139, images=4)
 for _name, _share in (("mnasnet0_5", 0.95), ("shufflenet_v2_x0_5", 0.95), ("mobilenet_v2", 0.9), ("squeezenet1_1", 0.95)):
@@ -55,7 +55,7 @@ for _name in (
 ):  # fmt: skip
     _vision(_name, lean=True)
 for _name in ("densenet161", "densenet169", "densenet201"):
-    _vision(_name, 0.85, lean=True)
+    _vision(_name, 1.0, lean=True)
 for _name in (
     "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "efficientnet_b5", "efficientnet_b6",
     "efficientnet_b7", "efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large",
@@ -69,13 +69,14 @@ for _name in (
     "wide_resnet50_2", "seresnet50", "ecaresnet26t", "resnetrs50", "regnetx_002", "regnety_002", "resnetblur18", "skresnet18",
 ):  # fmt: skip
     _timm(_name)
-_timm("resnetv2_50d")
+_timm("resnetv2_50d", 1.0)
+_timm("resnetv2_50", 0.97)  # in front of its max-pooling the stem is a convolution alone
 _timm("resnet18", features_only=True)
 _timm("resnet50", features_only=True, output_stride=8)
 _timm("resnet26d", output_stride=16)
 _timm("resnet18", drop_path_rate=0.0, drop_block_rate=0.0)
 _timm("resnest14d", 0.9)
-_timm("densenet121", 0.85)
+_timm("densenet121", 1.0)
 
 
 def _detection(name: str) -> None:
@@ -174,6 +175,26 @@ ZOO["open_clip ModifiedResNet"] = (
 )
 
 
+class PreActivation(nn.Module):
+    """A pre-activation block as people write it: the projection reads what the first convolution reads."""
+
+    def __init__(self, channels: int, filters: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(filters), nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != filters:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, filters, 1, stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = nn.functional.relu(self.bn1(x))
+        side = self.shortcut(out) if len(self.shortcut) else x
+        out = self.conv1(out)
+        out = self.conv2(nn.functional.relu(self.bn2(out)))
+        out += side
+        return out
+
+
 class CifarBlock(nn.Module):
     """A block as people write it for CIFAR: functions, a shortcut that is always a Sequential."""
 
@@ -212,6 +233,22 @@ class CifarNet(nn.Module):
 
 
 ZOO["by hand CifarNet"] = ("torch", lambda _: CifarNet(), (2, 3, 33, 31), 1.0)
+
+
+class PreActivationNet(nn.Module):
+    """He et al. 2016, identity mappings: a BatchNorm and a ReLU in front of each convolution, the sum as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.blocks = nn.Sequential(PreActivation(8, 8), PreActivation(8, 16, 2), PreActivation(16, 16))
+        self.bn = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.bn(self.blocks(self.conv(x)))).mean((2, 3))
+
+
+ZOO["by hand PreActivationNet"] = ("torch", lambda _: PreActivationNet(), (2, 3, 33, 31), 0.9)
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:

@@ -181,15 +181,17 @@ def record_kernel(name: str) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _program(plan: Plan, name: str) -> tuple[tuple[Launch, str, Callable[..., Any], bool, frozenset[str], frozenset[str]], ...]:
-    """Launch by launch: what runs it, what is given up, and what nobody reads afterwards."""
+def _program(
+    plan: Plan, name: str
+) -> tuple[tuple[Launch, str, Callable[..., Any], bool, frozenset[str], frozenset[str], frozenset[str]], ...]:
+    """Launch by launch: what runs it, what is given up, what is forgotten afterwards, and what it was the last to read."""
     steps = []
-    for launch, dead in zip(plan.launches, plan.dead_after, strict=True):
+    for launch, dead, last in zip(plan.launches, plan.dead_after, plan.last_read, strict=True):
         runner, _ = assign(launch, name)
         read = [slot for _, slot in launch.operands]  # what is read under two roles cannot be written over under one
         donated = frozenset(role for role, slot in launch.operands if slot in dead and read.count(slot) == 1)
         module = executor(runner)
-        steps.append((launch, runner, module.run, getattr(module, "shares", False), donated, dead))
+        steps.append((launch, runner, module.run, getattr(module, "shares", False), donated, dead, last))
     return tuple(steps)
 
 
@@ -219,7 +221,7 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
 
 def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     shared: dict[str, Tensor] = {}
-    for launch, runner, run, shares, donated, dead in _program(plan, name):
+    for launch, runner, run, shares, donated, dead, last in _program(plan, name):
         began = [(clock, clock.now()) for clock in _clocks] if _clocks else ()
         operands = {role: slots[slot] for role, slot in launch.operands}
         outputs = run(launch, operands, donated, shared) if shares else run(launch, operands, donated)
@@ -229,6 +231,9 @@ def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             log.launches.append((runner, launch))
         for slot in dead:
             del slots[slot]
+        if shared:
+            for slot in last:
+                shared.pop(slot, None)
         if isinstance(outputs, Tensor):
             slots[launch.outputs[0][1]] = outputs
         else:

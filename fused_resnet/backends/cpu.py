@@ -208,14 +208,16 @@ def _vector(operands: Operands, role: str) -> Tensor | None:
     return None if vector is None else vector.to(torch.float32)
 
 
-def _normalised(x: Tensor, operands: Operands, prefix: str) -> Tensor:
-    """BatchNorm with the batch's statistics, in a new tensor. PyTorch's operator wants a variance: ``invstd``'s, eps 0."""
-    mean, var = operands[f"{prefix}mean"], operands[f"{prefix}invstd"].pow(-2)
+def _normalised(x: Tensor, operands: Operands, prefix: str, eps: float = 0.0) -> Tensor:
+    """BatchNorm by what is at hand, in a new tensor. PyTorch's operator wants a variance: of the batch's ``invstd``, eps 0."""
+    mean, var = operands[f"{prefix}mean"].to(torch.float32), _vector(operands, f"{prefix}var")
+    if var is None:
+        var, eps = operands[f"{prefix}invstd"].pow(-2), 0.0
     gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
     if x.dtype != torch.float32 and gamma is None:  # PyTorch takes vectors in fp32 for fp16 and bf16 only together
         gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
     # Not torch.nn.functional.batch_norm, which refuses an eps of 0 (PyTorch 2.11).
-    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, 0.0, False)
+    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False)
 
 
 def _activated(launch: Launch, operands: Operands, activation: str, slope: float, shared: Shared) -> Tensor:
@@ -223,7 +225,8 @@ def _activated(launch: Launch, operands: Operands, activation: str, slope: float
     slot = dict(launch.operands)["x"]
     if slot not in shared:
         if "x_mean" in operands:
-            shared[slot] = ACTIVATIONS[activation].in_place(_normalised(operands["x"], operands, "x_"), slope)
+            z = _normalised(operands["x"], operands, "x_", launch.x_eps)
+            shared[slot] = ACTIVATIONS[activation].in_place(z, slope)
         else:
             shared[slot] = ACTIVATIONS[activation].function(operands["x"], slope)
     return shared[slot]
@@ -267,7 +270,7 @@ def _statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, 
 
 
 def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
-    x = _input(launch, operands, {})  # not shared: the forward has one reader
+    x = _input(launch, operands, shared)
     alone = launch.epilogue in ("store", "bias", "stats")  # the others add the bias themselves
     bias = operands.get("bias") if alone else None
     y = torch.conv2d(x, operands["w"], bias, g.stride, g.padding, g.dilation, g.groups)
@@ -299,14 +302,18 @@ def _masked(launch: Launch, gradient: Tensor, z: Tensor, out: Tensor | None = No
     return ACTIVATIONS[launch.activation].backward(gradient, z, launch.slope, out)
 
 
-def _behind_norm(dz: Tensor, y: Tensor, operands: Operands, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dy, dot, sum)`` of BatchNorm's backward, which PyTorch makes in one operator."""
-    mean, invstd = operands[f"{prefix}mean"], operands[f"{prefix}invstd"]
-    gamma = _vector(operands, f"{prefix}gamma")
+def _behind_norm(
+    dz: Tensor, y: Tensor, operands: Operands, prefix: str, eps: float = 0.0
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """``(dy, dot, sum)`` of BatchNorm's backward, which PyTorch makes in one operator. With given statistics there is no dy."""
+    mean = operands[f"{prefix}mean"].to(torch.float32)
+    gamma, given = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}var")
     if gamma is None and dz.dtype != torch.float32:
         gamma = torch.ones_like(mean)
-    arguments = (dz, y, gamma, None, None, mean, invstd, True, 0.0, [True, True, True])
-    return torch.ops.aten.native_batch_norm_backward(*arguments)
+    backward = torch.ops.aten.native_batch_norm_backward
+    if given is not None:
+        return backward(dz, y, gamma, mean, given, None, None, False, eps, [False, True, True])
+    return backward(dz, y, gamma, None, None, mean, operands[f"{prefix}invstd"], True, 0.0, [True, True, True])
 
 
 def _sums(
@@ -317,7 +324,9 @@ def _sums(
     slots = dict(launch.outputs)
     for y, prefix, dot in roles:
         if dot in slots:
-            shared[slots[dot]], sums[dot], total = _behind_norm(dz, operands[y], operands, prefix)
+            dy, sums[dot], total = _behind_norm(dz, operands[y], operands, prefix, launch.x_eps)
+            if dy is not None:
+                shared[slots[dot]] = dy
             sums["sum"] = sums["sum_previous"] = total
     if not sums:
         sums["sum"] = sums["sum_previous"] = dz.sum((0, 2, 3), dtype=torch.float32)
@@ -373,7 +382,9 @@ def _gate_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor
     ends = (("dz", "y", "", "sum", "dot"), ("dside", "shortcut", "shortcut_", "dside_sum", "shortcut_dot"))
     for gradient, role, prefix, total, dot in ends:
         if dot in slots:
-            shared[slots[dot]], made[dot], made[total] = _behind_norm(made[gradient], operands[role], operands, prefix)
+            dy, made[dot], made[total] = _behind_norm(made[gradient], operands[role], operands, prefix)
+            assert dy is not None
+            shared[slots[dot]] = dy
         elif total in slots:
             made[total] = made[gradient].sum((0, 2, 3))
     return _listed(launch, made)
@@ -385,8 +396,21 @@ def _output_gradient(launch: Launch, operands: Operands, shared: Shared) -> Tens
         return operands["dz"]
     slot = dict(launch.operands)["dot"]
     if slot not in shared:
-        shared[slot] = _behind_norm(operands["dz"], operands["y"], operands, "")[0]
+        dy, _, _ = _behind_norm(operands["dz"], operands["y"], operands, "")
+        assert dy is not None
+        shared[slot] = dy
     return shared[slot]
+
+
+def _through_norm(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
+    """The gradient in front of a BatchNorm, plus the shortcut's: one pass, where the dgrad has made it with its sums."""
+    shortcut = operands.get("dshortcut")
+    if launch.gradient == "bn_backward":
+        dy = _output_gradient(launch, operands, shared)
+        del shared[dict(launch.operands)["dot"]]
+        return dy if shortcut is None else dy.add_(shortcut)
+    scale = reference.given_scale(operands, launch.eps, torch.float32).to(launch.dtype).view(1, -1, 1, 1)
+    return operands["dz"] * scale if shortcut is None else torch.addcmul(shortcut, operands["dz"], scale)
 
 
 def _convolution_gradient(launch: Launch, dy: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
@@ -414,8 +438,10 @@ def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     dx = _convolution_gradient(launch, dy, like, w, 0).contiguous(memory_format=torch.channels_last)
     if launch.gradient == "bn_backward":
         del shared[dict(launch.operands)["dot"]]  # a layer's wgrad runs before its dgrad
+    if "dshortcut" in operands:
+        dx.add_(operands["dshortcut"])
     if launch.epilogue == "store":
-        return dx.add_(operands["dshortcut"]) if "dshortcut" in operands else dx
+        return dx
     if launch.epilogue == "mask":
         dx = _masked(launch, dx, operands["a_previous" if "a_previous" in operands else "z_previous"], dx)
         shared.pop(dict(launch.operands).get("z_previous", ""), None)
@@ -430,7 +456,7 @@ def _differentiated_at(launch: Launch, operands: Operands, shared: Shared) -> Te
     """Behind a BatchNorm what :func:`_masked` is told: the activation, which wgrad has made, or the BatchNorm's output."""
     if from_output(launch.activation, launch.slope):
         return _activated(launch, operands, launch.activation, launch.slope, shared)
-    return _normalised(operands["x"], operands, "x_")
+    return _normalised(operands["x"], operands, "x_", launch.x_eps)
 
 
 def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
@@ -482,11 +508,11 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
     g = launch.geometry
     if launch.kind == "conv":
         assert isinstance(g, Geometry)
-        if "x_mean" not in operands and launch.epilogue != "stats":
+        if "x_invstd" not in operands and launch.epilogue != "stats":
             if g.N == 0:
                 return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
             if launch.prologue != "identity":
-                operands = {**operands, "x": _input(launch, operands, {})}
+                operands = {**operands, "x": _input(launch, operands, shared)}
             return _conv(launch, g, operands, donated)
         return _training_conv(launch, g, operands, shared)
     if launch.kind == "max_pool":
@@ -494,6 +520,8 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
         if g.N == 0:
             return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
         return _max_pool(launch, g, operands)
+    if launch.kind == "statistics":
+        return _statistics(launch, operands, operands["x"])
     if launch.kind in _ELEMENTWISE:
         return _ELEMENTWISE[launch.kind](launch, operands)
     return _BACKWARD[launch.kind](launch, operands, shared)
@@ -511,5 +539,6 @@ _BACKWARD = {
     "max_pool_backward": _max_pool_backward,
     "dgrad": _dgrad,
     "wgrad": _wgrad,
+    "output_gradient": _through_norm,
 }
-_KINDS = frozenset(("conv", "max_pool", *_ELEMENTWISE, *_BACKWARD))
+_KINDS = frozenset(("conv", "statistics", "max_pool", *_ELEMENTWISE, *_BACKWARD))

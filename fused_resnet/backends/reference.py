@@ -79,12 +79,19 @@ def affine_add(acc: Tensor, operands: Operands, eps: float) -> Tensor:
     return add(affine(acc, operands, eps), operands, eps)
 
 
-def normalised(x: Tensor, operands: Operands, prefix: str = "") -> Tensor:
-    """BatchNorm with the batch's statistics, ``(x - mean) * (invstd * gamma) + beta``.
+def inverse_deviation(operands: Operands, prefix: str, eps: float, dtype: torch.dtype) -> Tensor:
+    """``invstd`` of the batch's statistics, or of given ones."""
+    if f"{prefix}var" in operands:
+        return (operands[f"{prefix}var"].to(dtype) + eps).rsqrt()
+    return operands[f"{prefix}invstd"].to(dtype)
+
+
+def normalised(x: Tensor, operands: Operands, prefix: str = "", eps: float = 0.0) -> Tensor:
+    """BatchNorm by what is at hand, the batch's statistics or given ones, ``(x - mean) * (invstd * gamma) + beta``.
 
     Not ``scale * x + shift``, whose two halves cancel where the mean is large against the standard deviation.
     """
-    scale = operands[f"{prefix}invstd"].to(x.dtype)
+    scale = inverse_deviation(operands, prefix, eps, x.dtype)
     if f"{prefix}gamma" in operands:
         scale = scale * operands[f"{prefix}gamma"].to(x.dtype)
     z = (x - per_filter(operands[f"{prefix}mean"], x.dtype)) * scale.view(1, -1, 1, 1)
@@ -97,7 +104,7 @@ def prologue(launch: Launch, operands: Operands) -> Tensor:
     if launch.prologue == "identity":
         return x
     x = x.to(accumulation_dtype(launch.dtype))
-    z = normalised(x, operands, "x_") if launch.prologue.startswith("bn") else x
+    z = normalised(x, operands, "x_", launch.x_eps) if launch.prologue.startswith("bn") else x
     return ACTIVATIONS[launch.x_activation].function(z, launch.x_slope).to(launch.dtype)
 
 
@@ -144,7 +151,7 @@ def conv(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     return y if launch.epilogue != "stats" else (y, *batch_statistics(launch, operands, y))
 
 
-def batch_statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
+def batch_statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, ...]:
     """Mean and invstd of each channel of the stored y (the biased variance where ranks share the batch)."""
     if y.numel() == 0 and launch.outputs[-1][0] == "var":  # a rank without images adds nothing to the others' statistics
         nothing = y.new_zeros(y.shape[1], dtype=accumulation_dtype(launch.dtype))
@@ -154,6 +161,11 @@ def batch_statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Ten
         return mean, var
     update_running(operands, mean, var, y.numel() // y.shape[1], launch.momentum)
     return mean, (var + launch.eps).rsqrt()
+
+
+def statistics(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
+    """:func:`batch_statistics` of a tensor that no convolution of the chain has made."""
+    return batch_statistics(launch, operands, operands["x"])
 
 
 def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | None) -> None:
@@ -318,13 +330,15 @@ def max_pool_backward(launch: Launch, operands: Operands) -> Tensor | tuple[Tens
     return dx, *_sums(dx, [(x, "x_")] if norm else [], operands, dtype)
 
 
-def _sums(dz: Tensor, others: list[tuple[Tensor, str]], operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+def _sums(
+    dz: Tensor, others: list[tuple[Tensor, str]], operands: Operands, dtype: torch.dtype, eps: float = 0.0
+) -> list[Tensor]:
     """Per channel the sum of dz, and of dz times each of ``others``, normalised: dbeta, and dgamma of each."""
     dz = dz.to(dtype)
     sums = [dz.sum((0, 2, 3))]
     for y, prefix in others:
         centred = y.to(dtype) - per_filter(operands[f"{prefix}mean"], dtype)
-        sums.append((dz * centred).sum((0, 2, 3)) * operands[f"{prefix}invstd"].to(dtype))
+        sums.append((dz * centred).sum((0, 2, 3)) * inverse_deviation(operands, prefix, eps, dtype))
     return sums
 
 
@@ -349,14 +363,28 @@ def convolution_output_gradient(launch: Launch, operands: Operands, dtype: torch
     For given statistics the factor is per filter, and is applied to the filters (dgrad) or to the result (wgrad) instead.
     """
     dz = operands["dz"].to(dtype)
-    if launch.gradient != "bn_backward":
-        return dz
+    return _bn_backward(dz, operands).to(launch.dtype).to(dtype) if launch.gradient == "bn_backward" else dz
+
+
+def _bn_backward(dz: Tensor, operands: Operands) -> Tensor:
+    dtype = dz.dtype
     m = operands["count"].to(dtype) if "count" in operands else dz.numel() // dz.shape[1]
     invstd = operands["invstd"].to(dtype)
     scale = invstd * operands["gamma"].to(dtype) if "gamma" in operands else invstd
     centred = operands["y"].to(dtype) - per_filter(operands["mean"], dtype)
     inner = dz - (operands["sum"].to(dtype) / m).view(1, -1, 1, 1) - centred * (operands["dot"] * invstd / m).view(1, -1, 1, 1)
-    return (inner * scale.view(1, -1, 1, 1)).to(launch.dtype).to(dtype)
+    return inner * scale.view(1, -1, 1, 1)
+
+
+def output_gradient(launch: Launch, operands: Operands) -> Tensor:
+    """The gradient in front of a BatchNorm from that behind it, plus the shortcut's."""
+    dtype = accumulation_dtype(launch.dtype)
+    dz = operands["dz"].to(dtype)
+    if launch.gradient == "bn_backward":
+        dy = _bn_backward(dz, operands)
+    else:
+        dy = dz * given_scale(operands, launch.eps, dtype).view(1, -1, 1, 1)
+    return (dy + operands["dshortcut"].to(dtype) if "dshortcut" in operands else dy).to(launch.dtype)
 
 
 def only_read_pixels(x: Tensor, g: Geometry) -> tuple[Tensor, tuple[int, int]]:
@@ -400,10 +428,12 @@ def dgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
         seen = operands["a_previous" if "a_previous" in operands else "z_previous"]
         dx = activation_backward(launch, dx, seen).to(launch.dtype)
         return dx, *_sums(dx, [], operands, dtype)
+    if "dshortcut" in operands:
+        dx = dx + operands["dshortcut"].to(dtype)
     if launch.activation != "identity":
-        dx = activation_backward(launch, dx, normalised(operands["x"].to(dtype), operands, "x_"))
+        dx = activation_backward(launch, dx, normalised(operands["x"].to(dtype), operands, "x_", launch.x_eps))
     dx = dx.to(launch.dtype)
-    return dx, *_sums(dx, [(operands["x"], "x_")], operands, dtype)
+    return dx, *_sums(dx, [(operands["x"], "x_")], operands, dtype, launch.x_eps)
 
 
 def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
@@ -419,7 +449,7 @@ def wgrad(launch: Launch, operands: Operands) -> Tensor | tuple[Tensor, ...]:
     invstd = scale = None
     if launch.gradient == "bn_backward":
         gradients["dbias"] = torch.zeros(launch.geometry.y_shape[1], dtype=dtype, device=operands["dz"].device)
-    else:
+    elif "sum" in operands:
         total = operands["sum"].to(dtype)
         gradients["dbeta"] = total
         if launch.gradient == "scale":
@@ -485,6 +515,8 @@ _KINDS: dict[str, Callable[[Launch, Operands], Tensor | tuple[Tensor, ...]]] = {
     function.__name__: function
     for function in (
         conv,
+        statistics,
+        output_gradient,
         bn_add_relu,
         gate,
         gate_backward,

@@ -23,13 +23,24 @@ from ..tuning.pieces import dy_slot
 from ..tuning.tile import Strip
 from . import triton_elementwise, workspace
 from .derived import channels_last_filters
-from .triton_start import Meeting, Start, View, arch_of, begin, gpu_of, needs_wide_offsets, outputs_of, shares_of, slope_of
+from .triton_start import (
+    Meeting,
+    Start,
+    View,
+    arch_of,
+    begin,
+    gpu_of,
+    needs_wide_offsets,
+    numbers_of,
+    outputs_of,
+    shares_of,
+)
 
 #: Launches of a plan leave tensors for each other, see :mod:`fused_resnet.backends`.
 shares = True
 
-#: Kinds that :mod:`.triton_gradients` runs.
-GRADIENTS = ("dgrad", "wgrad")
+#: Kinds that :mod:`.triton_gradients` runs, and that :mod:`.triton_apart` runs whole.
+GRADIENTS, STRIPS = ("dgrad", "wgrad"), ("statistics", "output_gradient")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,7 +59,7 @@ def check_available(device: torch.device) -> None:
 
 def supports(launch: Launch) -> str | None:
     """None, or why there is no kernel for the launch."""
-    if launch.kind not in ("conv", *triton_elementwise.KINDS, *GRADIENTS):
+    if launch.kind not in ("conv", *triton_elementwise.KINDS, *GRADIENTS, *STRIPS):
         return f"no Triton kernel for {launch.kind!r}"
     if launch.dtype not in _DTYPES:
         return f"the Triton kernels compute in fp32, fp16 and bf16, not in {str(launch.dtype).removeprefix('torch.')}"
@@ -56,6 +67,8 @@ def supports(launch: Launch) -> str | None:
         return _gradients().supports(launch)
     if launch.kind in triton_elementwise.KINDS:
         return triton_elementwise.supports(launch)
+    if launch.kind in STRIPS:
+        return None
     known = launch.prologue in prologues.PROLOGUES and launch.epilogue in epilogues.EPILOGUES
     if not known or launch.activation not in activations.ACTIVATIONS:
         return f"no Triton kernel for {launch.prologue} + conv + {launch.epilogue} + {launch.activation} yet"
@@ -98,6 +111,11 @@ def run(
         The outputs in the launch's order, a tuple if there are several. Activations are channels_last.
     """
     device = next(iter(operands.values())).device
+    if launch.kind in STRIPS:
+        from . import triton_apart
+
+        assert tile is None or isinstance(tile, Strip)
+        return triton_apart.run_strip(launch, operands, tile, out, wide)
     if how is None:
         empty = not all(tensor.numel() for tensor in operands.values())
         if tile is not None or empty:
@@ -315,8 +333,8 @@ def bind(
         for role, tensor in operands.items()
     }
     named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
-    named |= {"eps": launch.eps, "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
-    named |= {"counters": space[0], "partials": space[1], "group": start.group, "x_slope": launch.x_slope}
+    named |= {**numbers_of(launch), "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
+    named |= {"counters": space[0], "partials": space[1], "group": start.group}
     constants = start.constants
     after = epilogues.AFTERS.get(launch.epilogue)
     return {
@@ -328,7 +346,7 @@ def bind(
         "shares": shares_of(start, space),
         "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
         "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
-        "slope": slope_of(launch),
+        "slope": named["slope"],
         "after_args": tuple(named.get(name) for name in after[1]) if after else (),
         **constants,
     }

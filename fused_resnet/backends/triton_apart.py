@@ -14,10 +14,12 @@ from ..launch import Geometry, Launch
 from ..tuning.pieces import Pieces, pieces
 from ..tuning.tile import Strip, Tile, choose_strip
 from . import triton, workspace
-from .triton_start import Start, arch_of, begin, needs_wide_offsets, slope_of
+from .triton_start import Start, arch_of, begin, needs_wide_offsets, numbers_of
 
-#: Kinds of launches that only stand in pieces.
-KINDS = ("output_gradient", "conv_end", "dgrad_end")
+#: Kinds of launches that are strips: the pieces, and what stands by itself around a chain's entry.
+KINDS = ("statistics", "output_gradient", "conv_end", "dgrad_end")
+#: Kind -> kernel, where they have other names: statistics of x are those of a convolution that has been.
+_KERNELS = {"statistics": ends.conv_end}
 
 #: What launches of one plan leave for each other: dy, see :func:`fused_resnet.tuning.pieces.dy_slot`.
 Shared = dict[str, Tensor]
@@ -131,11 +133,12 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
     counters = partials = group = 0
     summed = launch.kind == "dgrad_end" and len(launch.outputs) > 1
     if launch.kind == "output_gradient":
-        constants["COEFFICIENTS"], constants["GRADIENT"], _ = gradients.GRADIENTS["bn_backward"]
-    elif launch.kind == "conv_end":
-        constants["EPILOGUE"] = epilogues.EPILOGUES[launch.epilogue][0]
+        constants["COEFFICIENTS"], constants["GRADIENT"], _ = gradients.GRADIENTS[launch.gradient]
+    elif launch.kind in ("conv_end", "statistics"):
+        after = epilogues.AFTERS.get(_epilogue(launch))
+        constants["EPILOGUE"] = epilogues.EPILOGUES[_epilogue(launch)][0]
         constants["ACTIVATION"] = activations.ACTIVATIONS[launch.activation][0]
-        constants["AFTER"] = epilogues.AFTERS[launch.epilogue][0] if launch.epilogue in epilogues.AFTERS else None
+        constants["AFTER"] = after[0] if after else None
     else:
         constants["EPILOGUE"] = gradients.EPILOGUES[launch.epilogue][0]
         constants["BACKWARD"] = activations.ACTIVATIONS[launch.activation][1]
@@ -143,8 +146,12 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         group = workspace.group_of(strips)
         counters = channel_tiles * workspace.counters_of(strips) + 1
         partials = strips * (2 * g.y_shape[1] + channel_tiles)
-    kernel = getattr(ends, launch.kind)
+    kernel = _KERNELS.get(launch.kind) or getattr(ends, launch.kind)
     return Start(kernel, strips * channel_tiles, constants, None, None, None, strip.num_warps, 1, counters, partials, group)
+
+
+def _epilogue(launch: Launch) -> str:
+    return "stats" if launch.kind == "statistics" else launch.epilogue
 
 
 def bind(
@@ -163,20 +170,20 @@ def bind(
         for role, tensor in operands.items()
     }
     sized = {"pixels": count, "K": g.K, **start.constants}
+    named |= {**numbers_of(launch), "K": g.K, "m": float(count), "momentum": launch.momentum}
     if launch.kind == "output_gradient":
-        named |= {"m": float(count)}
-        arguments = tuple(named.get(name) for name in gradients.GRADIENTS["bn_backward"][2])
-        return {"dz": named["dz"], "y": named["y"], "dy": outputs["dy"], "gradient_args": arguments, **sized}
-    named |= {"eps": launch.eps, "K": g.K, "momentum": launch.momentum, "slope": slope_of(launch)}
+        arguments = tuple(named.get(name) for name in gradients.GRADIENTS[launch.gradient][2])
+        tensors = {"dz": named["dz"], "y": named.get("y"), "dshortcut": named.get("dshortcut"), "dy": outputs["dy"]}
+        return {**tensors, "gradient_args": arguments, **sized}
     named |= {"counters": space[0], "partials": space[1], "group": start.group}
-    if launch.kind == "conv_end":
+    if launch.kind in ("conv_end", "statistics"):
         named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
-        after = epilogues.AFTERS.get(launch.epilogue)
-        untouched = launch.epilogue == "stats" and "bias" not in operands
+        after = epilogues.AFTERS.get(_epilogue(launch))
+        untouched = _epilogue(launch) == "stats" and "bias" not in operands
         return {
-            "raw": named["raw"],
+            "raw": named["x" if launch.kind == "statistics" else "raw"],
             "y": None if untouched else outputs["y"],
-            "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
+            "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[_epilogue(launch)][1]),
             "slope": named["slope"],
             "after_args": tuple(named.get(name) for name in after[1]) if after else (),
             **sized,
@@ -193,7 +200,26 @@ def bind(
     }
 
 
-def _strip(launch: Launch, operands: Mapping[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def run_strip(
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    strip: Strip | None = None,
+    out: Mapping[str, Tensor] | None = None,
+    wide: bool | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Run one of the kinds that stand by themselves; arguments and results are those of :func:`.triton.run`."""
+    made = _strip(launch, operands, out, strip, wide)
+    results = tuple(made[role] for role, _ in launch.outputs)
+    return results if len(results) > 1 else results[0]
+
+
+def _strip(
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    out: Mapping[str, Tensor] | None,
+    strip: Strip | None = None,
+    wide: bool | None = None,
+) -> dict[str, Tensor]:
     """Run one of :data:`KINDS`."""
     device = next(iter(operands.values())).device
     g = launch.geometry
@@ -208,13 +234,18 @@ def _strip(launch: Launch, operands: Mapping[str, Tensor], out: Mapping[str, Ten
         outputs = {role: new(role) for role, _ in launch.outputs}
     else:
         outputs = dict(out)
+    if not all(tensor.numel() for tensor in operands.values()):  # a rank without images
+        return {role: tensor.zero_() for role, tensor in outputs.items()}
+    for role in ("x", "dz", "dshortcut"):  # these may come from outside as they are
+        if role in operands:
+            operands = {**operands, role: operands[role].contiguous(memory_format=torch.channels_last)}
     # What a kernel writes in place has to lie densely.
     strided = {role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()}
     operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
     if launch.kind == "conv_end" and launch.epilogue == "stats" and "bias" not in operands:
         # Nothing is added: what the convolution wrote is the result.
         outputs["y"] = out["y"].copy_(operands["raw"]) if out else operands["raw"]
-    start = plan_start(launch, arch_of(device))
+    start = plan_start(launch, arch_of(device), strip, wide)
     begin(start, bind(start, launch, operands, outputs, start.workspace(device)), device)
     for role in epilogues.IN_PLACE:
         if role in strided:

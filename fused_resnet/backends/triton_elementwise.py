@@ -13,13 +13,14 @@ from ..kernels import activations, boxes, elementwise, gate, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
-from .triton_start import Start, needs_wide_offsets, slope_of
+from .triton_start import Start, needs_wide_offsets, numbers_of, slope_of
 
 KINDS = ("bn_add_relu", "bn_add_relu_backward", "gate", "gate_backward", "max_pool", "max_pool_backward")
 #: Kind -> how many sums its programs finish together, at most.
 _SUMS = {"bn_add_relu_backward": 3, "gate_backward": 5, "max_pool_backward": 2}
 
-_VECTORS = ("mean", "invstd", "gamma", "beta")
+#: The last arguments of ``batch_norm`` (kernels/prologues.py).
+_VECTORS = ("mean", "invstd", "gamma", "beta", "var", "eps")
 
 
 def supports(launch: Launch) -> str | None:
@@ -90,9 +91,11 @@ def bind(
     """A kernel's arguments by name."""
     g = launch.geometry
     named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
+    if "var" in named:
+        named["eps"] = launch.eps
     meeting = {"group": start.group if start.counters else None, "partials": space[1], "counters": space[0]}
     if launch.kind == "max_pool":
-        known = {**named, "C": start.sizes.C, "x_slope": launch.x_slope}
+        known = {**named, **numbers_of(launch), "C": start.sizes.C}
         arguments = tuple(known.get(name) for name in prologues.PROLOGUES[launch.prologue][1])
         return {
             "x": named["x"],

@@ -20,7 +20,7 @@ from ..tuning import Tile, choose
 from . import workspace
 from .derived import channels_last_filters
 from .triton import has_tma, loads, one_row, tf32_allowed
-from .triton_start import Meeting, Start, View, arch_of, begin, gpu_of, needs_wide_offsets, shares_of, slope_of, whole_lines
+from .triton_start import Meeting, Start, View, arch_of, begin, gpu_of, needs_wide_offsets, numbers_of, shares_of, whole_lines
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -348,8 +348,7 @@ def bind(
     g = launch.geometry
     assert isinstance(g, Geometry)
     named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
-    named |= {"eps": launch.eps, "C": start.sizes.C, "m": float(g.N * g.P * g.Q)}
-    named |= {"slope": slope_of(launch), "x_slope": launch.x_slope}
+    named |= {**numbers_of(launch), "C": start.sizes.C, "m": float(g.N * g.P * g.Q)}
     viewed = {
         role: start.views[role].of(named[role]) if role in start.views else named[role] for role in named if role in _VIEWED
     }

@@ -174,6 +174,12 @@ def slope_of(launch: Launch) -> float | None:
     return float(launch.slope) if launch.activation == "leaky_relu" else None
 
 
+def numbers_of(launch: Launch) -> dict[str, float | None]:
+    """What a launch's functions are given beside tensors and sizes, by name."""
+    x_eps = float(launch.x_eps) if "x_var" in launch.roles else None
+    return {"slope": slope_of(launch), "x_slope": launch.x_slope, "x_eps": x_eps, "eps": launch.eps}
+
+
 def needs_wide_offsets(*shapes: tuple[int, ...]) -> bool:
     """Whether any tensor has 2^31 elements or more."""
     return any(prod(shape) >= 1 << 31 for shape in shapes)

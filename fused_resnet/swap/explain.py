@@ -172,7 +172,7 @@ class _Walk:
                 continue
             whole = isinstance(module, FusedRegion) and len(chains) == 1 and _is_all(module, parts)
             place = ".".join(filter(None, (name, "" if whole else chain)))
-            self.rows.append(_chain_row(place, " + ".join(layer.name for layer in parts.weight_layers), module, parts))
+            self.rows.append(_chain_row(place, " + ".join(parts.names), module, parts))
             self.seen.update(id(part) for part in parts.modules)
         if not isinstance(module, FusedRegion):
             return f"stands alone in a {module.unfused_class.__name__}"

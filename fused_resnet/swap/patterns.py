@@ -1,12 +1,15 @@
 """The one table of patterns: how convolutions, BatchNorms, activations and additions (:mod:`.nodes`) make a chain.
 
 A chain in a graph is ``conv [BatchNorm] [activation]``, once or more, ``[+ shortcut] [activation]`` behind the last,
-``[max-pool]``; between two of them nobody else may read what is handed on (in front of a sum its size may be asked). The rules:
+``[max-pool]``; between two of them nobody else may read what is handed on (in front of a sum its size may be asked). In front
+of the first convolution there may be ``BatchNorm [activation]``, the chain's *entry*. The rules:
 
 * a weight layer is a convolution with something behind it, a bias at least; without that it has nothing to be fused with;
 * layers follow each other into one chain while the same frame holds them, or a shortcut spans them;
 * the shortcut is the chain's input, or a convolution and BatchNorm of it; else any other tensor (``skip``) that is made for the
   sum, or a convolution and BatchNorm of one. The sum may be in place only in what the chain itself made;
+* an entry is read by the chain's first convolution alone, and by the projection if there is one; the shortcut may start in
+  front of it (then it is no second input), or from elsewhere;
 * a chain reads its input where its first convolution stands, with a ``skip`` where the sum stands; nothing between the two may
   write in place, but into what a layer there has made for it alone.
 """
@@ -32,6 +35,14 @@ class LayerPlace:
     activation: str | nn.Module | None = None
 
 
+@dataclass(frozen=True)
+class EntryPlace:
+    """Where the modules of an entry are, likewise."""
+
+    norm: str
+    activation: str | nn.Module | None = None
+
+
 @dataclass
 class Match:
     """A chain in a graph."""
@@ -44,6 +55,7 @@ class Match:
     projection: LayerPlace | None = None
     pool: str | None = None
     skip: Node | None = None
+    entry: EntryPlace | None = None
     sized: Node | None = None  # what is in front of the sum, if somebody asks for its size
 
 
@@ -103,7 +115,9 @@ class Matcher(Nodes):
             pair = self.added(node)
             if pair is not None:
                 self._join(node, pair, by_out)
+        taken = {node for match in by_out.values() for node in match.nodes}
         for match in by_out.values():
+            self._enter(match, taken)
             self._pool(match)
         chains = [match for match in by_out.values() if self._worth(match)]
         self._tell(chains)
@@ -121,7 +135,7 @@ class Matcher(Nodes):
                 refused = refusal(Parts([WeightLayer(place, module)]), structure_only=True)
                 self.reasons.setdefault(place, refused or self._behind(node))
             elif is_norm(module):
-                self.reasons.setdefault(place, "no convolution in front of it that hands its output to it alone")
+                self.reasons.setdefault(place, "no convolution has it to itself, in front of it or behind it")
             elif isinstance(module, nn.modules.batchnorm._NormBase):
                 self.reasons.setdefault(place, f"a {type(module).__name__} is no BatchNorm2d")
 
@@ -314,6 +328,49 @@ class Matcher(Nodes):
         sized = before if len(before.users) > 1 else None
         by_out[out] = Match(layers, nodes, runs[0].x, out, True, side, skip=skip, sized=sized)
 
+    def entry(self, x: Node) -> tuple[EntryPlace, list[Node], Node] | None:
+        """The BatchNorm that a tensor comes from, with the activation behind it; their nodes; and what it reads."""
+        norm, nodes = self.strip(x)
+        activation: str | nn.Module | None = None
+        if self.is_activation(norm):
+            activation = self.activation(norm)
+            inner, passed = self.strip(cast(Node, norm.args[0]))
+            norm, nodes = inner, [*passed, norm, *nodes]
+        if not self.is_norm(norm):
+            return None
+        if type(activation_of(self.module(norm))) not in (type(None), nn.Identity):
+            if activation is not None:
+                return None
+            activation = f"{norm.target}.act"
+        return EntryPlace(self.place(norm), activation), [norm, *nodes], cast(Node, norm.args[0])
+
+    def place(self, node: Node) -> str:
+        """What stands for a module."""
+        return str(node.target)
+
+    def norm_name(self, norm: str) -> str:
+        """What a BatchNorm is called in :meth:`names`."""
+        return norm
+
+    def _enter(self, match: Match, taken: set[Node]) -> None:
+        """Take the BatchNorm in front of a chain into it, if all that read it are in the chain, behind its activation."""
+        found = self.entry(match.x)
+        if found is None or not taken.isdisjoint(found[1]):
+            return
+        place, nodes, x = found
+        skip, passed = (None, []) if match.skip is None else self.strip(match.skip)
+        beside = match.residual and match.projection is None and match.skip is None  # the shortcut starts behind it
+        readers = {user for node in nodes for user in node.users}
+        if beside or skip in nodes or not readers <= {*nodes, *match.nodes}:
+            return
+        known = {name for layer in (*match.layers, match.projection) if layer is not None for name in self.names(layer)}
+        mine = sorted([*nodes, *match.nodes], key=self.order.__getitem__)
+        if self.norm_name(place.norm) in known or not self._quiet(mine, match.out):
+            return
+        match.entry, match.x, match.nodes = place, x, mine
+        if skip is x and match.projection is None and all(len(node.users) == 1 for node in passed):
+            match.skip, match.nodes = None, sorted([*passed, *mine], key=self.order.__getitem__)
+
     def _pool(self, match: Match) -> None:
         """Take the max-pooling behind a chain into it."""
         behind: list[Node] = []
@@ -325,7 +382,7 @@ class Matcher(Nodes):
 
     def _worth(self, match: Match) -> bool:
         """Whether there is something to fuse, of which something is gained."""
-        if match.residual or any(layer.norm is not None for layer in match.layers):
+        if match.residual or match.entry is not None or any(layer.norm is not None for layer in match.layers):
             return True
         if not any(layer.activation is not None or self.has_bias(layer) for layer in match.layers):
             return False

@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 
 from ..blocks import Fused
 from ..chain import shape_behind
-from ..describe import Parts, WeightLayer, convolutions
+from ..describe import Entry, Parts, WeightLayer, convolutions
 from .layout import to_reshape
-from .patterns import LayerPlace, Match, Matcher
+from .patterns import EntryPlace, LayerPlace, Match, Matcher
 from .tracing import CannotTrace, Frame, Guard, Traced, arguments_of, descend, signature, trace
 
 Path = tuple[str, ...]
@@ -38,7 +38,8 @@ class Site:
     """A chain in a region, by the places of its modules; ``unfused(region, x)`` calls them one by one, with a second input
     where the chain has one, ``skip``.
 
-    Layers are ``(name, convolution, norm, activation)``; the activation is a module of its own where a function is called.
+    Layers are ``(name, convolution, norm, activation)``, an entry is ``(name, norm, activation)``; where a function is called,
+    the activation is a module of its own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     passed: tuple[Path, ...]
     unfused: Callable[..., Tensor]
     skip: bool = False
+    entry: tuple[str, Path, Path | nn.Module | None] | None = None
 
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
@@ -62,7 +64,8 @@ class Site:
         projection = None if self.projection is None else layer(self.projection)
         containers = tuple(at(path) for path in self.passed)
         layers = [layer(places) for places in self.layers]
-        return Parts(layers, self.residual, projection, at(self.pool), containers, skip=self.skip)
+        entry = None if self.entry is None else Entry(self.entry[0], at(self.entry[1]), at(self.entry[2]))
+        return Parts(layers, self.residual, projection, at(self.pool), containers, skip=self.skip, entry=entry)
 
 
 def _at(region: nn.Module, path: Path) -> Any:
@@ -280,14 +283,19 @@ class _Writer:
         alone.output(inner[match.out])
         unfused, _ = _compiled(alone)
 
+        def activation(layer: LayerPlace | EntryPlace) -> Path | nn.Module | None:
+            return _path(layer.activation) if isinstance(layer.activation, str) else layer.activation
+
         def place(layer: LayerPlace) -> Places:
-            activation = _path(layer.activation) if isinstance(layer.activation, str) else layer.activation
-            return layer.conv, cast(Path, _path(layer.conv)), _path(layer.norm), activation
+            return layer.conv, cast(Path, _path(layer.conv)), _path(layer.norm), activation(layer)
 
         passed = tuple(cast(Path, _path(str(node.target))) for node in match.nodes if self.matcher.is_identity(node))
         side = place(match.projection) if match.projection is not None else None
         layers = tuple(place(layer) for layer in match.layers)
-        ends = (match.residual, side, _path(match.pool), passed, unfused, match.skip is not None)
+        entry = None
+        if match.entry is not None:
+            entry = match.entry.norm, cast(Path, _path(match.entry.norm)), activation(match.entry)
+        ends = (match.residual, side, _path(match.pool), passed, unfused, match.skip is not None, entry)
         return Site(match.layers[0].conv, layers, *ends)
 
     def _guards(self) -> tuple[Guard, ...]:

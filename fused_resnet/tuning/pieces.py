@@ -36,7 +36,8 @@ class Pieces:
 
 def _sized(launch: Launch, like: Geometry) -> Launch:
     """With the bytes of its activations, by role; vectors are not counted."""
-    whole = {role for role, _ in (*launch.operands, *launch.outputs)} & {"y", "out", "dz", "dy", "shortcut", "raw", "x", "dx"}
+    activations = {"y", "out", "dz", "dy", "shortcut", "dshortcut", "raw", "x", "dx"}
+    whole = {role for role, _ in (*launch.operands, *launch.outputs)} & activations
     size = tensor_bytes(like.y_shape, launch.dtype)
     return replace(launch, sizes=tuple((role, size) for role in sorted(whole)))
 
@@ -60,6 +61,7 @@ def _normalise(launch: Launch, g: Geometry) -> Launch:
         (("out", f"{slots['x']} {ACTIVATION}"),),
         activation=launch.x_activation,
         slope=launch.x_slope,
+        eps=launch.x_eps,
     )
     return _sized(made, flat)
 
@@ -74,7 +76,8 @@ def _output_gradient(launch: Launch, g: Geometry) -> Launch:
     flat = _flat(g, g.K, g.P, g.Q)
     slots = dict(launch.operands)
     roles = tuple((role, slots[role]) for role in ("dz", *GRADIENTS["bn_backward"]) if role in slots)
-    made = Launch("output_gradient", launch.layer, flat, launch.dtype, roles, (("dy", dy_slot(launch)),))
+    outputs = (("dy", dy_slot(launch)),)
+    made = Launch("output_gradient", launch.layer, flat, launch.dtype, roles, outputs, gradient=launch.gradient)
     return _sized(made, flat)
 
 
@@ -105,6 +108,7 @@ def pieces(launch: Launch, how: str) -> Pieces | None:
     # A bias in front of BatchNorm has no gradient: the executor writes the zeros, a plain wgrad would not.
     outputs = tuple((role, slot) for role, slot in launch.outputs if not (differentiates and role == "dbias"))
     plain: dict[str, Any] = {"prologue": "identity", "x_slope": 0.0, "gradient": "identity"}
+    plain |= {"x_eps": 0.0} if normalises else {}
     core = replace(launch, operands=kept, outputs=outputs, sizes=sizes, **plain)
     if how == "apart":
         return Pieces(tuple(first), core)

@@ -335,7 +335,7 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
         return Strip(max(1, 16384 // channels), channels)
     crowded = launch.kind == "max_pool_backward" or (launch.kind == "max_pool" and launch.x_activation in EXPONENTIAL)
     elements = 1024 if launch.dtype.itemsize == 4 or crowded else 2048
-    if launch.kind in ("conv_end", "dgrad_end") and len(launch.outputs) > 1:
+    if launch.kind in ("conv_end", "dgrad_end", "statistics") and len(launch.outputs) > 1:
         return Strip(4 * elements // channels, channels, num_warps=8)  # a row of partials for each strip: fewer, larger ones
     steps = 1
     if launch.kind.endswith("backward"):

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import DEVICE, activations, poisoned_workspace
+from launches import DEVICE, activations, poisoned_workspace, prologue_roles
 from torch import Tensor
 from triton.runtime import interpreter
 
 from fused_resnet.backends import triton_gradients as executor
-from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, PROLOGUES, Geometry, Launch
+from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, Geometry, Launch
 from fused_resnet.tuning import Tile
 
 #: Roles that are a tensor like the convolution's output, and like its input.
@@ -33,6 +33,7 @@ def dgrad(
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C, K, R, S and the keyword arguments of Geometry; ``without`` leaves out operands."""
+    without = without if "x_invstd" in without else (*without, "x_var")
     roles = [role for role in ("dz", "w", *GRADIENTS[gradient], *DGRAD_EPILOGUES[epilogue]) if role not in without]
     outputs = {"store": ("dx",), "mask": ("dx", "sum_previous"), "bn_mask": ("dx", "sum_previous", "dot_previous")}[epilogue]
     return _launch("dgrad", sizes, dtype, roles, outputs, how, gradient=gradient, epilogue=epilogue, activation=activation)
@@ -51,7 +52,7 @@ def wgrad(
     roles = ["dz", "x", "w", *GRADIENTS[gradient]]
     if gradient != "bn_backward":
         roles += ["sum", "bias", *(["mean"] if gradient == "scale" else [])]
-    roles += PROLOGUES[prologue]
+    roles += prologue_roles(prologue, without)
     roles = [role for role in roles if role not in without]
     return _launch("wgrad", sizes, dtype, roles, outputs, how, gradient=gradient, prologue=prologue)
 
@@ -87,7 +88,7 @@ def operands_of(launch: Launch, parameters: torch.dtype = torch.float32) -> dict
             operands[role] = torch.tensor([3.0 * g.N * g.P * g.Q], device=DEVICE)
         elif role in ("sum", "dot"):  # of the order of m, so that their terms count
             operands[role] = torch.randn(g.K, device=DEVICE) * g.N * g.P * g.Q
-        elif role.endswith("invstd") or role == "var":
+        elif role.endswith(("invstd", "var")):
             operands[role] = 0.5 + 1.5 * torch.rand(g.C if role.startswith("x_") else g.K, device=DEVICE)
         else:
             operands[role] = torch.randn(g.C if role.startswith("x_") else g.K, device=DEVICE)
@@ -114,8 +115,13 @@ def _dy(launch: Launch, o: dict[str, Tensor]) -> Tensor:
     return dxhat * _column(o["invstd"]) * _column(o["gamma"] if "gamma" in o else torch.ones_like(o["mean"]))
 
 
-def _normalised(o: dict[str, Tensor]) -> Tensor:
-    z = (o["x"] - _column(o["x_mean"])) * _column(o["x_invstd"])
+def _standardised(launch: Launch, o: dict[str, Tensor]) -> Tensor:
+    invstd = o["x_invstd"] if "x_var" not in o else 1 / (o["x_var"] + launch.x_eps).sqrt()
+    return (o["x"] - _column(o["x_mean"])) * _column(invstd)
+
+
+def _normalised(launch: Launch, o: dict[str, Tensor]) -> Tensor:
+    z = _standardised(launch, o)
     if "x_gamma" in o:
         z = z * _column(o["x_gamma"])
     return z + _column(o["x_beta"]) if "x_beta" in o else z
@@ -140,12 +146,13 @@ def _expected_dgrad(launch: Launch, o: dict[str, Tensor]) -> dict[str, Tensor]:
     (dx,) = torch.autograd.grad(y, x, _rounded(_dy(launch, o), launch))
     if launch.epilogue == "store":
         return {"dx": dx + o["dshortcut"] if "dshortcut" in o else dx}
+    dx = dx + o.get("dshortcut", 0)
     if launch.activation == "relu":
-        before = o["a_previous"] if launch.epilogue == "mask" else _normalised(o)
+        before = o["a_previous"] if launch.epilogue == "mask" else _normalised(launch, o)
         dx = torch.where(before <= 0, 0.0, dx)
     sums = {"dx": dx, "sum_previous": dx.sum((0, 2, 3))}
     if launch.epilogue == "bn_mask":
-        sums["dot_previous"] = (dx * (o["x"] - _column(o["x_mean"])) * _column(o["x_invstd"])).sum((0, 2, 3))
+        sums["dot_previous"] = (dx * _standardised(launch, o)).sum((0, 2, 3))
     return sums
 
 
@@ -164,7 +171,7 @@ def _expected_wgrad(launch: Launch, o: dict[str, Tensor]) -> dict[str, Tensor]:
         return truth
     x = o["x"]
     if launch.prologue != "identity":
-        x = _normalised(o)
+        x = _normalised(launch, o)
         x = _rounded(F.relu(x) if launch.prologue == "bn_relu" else x, launch)
     w = torch.zeros(g.w_shape, dtype=torch.float64, requires_grad=True)
     y = F.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups)

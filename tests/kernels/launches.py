@@ -19,6 +19,12 @@ from fused_resnet.tuning import Tile
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def prologue_roles(prologue: str, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Of a prologue's vectors; ``x_var``, given statistics, where ``without`` leaves the batch's out."""
+    without = without if "x_invstd" in without else (*without, "x_var")
+    return tuple(role for role in PROLOGUES[prologue] if role not in without)
+
+
 def conv(
     *sizes: int,
     dtype: torch.dtype = torch.float32,
@@ -31,7 +37,7 @@ def conv(
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C, K, R, S and the keyword arguments of Geometry; ``without`` leaves out operands."""
-    roles = tuple(role for role in ("x", "w", *PROLOGUES[prologue], *EPILOGUES[epilogue]) if role not in without)
+    roles = tuple(role for role in ("x", "w", *prologue_roles(prologue, without), *EPILOGUES[epilogue]) if role not in without)
     outputs = outputs or (("y", "mean", "invstd") if epilogue == "stats" else ("y",))
     return Launch(
         "conv",
@@ -73,7 +79,7 @@ def max_pool(
     **how: Any,
 ) -> Launch:
     """A launch from N, H, W, C and the keyword arguments of PoolGeometry."""
-    roles = tuple(role for role in ("x", *PROLOGUES[prologue]) if role not in without)
+    roles = ("x", *prologue_roles(prologue, without))
     named = (tuple((role, role) for role in roles) for roles in (roles, outputs))
     return Launch("max_pool", "pool", PoolGeometry(*sizes, **how), dtype, *named, prologue=prologue)
 
@@ -125,7 +131,8 @@ def normalised(launch: Launch, operands: dict[str, Tensor]) -> Tensor:
     """What a prologue makes of x, in the launch's type as a kernel that wrote it would round it, as float64."""
     o = {role: tensor.float().cpu() for role, tensor in operands.items()}
     ones = torch.ones_like(o["x_mean"])
-    scale, shift = o["x_invstd"] * o.get("x_gamma", ones), o.get("x_beta", 0 * ones)
+    invstd = o["x_invstd"] if "x_var" not in o else (o["x_var"].double() + launch.x_eps).rsqrt()
+    scale, shift = invstd * o.get("x_gamma", ones), o.get("x_beta", 0 * ones)
     z = (o["x"] - o["x_mean"].view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
     return (F.relu(z) if launch.prologue == "bn_relu" else z).to(launch.dtype).double()
 
