@@ -190,6 +190,8 @@ class Reading:
     batch: bool = False  # a BatchNorm normalises by the batch's statistics
     lasts: bool = False  # while the modules stay as they are: no hooks elsewhere, no process groups decide as well
     fitting: set[tuple[torch.dtype, torch.device]] = field(default_factory=set)  # inputs that the parameters were checked for
+    met: set[Any] = field(default_factory=set)  # kinds of inputs that it had without gradients
+    ready: dict[Any, Any] = field(default_factory=dict)  # those it had again -> the plan prepared for them, or None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from tolerances import assert_close, relative_error
 from torch import nn
 
 from fused_resnet import count_launches, fuse
-from fused_resnet.backends import cpu, reference
+from fused_resnet.backends import cpu, cpu_inference, reference
 from fused_resnet.functional import chain
 from fused_resnet.launch import ACTIVATIONS, EPILOGUES, Geometry
 
@@ -105,8 +105,8 @@ def test_filters_are_laid_out_for_the_size_that_comes_most(monkeypatch: pytest.M
             vector.uniform_(0.5, 2)
     fused = fuse(copy.deepcopy(plain), backend="cpu")
     laid_out: list[tuple[int, int]] = []
-    own = cpu._laid_out
-    monkeypatch.setattr(cpu, "_laid_out", lambda weight, g: laid_out.append((g.H, g.W)) or own(weight, g))
+    own = cpu_inference.laid_out
+    monkeypatch.setattr(cpu_inference, "laid_out", lambda weight, g: laid_out.append((g.H, g.W)) or own(weight, g))
     sizes = [(9, 7), (5, 4), (9, 7), (5, 4), (3, 3), (5, 4), (5, 4), (5, 4), (5, 4), (9, 7)]
     for size in sizes:
         x = torch.randn(2, 8, *size)
@@ -137,8 +137,8 @@ def test_small_convolutions_are_pytorchs_own(
     net = randomise(net).eval()
     fused = fuse(copy.deepcopy(net), backend="cpu")
     laid_out: list[Any] = []
-    own = cpu._laid_out
-    monkeypatch.setattr(cpu, "_laid_out", lambda weight, g: laid_out.append(g) or own(weight, g))
+    own = cpu_inference.laid_out
+    monkeypatch.setattr(cpu_inference, "laid_out", lambda weight, g: laid_out.append(g) or own(weight, g))
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         y = fused(x)

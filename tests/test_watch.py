@@ -15,7 +15,7 @@ from nets import randomise, tiny
 from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 
-from fused_resnet import blocks, fuse, unfuse
+from fused_resnet import blocks, count_launches, functional, fuse, plain, unfuse
 from fused_resnet.watch import ATTRIBUTE, CannotWatchError, Memory, Watched
 
 
@@ -255,3 +255,57 @@ def test_images_of_another_kind_are_still_checked() -> None:
             net(x.double())
         with pytest.raises(RuntimeError, match="channels"):
             net(torch.randn(2, 5, 9, 7))
+
+
+def _prepared(net: Any) -> list[Any]:
+    """What is prepared in the modules of a model, by kind of input."""
+    memories = [vars(module)[ATTRIBUTE] for module in net.modules() if ATTRIBUTE in vars(module)]
+    values = [entry.value for memory in memories for entry in memory.entries.values()]
+    readings = [reading for value in values for _, reading in (value if isinstance(value, list) else [(None, value)])]
+    return [ready for reading in readings for ready in getattr(reading, "ready", {}).values()]
+
+
+def test_prepared_for_inputs_that_come_again() -> None:
+    """On the CPU, without gradients, from the second time on; with the same bits as the first time."""
+    net, x = fuse(_net(), backend="cpu"), _x()
+    with torch.no_grad():
+        first = net(x)
+        assert not _prepared(net)
+        second, third = net(x), net(x)
+        assert len(_prepared(net)) == 3 and None not in _prepared(net)
+        assert torch.equal(first, second) and torch.equal(first, third)
+        other = torch.randn(3, 8, 12, 5)
+        expected = net(other)
+        assert torch.equal(net(other), expected) and len(_prepared(net)) == 6
+        with count_launches() as log:  # then they run one by one
+            net(x)
+        assert len(log) == 3 + 2 + 2
+        net[1][0].weight.data.mul_(2)
+        changed = net(x)
+    assert relative_error(changed, unfuse(copy.deepcopy(net))(x)) < CLOSE and relative_error(changed, first) > 0.01
+    net(x).sum().backward()
+    assert net[0].conv1.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert net(x).dtype == torch.bfloat16
+
+
+def test_few_kinds_of_inputs_are_kept_prepared() -> None:
+    net = fuse(_net(), backend="cpu")
+    with torch.no_grad():
+        for width in range(5, 5 + 2 * functional.READY):
+            x = torch.randn(1, 8, 6, width)
+            assert torch.equal(net(x), net(x)) and len(_prepared(net)) <= 3 * functional.READY
+
+
+def test_a_donated_input_is_written_over_in_prepared_stages_too() -> None:
+    """Blocks of a stage add to what the block before has made, and never to what the caller gave."""
+    torch.manual_seed(0)
+    stage = nn.Sequential(*[plain.BasicBlock(8, 8) for _ in range(3)])
+    net = randomise(nn.Sequential(stage)).eval()
+    fused, x = fuse(copy.deepcopy(net), backend="cpu"), torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        for _ in range(3):
+            y = fused(x)
+            assert relative_error(y, net.double()(x.double())) < CLOSE and torch.equal(x, before)
+        assert len(_prepared(fused)) == 3

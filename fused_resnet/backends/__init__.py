@@ -7,8 +7,9 @@ An executor is a module with two functions::
 
 and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to
 tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets one more
-argument, a dict that lives as long as the plan runs: what its launches leave for each other. A launch the chosen executor
-does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
+argument, a dict that lives as long as the plan runs: what its launches leave for each other. One with a function
+``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see :class:`Ready`. A
+launch the chosen executor does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
 """
 
 from __future__ import annotations
@@ -241,3 +242,52 @@ def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     for result, slot in plan.aliases:
         slots[result] = slots[slot]
     return {slot: slots[slot] for slot in (*plan.results, *plan.keep)}
+
+
+class Ready:
+    """A plan with all tensors it reads but its inputs: what follows from them alone is done.
+
+    Values of the tensors may change in place; they are looked at as ever.
+    """
+
+    __slots__ = ("inputs", "steps")
+
+    def __init__(self, inputs: tuple[str, ...], steps: tuple[Any, ...]) -> None:
+        self.inputs, self.steps = inputs, steps
+
+    @staticmethod
+    def of(plan: Plan, name: str, inputs: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Ready | None:
+        """``tensors``: what is read besides the ``inputs``, by slot. None where a launch has to be run as ever."""
+        steps = []
+        for launch, runner, _, _, donated, dead, _ in _program(plan, name):
+            slots = dict(launch.operands)
+            moving = [role for role, slot in slots.items() if slot not in tensors]
+            prepare = getattr(executor(runner), "prepare", None)
+            if prepare is None or not {"x"} <= {*moving} <= {"x", "shortcut"}:
+                return None
+            step = prepare(launch, {role: tensors[slot] for role, slot in slots.items() if slot in tensors}, donated)
+            if step is None:
+                return None
+            steps.append((step, slots["x"], slots.get("shortcut"), launch.outputs[0][1], tuple(dead)))
+        return Ready(inputs, tuple(steps)) if plan.results == ("out",) and not plan.keep and not plan.aliases else None
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        """The plan's result."""
+        slots = dict(zip(self.inputs, inputs, strict=True))
+        for step, x, shortcut, out, dead in self.steps:
+            y = step(slots[x], None if shortcut is None else slots[shortcut])
+            for slot in dead:
+                del slots[slot]
+            slots[out] = y
+        return slots["out"]
+
+
+@cache
+def prepares(name: str) -> bool:
+    """Whether a backend's executor has anything to prepare."""
+    return hasattr(executor(name), "prepare")
+
+
+def observed() -> bool:
+    """Whether somebody counts or clocks launches: then they run one by one."""
+    return bool(_logs or _clocks)

@@ -1,8 +1,6 @@
 """The default without a GPU: oneDNN's convolutions and PyTorch's vectorised BatchNorm, through PyTorch's own operators.
 
-Inference: BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight
-cache is ours: :mod:`.derived`). The shortcut is added by the convolution where it may be written over, else by ``add_``; ReLU
-works in place; activations are channels_last. Why so: docs/decisions/007-relu-and-sums-on-the-cpu.md.
+Inference is in :mod:`.cpu_inference`.
 
 Training: a convolution here reads memory, so what a GPU computes on load is written first and forgotten after its last use. It
 is shared by the launches of a plan that need it: the activation behind a BatchNorm by wgrad and by the mask of dgrad, the
@@ -22,12 +20,9 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, from_output
 from ..launch import Geometry, Launch, PoolGeometry
-from . import cpu_wgrad, reference
-from .derived import derived
+from . import cpu_inference, cpu_wgrad, reference
 
 Operands = dict[str, Tensor]
-#: Calls in a row with images of another size, behind which filters are laid out for that one.
-REPEATS = 3
 #: Temporary tensors of one plan, by the slot they belong to.
 Shared = dict[str, Tensor]
 
@@ -65,139 +60,6 @@ def supports(launch: Launch) -> str | None:
     if launch.dtype not in _onednn_dtypes():
         return f"oneDNN on this processor has no {launch.dtype} convolution"
     return None
-
-
-def _dilation(g: Geometry) -> tuple[int, int]:
-    """1 where a kernel is one tap wide: oneDNN crashes on some dilations of such, with prepacked filters (PyTorch 2.14)."""
-    return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
-
-
-class _Inference:
-    """What follows from a launch alone, of a convolution with given statistics.
-
-    Attributes:
-        purpose: what folded filters depend on besides the tensors. (Text, whose hash is computed once.)
-        sources: roles of the tensors that filters and shift are folded from.
-        native: PyTorch's own convolution instead of oneDNN's.
-        where: padding, stride, dilation and groups.
-        end: the activation, in place; None for the identity.
-    """
-
-    __slots__ = ("end", "native", "purpose", "slope", "sources", "where")
-
-    def __init__(self, launch: Launch) -> None:
-        g, roles = launch.geometry, launch.roles
-        assert isinstance(g, Geometry)
-        self.native = launch.dtype == torch.float32 and _is_small(g) and "shortcut" not in roles
-        # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
-        kind = (
-            "cpu",
-            g.N == 1,
-            self.native,
-            launch.dtype,
-            launch.eps,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.groups,
-            sorted(roles),
-        )
-        self.purpose = repr(kind)
-        self.sources = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in roles)
-        self.where = (g.padding, g.stride, _dilation(g), g.groups)
-        self.end = None if launch.activation == "identity" else ACTIVATIONS[launch.activation].in_place
-        self.slope = launch.slope
-
-
-_inference = lru_cache(maxsize=4096)(_Inference)
-
-#: Elements of an input up to which PyTorch 2.11 to 2.14 takes its own convolution.
-SMALL = 20480
-
-
-def _is_small(g: Geometry) -> bool:
-    """Whether PyTorch would not call oneDNN, each of whose calls costs some 60 us; its own, of one pixel, takes 10."""
-    return g.N == 1 and g.groups == 1 and min(g.R, g.S) <= 3 and g.C * g.H * g.W <= SMALL
-
-
-class _Packed:
-    """Filters as oneDNN lays them out for images of one size, or as they are for others; and the shift.
-
-    oneDNN may want another layout for another size, and would then make it at each call: 256 filters of 3x3 on 5x8 pixels take
-    20 ms instead of 0.4. So a size that is not the first gets the filters as they are, until it has come :data:`REPEATS` times
-    in a row. (The heads of a detector see five sizes in turn.)
-    """
-
-    def __init__(self, weight: Tensor, g: Geometry | None, shift: Tensor | None) -> None:
-        """``g``: what to lay out for; None: they stay as they are, for PyTorch's own convolution."""
-        self.shift = shift
-        self.plain = weight if g is None else None
-        self.dense: Tensor | None = None
-        if g is not None:
-            self.now = _laid_out(weight, g), (g.H, g.W)  # in one piece: another thread may read them
-            self.other, self.times = (g.H, g.W), 0
-
-    def weight(self, g: Geometry) -> Tensor:
-        """The filters for a convolution of that size."""
-        if self.plain is not None:
-            return self.plain
-        packed, sides = self.now
-        wanted = g.H, g.W
-        if wanted == sides:
-            self.times = 0
-            return packed
-        self.times = self.times + 1 if self.other == wanted else 1
-        self.other = wanted
-        with torch.inference_mode(False), torch.no_grad():
-            dense = self.dense
-            if dense is None:
-                self.dense = dense = packed.to_dense().contiguous(memory_format=torch.channels_last)
-            if self.times >= REPEATS:
-                self.now = _laid_out(dense, g), wanted
-        return dense
-
-
-def _laid_out(weight: Tensor, g: Geometry) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, _dilation(g), g.groups, list(g.x_shape))
-
-
-def _folded(launch: Launch, g: Geometry, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Filters times scale, and the shift. Folded in fp32, rounded once."""
-    prepared = _inference(launch)
-
-    def build() -> _Packed:
-        w = operands["w"]
-        weight, shift = w.detach(), operands.get("bias")
-        if "var" in operands:
-            scale, shift = reference.scale_and_shift(operands, launch.eps, torch.float32)
-            weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
-        weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
-        return _Packed(weight, None if prepared.native else g, None if shift is None else shift.detach().to(launch.dtype))
-
-    kept: _Packed = derived(prepared.purpose, [operands[role] for role in prepared.sources], build)
-    return kept.weight(g), kept.shift
-
-
-def _conv(launch: Launch, g: Geometry, operands: dict[str, Tensor], donated: frozenset[str]) -> Tensor:
-    x = operands["x"]
-    shortcut = operands.get("shortcut")
-    prepared = _inference(launch)
-    weight, shift = _folded(launch, g, operands)
-    where = prepared.where
-    if prepared.native:
-        y = torch.conv2d(x, weight, shift, g.stride, g.padding, where[2], g.groups)
-        y = y.contiguous(memory_format=torch.channels_last)
-        return y if prepared.end is None else prepared.end(y, prepared.slope)
-    in_place = "shortcut" in donated  # nobody reads it afterwards: the convolution adds to it where it is
-    if shortcut is not None and (in_place or launch.dtype != torch.float32):  # a sum of its own would round fp16 and bf16 twice
-        y = shortcut if in_place else shortcut.clone(memory_format=torch.channels_last)
-        torch.ops.mkldnn._convolution_pointwise_.binary(y, x, weight, shift, *where, "add", 1.0, None, [], None)
-    else:
-        y = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *where, "none", [], "")
-        if shortcut is not None:  # faster than oneDNN's sum into a third tensor (ResNet-50, batch 8: 356 against 379 ms)
-            y.add_(shortcut)
-    # Not oneDNN's own ReLU: it turns NaN into 0 (in PyTorch 2.11 and 2.14), and a diverged network must be seen to be one.
-    return y if prepared.end is None else prepared.end(y, prepared.slope)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -494,6 +356,7 @@ def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Te
 
 #: :func:`run` takes what launches of one plan share.
 shares = True
+prepare = cpu_inference.prepare
 
 
 def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor | tuple[Tensor, ...]:
@@ -513,7 +376,7 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
                 return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
             if launch.prologue != "identity":
                 operands = {**operands, "x": _input(launch, operands, shared)}
-            return _conv(launch, g, operands, donated)
+            return cpu_inference.conv(launch, g, operands, donated)
         return _training_conv(launch, g, operands, shared)
     if launch.kind == "max_pool":
         assert isinstance(g, PoolGeometry)

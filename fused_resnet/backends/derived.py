@@ -72,7 +72,8 @@ class _Seen:
             self.values = self.bytes.raw
 
     def unchanged(self, source: Tensor) -> bool:
-        if self.reference() is not source or self.address != source.data_ptr():
+        """Whether the tensor, the same object, is as it was."""
+        if self.address != source.data_ptr():
             return False
         if self.version is not None and self.version != source._version:
             return False
@@ -85,9 +86,28 @@ class _Seen:
         return self.values is None or torch.equal(self.values, source)
 
 
-_Entries = dict[Hashable, tuple[tuple[_Seen, ...], Any]]
+class Entry:
+    """A value, and the tensors that it was made of as they were."""
 
-_cache: dict[int, _Entries] = {}  # id of the first source -> what is derived, from what -> (sources as they were, value)
+    __slots__ = ("seen", "value")
+
+    def __init__(self, seen: tuple[_Seen, ...], value: Any) -> None:
+        self.seen, self.value = seen, value
+
+    def holds(self) -> bool:
+        """Whether the tensors are as they were. The caller has them: they are alive, and they are the same objects."""
+        for seen in self.seen:
+            source = seen.reference()
+            if source is None or not seen.unchanged(source):
+                return False
+        return True
+
+    def holds_for(self, sources: Sequence[Tensor]) -> bool:
+        """Whether these tensors are those, as they were."""
+        return all([seen.reference() is source for seen, source in zip(self.seen, sources, strict=True)]) and self.holds()
+
+
+_cache: dict[int, dict[Hashable, Entry]] = {}  # id of the first source -> what is derived, from what -> entry
 _lock = threading.Lock()
 
 
@@ -102,32 +122,34 @@ def derived(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], An
     Nothing is kept where a change could not be seen (inference tensors on a GPU), nor while a CUDA graph is captured: the graph
     makes its own, at each replay. A value belongs to the stream it was made on.
     """
-    key, detail = id(sources[0]), (purpose, id(sources[-1]), 0)  # filters may be shared by several BatchNorms
+    stream = 0
     if sources[0].is_cuda:
         if torch.cuda.is_current_stream_capturing() or any(source.is_inference() for source in sources):
             return build()
-        detail = (purpose, id(sources[-1]), torch.cuda.current_stream(sources[0].device).cuda_stream)
+        stream = torch.cuda.current_stream(sources[0].device).cuda_stream
+    return entry_of(purpose, sources, build, stream).value
+
+
+def entry_of(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], Any], stream: int = 0) -> Entry:
+    """As :func:`derived`, with what tells whether it still holds."""
+    key, detail = id(sources[0]), (purpose, id(sources[-1]), stream)  # filters may be shared by several BatchNorms
     entry = _cache.get(key, {}).get(detail)
-    if entry is not None:
-        for seen, source in zip(entry[0], sources, strict=True):
-            if not seen.unchanged(source):
-                break
-        else:
-            return entry[1]
+    if entry is not None and entry.holds_for(sources):
+        return entry
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be saved for a backward later
 
         def forget(_: ReferenceType[Tensor]) -> None:  # with the tensor gone its id may become another's
             _cache.pop(key, None)
 
         seen_now = tuple(_Seen(source, None if index else forget) for index, source in enumerate(sources))
-        value = build()
+        entry = Entry(seen_now, build())
     with _lock:
         entries = _cache.setdefault(key, {})
         entries.pop(detail, None)
         while len(entries) >= ENTRIES:
             entries.pop(next(iter(entries)))
-        entries[detail] = (seen_now, value)
-    return value
+        entries[detail] = entry
+    return entry
 
 
 def channels_last_filters(w: Tensor) -> Tensor:

@@ -1,0 +1,190 @@
+"""Convolutions with given statistics on the CPU: folded, prepacked, and prepared for the calls to come.
+
+BatchNorm is folded into the filters and a bias, the filters are laid out once the way oneDNN wants them (its weight cache is
+ours: :mod:`.derived`). The shortcut is added by the convolution where it may be written over, else by ``add_``; ReLU works in
+place; activations are channels_last. Why so: docs/decisions/007-relu-and-sums-on-the-cpu.md.
+
+A small network's convolutions take some 100 us each, as long as looking up by name all that belongs to them. So for tensors
+that are given again and again :func:`prepare` does that once, and leaves what must be done at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..launch import Geometry, Launch, PoolGeometry
+from . import reference
+from .derived import Entry, entry_of
+
+#: Calls in a row with images of another size, behind which filters are laid out for that one.
+REPEATS = 3
+#: Elements of an input up to which PyTorch 2.11 to 2.14 takes its own convolution.
+SMALL = 20480
+
+
+def dilation(g: Geometry) -> tuple[int, int]:
+    """1 where a kernel is one tap wide: oneDNN crashes on some dilations of such, with prepacked filters (PyTorch 2.14)."""
+    return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
+
+
+class Inference:
+    """What follows from a launch alone, of a convolution with given statistics.
+
+    Attributes:
+        purpose: what folded filters depend on besides the tensors. (Text, whose hash is computed once.)
+        sources: roles of the tensors that filters and shift are folded from.
+        native: PyTorch's own convolution instead of oneDNN's.
+        where: padding, stride, dilation and groups.
+        end: the activation, in place; None for the identity.
+    """
+
+    __slots__ = ("end", "native", "purpose", "slope", "sources", "where")
+
+    def __init__(self, launch: Launch) -> None:
+        g, roles = launch.geometry, launch.roles
+        assert isinstance(g, Geometry)
+        self.where = (g.padding, g.stride, dilation(g), g.groups)
+        self.native = launch.dtype == torch.float32 and is_small(g) and "shortcut" not in roles
+        # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
+        kind = ("cpu", g.N == 1, self.native, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles))
+        self.purpose = repr(kind)
+        self.sources = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in roles)
+        self.end = None if launch.activation == "identity" else ACTIVATIONS[launch.activation].in_place
+        self.slope = launch.slope
+
+
+inference = lru_cache(maxsize=4096)(Inference)
+
+
+def is_small(g: Geometry) -> bool:
+    """Whether PyTorch would not call oneDNN, each of whose calls costs some 60 us; its own, of one pixel, takes 10."""
+    return g.N == 1 and g.groups == 1 and min(g.R, g.S) <= 3 and g.C * g.H * g.W <= SMALL
+
+
+class Packed:
+    """Filters as oneDNN lays them out for images of one size, or as they are for others; and the shift.
+
+    oneDNN may want another layout for another size, and would then make it at each call: 256 filters of 3x3 on 5x8 pixels take
+    20 ms instead of 0.4. So a size that is not the first gets the filters as they are, until it has come :data:`REPEATS` times
+    in a row. (The heads of a detector see five sizes in turn.)
+    """
+
+    def __init__(self, weight: Tensor, g: Geometry | None, shift: Tensor | None) -> None:
+        """``g``: what to lay out for; None: they stay as they are, for PyTorch's own convolution."""
+        self.shift = shift
+        self.plain = weight if g is None else None
+        self.dense: Tensor | None = None
+        if g is not None:
+            self.now = laid_out(weight, g), (g.H, g.W)  # in one piece: another thread may read them
+            self.other, self.times = (g.H, g.W), 0
+
+    def weight(self, g: Geometry) -> Tensor:
+        """The filters for a convolution of that size."""
+        if self.plain is not None:
+            return self.plain
+        packed, sides = self.now
+        wanted = g.H, g.W
+        if wanted == sides:
+            self.times = 0
+            return packed
+        self.times = self.times + 1 if self.other == wanted else 1
+        self.other = wanted
+        with torch.inference_mode(False), torch.no_grad():
+            dense = self.dense
+            if dense is None:
+                self.dense = dense = packed.to_dense().contiguous(memory_format=torch.channels_last)
+            if self.times >= REPEATS:
+                self.now = laid_out(dense, g), wanted
+        return dense
+
+
+def laid_out(weight: Tensor, g: Geometry) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, dilation(g), g.groups, list(g.x_shape))
+
+
+def _folded(launch: Launch, g: Geometry, operands: Mapping[str, Tensor]) -> Entry:
+    """Filters times scale, and the shift, :class:`Packed`. Folded in fp32, rounded once."""
+    known = inference(launch)
+
+    def build() -> Packed:
+        w = operands["w"]
+        weight, shift = w.detach(), operands.get("bias")
+        if "var" in operands:
+            scale, shift = reference.scale_and_shift(dict(operands), launch.eps, torch.float32)
+            weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
+        weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
+        return Packed(weight, None if known.native else g, None if shift is None else shift.detach().to(launch.dtype))
+
+    return entry_of(known.purpose, [operands[role] for role in known.sources], build)
+
+
+def _convolve(known: Inference, g: Geometry, packed: Packed, x: Tensor, shortcut: Tensor | None, in_place: bool) -> Tensor:
+    """``in_place``: nobody reads the shortcut afterwards, the convolution adds to it where it is."""
+    weight, shift = packed.weight(g), packed.shift
+    if known.native:
+        padding, stride, spread, groups = known.where
+        y = torch.conv2d(x, weight, shift, stride, padding, spread, groups).contiguous(memory_format=torch.channels_last)
+    elif shortcut is not None and (in_place or x.dtype != torch.float32):  # a sum of its own would round fp16 and bf16 twice
+        y = shortcut if in_place else shortcut.clone(memory_format=torch.channels_last)
+        torch.ops.mkldnn._convolution_pointwise_.binary(y, x, weight, shift, *known.where, "add", 1.0, None, [], None)
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *known.where, "none", [], "")
+        if shortcut is not None:  # faster than oneDNN's sum into a third tensor (ResNet-50, batch 8: 356 against 379 ms)
+            y.add_(shortcut)
+    # Not oneDNN's own ReLU: it turns NaN into 0 (in PyTorch 2.11 and 2.14), and a diverged network must be seen to be one.
+    return y if known.end is None else known.end(y, known.slope)
+
+
+def conv(launch: Launch, g: Geometry, operands: Mapping[str, Tensor], donated: frozenset[str]) -> Tensor:
+    """Run a convolution with given statistics, its input as it is to be read."""
+    packed: Packed = _folded(launch, g, operands).value
+    return _convolve(inference(launch), g, packed, operands["x"], operands.get("shortcut"), "shortcut" in donated)
+
+
+class _Prepared:
+    """A convolution and its parameters; called with ``x`` and the shortcut, or None."""
+
+    __slots__ = ("entry", "g", "in_place", "known", "launch", "parameters")
+
+    def __init__(self, launch: Launch, g: Geometry, parameters: Mapping[str, Tensor], donated: frozenset[str]) -> None:
+        self.launch, self.g, self.parameters = launch, g, parameters
+        self.known, self.in_place = inference(launch), "shortcut" in donated
+        self.entry = _folded(launch, g, parameters)
+
+    def __call__(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        entry = self.entry
+        if not entry.holds():
+            self.entry = entry = _folded(self.launch, self.g, self.parameters)
+        return _convolve(self.known, self.g, entry.value, x, shortcut, self.in_place)
+
+
+def _pooled(g: PoolGeometry, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    return F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation)
+
+
+def prepare(
+    launch: Launch, parameters: Mapping[str, Tensor], donated: frozenset[str]
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """What is left of a launch at each call, ``(x, shortcut) -> y``, where its other operands stay the same tensors.
+
+    None where it has to be run as ever: it reads or writes more than that.
+
+    Args:
+        launch: what the CPU executor supports.
+        parameters: the operands that stay, by role. Their values may change.
+        donated: roles whose memory may be written over.
+    """
+    g = launch.geometry
+    if g.N == 0 or launch.prologue != "identity" or len(launch.outputs) != 1:
+        return None
+    if launch.kind == "max_pool" and isinstance(g, PoolGeometry):
+        return partial(_pooled, g)
+    if launch.kind == "conv" and launch.epilogue != "stats" and isinstance(g, Geometry):
+        return _Prepared(launch, g, parameters, donated)
+    return None
