@@ -110,10 +110,19 @@ class Fused(nn.Module):
         skip: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, bool]:
         """As :meth:`run_owned`, of a chain that has been read."""
-        if reading.chain is None or inputs.transformed() or inputs.unfit(reading, x, *skip):
-            return unfused(x, *skip), False
         second = skip[0] if skip else None
-        return functional.read_chain(x, reading, self.fused_backend, skip=second, donate=donate, drop=drop), True
+        transformed, kind = inputs.transformed(), None
+        if reading.lasts and not transformed and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            kind = functional.kind_of(x, self.fused_backend, second, donate)
+            out = None if kind is None else functional.again(reading, kind, x, second)
+            if out is not None:
+                return out, True
+        if reading.chain is None or transformed or inputs.unfit(reading, x, *skip):
+            return unfused(x, *skip), False
+        out = functional.read_chain(x, reading, self.fused_backend, skip=second, donate=donate, drop=drop)
+        if kind is not None:
+            functional.prepare(reading, kind, x, second)
+        return out, True
 
 
 def _read(parts_of: Callable[[Any], Parts], module: Fused) -> tuple[Reading, Iterable[nn.Module] | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -333,41 +333,45 @@ def _filters_as_images(w: Tensor) -> Tensor:
 READY = 8
 
 
-def _once_more(x: Tensor, reading: Reading, backend: str | None, skip: Tensor | None, donate: bool) -> Tensor | None:
-    """The result of a chain without gradients for inputs of a kind that it had before, which need no checks; else None.
-
-    The second time the plan is prepared, if the backend has anything to prepare.
-    """
-    if not isinstance(x, Tensor) or x.dim() != 4 or autocasts(x) or backends.observed():
+def kind_of(x: Tensor, backend: str | None, skip: Tensor | None, donate: bool) -> Any:
+    """What a chain is prepared for, of a call without gradients; None where nothing is: see :func:`again`."""
+    if not isinstance(x, Tensor) or x.is_meta or torch.is_autocast_enabled(x.device.type) or backends.observed():
         return None
     name = backends.choose(backend, x.device)
     if not backends.prepares(name):
         return None
-    second = None if skip is None else (skip.shape, skip.dtype, skip.device)
-    key = (x.shape, x.dtype, x.device, second, donate, name)
-    spec = reading.chain
-    assert spec is not None
-    if key not in reading.ready:
-        if key not in reading.met:  # it may yet raise; the next time it is known not to
-            if len(reading.met) >= 8 * READY:
-                reading.met.clear()
-            reading.met.add(key)
-            return None
-        operands = reading.parameters if skip is None else (skip, *reading.parameters)
-        plan, _, _ = _planned(spec, _size(spec, x, operands), x.dtype, frozenset(), donate, False)
-        tensors = dict(zip(spec.parameter_slots, reading.parameters, strict=True))
-        if len(reading.ready) >= READY:
-            reading.ready.clear()
-            reading.met.clear()
-        reading.ready[key] = backends.Ready.of(plan, name, spec.inputs, tensors)
-    ready = reading.ready.get(key)
+    return x.shape, x.dtype, x.device, donate, name, None if skip is None else (skip.shape, skip.dtype, skip.device)
+
+
+def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor | None:
+    """The result of a chain for inputs of a kind that it is prepared for, with nothing checked again; else None."""
+    ready = reading.ready.get(kind)
     if ready is None:
         return None
-    running.append(spec)
+    running.append(cast(Chain, reading.chain))
     try:
-        return ready.run(*[_channels_last(tensor) for tensor in ((x,) if skip is None else (x, skip))])
+        out: Tensor = ready.run(*[_channels_last(tensor) for tensor in ((x,) if skip is None else (x, skip))])
+        return out
     finally:
         running.pop()
+
+
+def prepare(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> None:
+    """:func:`read_chain` has run for inputs of that kind. The second time the plan is prepared for it."""
+    spec = reading.chain
+    if spec is None or kind in reading.ready or x.dim() != 4:
+        return
+    if max(len(reading.met), len(reading.ready)) >= READY:
+        reading.met.clear()
+        reading.ready.clear()
+    if kind not in reading.met:
+        reading.met.add(kind)
+        return
+    _, dtype, _, donate, name, _ = kind
+    operands = reading.parameters if skip is None else (skip, *reading.parameters)
+    plan, _, _ = _planned(spec, _size(spec, x, operands), dtype, frozenset(), donate, False)
+    tensors = dict(zip(spec.parameter_slots, reading.parameters, strict=True))
+    reading.ready[kind] = backends.Ready.of(plan, name, spec.inputs, tensors)
 
 
 def read_chain(
@@ -386,10 +390,6 @@ def read_chain(
     """
     assert reading.chain is not None
     if reading.dimensions == 4:
-        if reading.lasts and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            out = _once_more(x, reading, backend, skip, donate)
-            if out is not None:
-                return out
         fitting = None if torch.compiler.is_compiling() else reading.fitting
         return _chain(x, reading.parameters, reading.chain, backend, skip, donate, drop, fitting)
     slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)

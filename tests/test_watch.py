@@ -309,3 +309,17 @@ def test_a_donated_input_is_written_over_in_prepared_stages_too() -> None:
             y = fused(x)
             assert relative_error(y, net.double()(x.double())) < CLOSE and torch.equal(x, before)
         assert len(_prepared(fused)) == 3
+
+
+def test_what_begins_with_a_batchnorm_is_prepared_too() -> None:
+    """Its vectors are read at each call."""
+    torch.manual_seed(0)
+    net = randomise(nn.Sequential(nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU())).eval()
+    fused, x = fuse(copy.deepcopy(net), backend="cpu"), _x()
+    with torch.no_grad():
+        first = [fused(x) for _ in range(3)]
+        assert len(_prepared(fused)) == 1 and None not in _prepared(fused)
+        assert relative_error(first[2], net.double()(x.double())) < CLOSE and torch.equal(first[0], first[2])
+        for model in (net, fused):
+            model[0].weight.data.mul_(3)
+        assert relative_error(fused(x), net(x.double())) < CLOSE

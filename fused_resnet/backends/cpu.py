@@ -11,7 +11,7 @@ backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 
 import torch
@@ -356,7 +356,23 @@ def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Te
 
 #: :func:`run` takes what launches of one plan share.
 shares = True
-prepare = cpu_inference.prepare
+
+
+def prepare(
+    launch: Launch, parameters: Mapping[str, Tensor], donated: frozenset[str]
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """:func:`.cpu_inference.prepare`, with a BatchNorm and an activation in front."""
+    if launch.prologue == "identity":
+        return cpu_inference.prepare(launch, parameters, donated)
+    step = cpu_inference.prepare(launch, parameters, donated) if "x_var" in parameters else None
+    if step is None:
+        return None
+    activate, operands = ACTIVATIONS[launch.x_activation].in_place, dict(parameters)
+
+    def behind_norm(x: Tensor, shortcut: Tensor | None) -> Tensor:
+        return step(activate(_normalised(x, operands, "x_", launch.x_eps), launch.x_slope), shortcut)
+
+    return behind_norm
 
 
 def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor | tuple[Tensor, ...]:

@@ -171,7 +171,8 @@ def _pooled(g: PoolGeometry, x: Tensor, shortcut: Tensor | None) -> Tensor:
 def prepare(
     launch: Launch, parameters: Mapping[str, Tensor], donated: frozenset[str]
 ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """What is left of a launch at each call, ``(x, shortcut) -> y``, where its other operands stay the same tensors.
+    """What is left of a launch at each call, ``(x, shortcut) -> y``, where its other operands stay the same tensors; behind its
+    prologue.
 
     None where it has to be run as ever: it reads or writes more than that.
 
@@ -181,7 +182,7 @@ def prepare(
         donated: roles whose memory may be written over.
     """
     g = launch.geometry
-    if g.N == 0 or launch.prologue != "identity" or len(launch.outputs) != 1:
+    if g.N == 0 or len(launch.outputs) != 1:
         return None
     if launch.kind == "max_pool" and isinstance(g, PoolGeometry):
         return partial(_pooled, g)

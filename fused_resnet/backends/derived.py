@@ -40,71 +40,57 @@ def _stride(size: int) -> int:
 _WORDS: dict[int, Any] = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
-class _Seen:
-    """A source as it was: the object, its address, its version (None for inference tensors) and some of its values.
+def _look(source: Tensor) -> Callable[[], Any] | None:
+    """What tells the values of a tensor in the CPU's memory, bit by bit: all of a vector, filters at their places.
 
-    Values are read past PyTorch, whose operators take several microseconds each, of which there would be five a layer: a live
-    tensor at the same address has its memory there. Vectors are compared byte by byte, filters at their places.
+    Past PyTorch, whose operators take several microseconds each, of which there would be five a layer. The memory may be read
+    while the tensor lives and has its address.
     """
-
-    __slots__ = ("address", "bytes", "places", "reference", "strides", "values", "version", "words")
-
-    def __init__(self, source: Tensor, forget: Callable[[ReferenceType[Tensor]], None] | None) -> None:
-        self.reference = ref(source, forget)
-        self.address = source.data_ptr()
-        self.version = None if source.is_inference() else source._version
-        self.bytes: Any = None
-        self.words: Any = None
-        self.values: Any = None
-        self.places = 1
-        self.strides = source.stride()
-        if source.device.type != "cpu":
-            return
-        dense = source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last)
-        if not dense or source.element_size() not in _WORDS:
-            self.values = source.clone()
-        elif source.dim() > 1 and source.numel() > SAMPLES:
-            self.places = _stride(source.numel())
-            self.words = (_WORDS[source.element_size()] * source.numel()).from_address(self.address)
-            self.values = self.words[:: self.places]
-        else:
-            self.bytes = (ctypes.c_char * (source.numel() * source.element_size())).from_address(self.address)
-            self.values = self.bytes.raw
-
-    def unchanged(self, source: Tensor) -> bool:
-        """Whether the tensor, the same object, is as it was."""
-        if self.address != source.data_ptr():
-            return False
-        if self.version is not None and self.version != source._version:
-            return False
-        if self.bytes is not None:
-            return bool(self.bytes.raw == self.values)
-        if source.stride() != self.strides:  # such as filters that were given their transpose
-            return False
-        if self.words is not None:
-            return bool(self.words[:: self.places] == self.values)
-        return self.values is None or torch.equal(self.values, source)
+    if source.device.type != "cpu":
+        return None
+    dense = source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last)
+    if not dense or source.element_size() not in _WORDS or not source.numel():
+        reference = ref(source)  # the entry dies with its sources
+        return lambda: None if (alive := reference()) is None else alive.detach().clone().flatten().tolist()
+    words = (_WORDS[source.element_size()] * source.numel()).from_address(source.data_ptr())
+    places = _stride(source.numel()) if source.dim() > 1 and source.numel() > SAMPLES else 1
+    return memoryview(words)[::places].tobytes
 
 
 class Entry:
-    """A value, and the tensors that it was made of as they were."""
+    """A value, and the tensors that it was made of as they were: their addresses, versions, strides and (some of) their values.
+
+    The version is None for inference tensors, the strides are None for vectors.
+    """
 
     __slots__ = ("seen", "value")
 
-    def __init__(self, seen: tuple[_Seen, ...], value: Any) -> None:
-        self.seen, self.value = seen, value
+    def __init__(self, sources: Sequence[Tensor], forget: Callable[[ReferenceType[Tensor]], None]) -> None:
+        seen = []
+        for index, source in enumerate(sources):
+            version = None if source.is_inference() else source._version
+            strides = source.stride() if source.dim() > 1 else None
+            look = _look(source)
+            was = None if look is None else look()
+            seen.append((ref(source, None if index else forget), source.data_ptr(), version, strides, look, was))
+        self.seen = tuple(seen)
+        self.value: Any = None
 
     def holds(self) -> bool:
-        """Whether the tensors are as they were. The caller has them: they are alive, and they are the same objects."""
-        for seen in self.seen:
-            source = seen.reference()
-            if source is None or not seen.unchanged(source):
+        """Whether the tensors are as they were."""
+        for reference, address, version, strides, look, was in self.seen:
+            source = reference()
+            if source is None or source.data_ptr() != address or (version is not None and source._version != version):
+                return False
+            if strides is not None and source.stride() != strides:  # such as filters that were given their transpose
+                return False
+            if look is not None and look() != was:
                 return False
         return True
 
     def holds_for(self, sources: Sequence[Tensor]) -> bool:
         """Whether these tensors are those, as they were."""
-        return all([seen.reference() is source for seen, source in zip(self.seen, sources, strict=True)]) and self.holds()
+        return all([seen[0]() is source for seen, source in zip(self.seen, sources, strict=True)]) and self.holds()
 
 
 _cache: dict[int, dict[Hashable, Entry]] = {}  # id of the first source -> what is derived, from what -> entry
@@ -141,8 +127,8 @@ def entry_of(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], A
         def forget(_: ReferenceType[Tensor]) -> None:  # with the tensor gone its id may become another's
             _cache.pop(key, None)
 
-        seen_now = tuple(_Seen(source, None if index else forget) for index, source in enumerate(sources))
-        entry = Entry(seen_now, build())
+        entry = Entry(sources, forget)
+        entry.value = build()
     with _lock:
         entries = _cache.setdefault(key, {})
         entries.pop(detail, None)
