@@ -51,7 +51,7 @@ def _transition() -> nn.Sequential:
 
 
 def _two_in_a_row() -> nn.Sequential:
-    first = [nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3, bias=False)]
+    first = [nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3, padding=1, bias=False)]
     return nn.Sequential(*first, nn.BatchNorm2d(6, momentum=None), nn.GELU(), nn.Conv2d(6, 3, 1))
 
 
@@ -224,6 +224,18 @@ def test_hooks_modes_and_frozen_norms() -> None:
     plain.load_state_dict(fused.state_dict())
     check(plain, fused, x, 3e-5)
     assert launches(fused, x) == 3
+
+
+@torch.no_grad()
+def test_inputs_that_come_again_on_the_cpu() -> None:
+    """What is prepared for them gives the same bits, and follows values that change; a projection shares the activation."""
+    net, x = fuse(randomise(PreActivationNet()).eval(), backend="cpu"), torch.randn(3, 3, 13, 11)
+    first = net(x)
+    assert torch.equal(net(x), first) and torch.equal(net(x), first)
+    net.blocks[0].bn1.running_var.mul_(2), net.blocks[1].bn1.weight.mul_(-1)
+    changed = net(x)
+    assert relative_error(changed, first) > 1e-2
+    assert relative_error(changed, unfuse(copy.deepcopy(net))(x)) < 1e-5
 
 
 def test_errors_and_empty_inputs_are_those_of_pytorch() -> None:

@@ -259,6 +259,9 @@ class Ready:
     def of(plan: Plan, name: str, inputs: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Ready | None:
         """``tensors``: what is read besides the ``inputs``, by slot. None where a launch has to be run as ever."""
         steps = []
+        loaded = [dict(launch.operands).get("x") for launch in plan.launches if launch.prologue != "identity"]
+        if len(set(loaded)) != len(loaded):  # what one makes of it on load is shared with the other
+            return None
         for launch, runner, _, _, donated, dead, _ in _program(plan, name):
             slots = dict(launch.operands)
             moving = [role for role, slot in slots.items() if slot not in tensors]

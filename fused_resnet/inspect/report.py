@@ -115,7 +115,7 @@ def label(launch: Launch) -> str:
     g = launch.geometry
     if not isinstance(g, Geometry):
         size = f"{g.kernel[0]}x{g.kernel[1]}/{g.stride[0]} {g.C} {g.H}x{g.W}"
-    elif launch.kind.startswith("bn_add_relu") or launch.kind == "output_gradient":
+    elif launch.kind.startswith("bn_add_relu") or launch.kind in ("statistics", "output_gradient"):
         size = f"{g.K} {g.P}x{g.Q}"
     else:
         size = f"{g.R}x{g.S}{f'/{g.stride[0]}' if max(g.stride) > 1 else ''} {g.C}>{g.K} {g.H}x{g.W}"

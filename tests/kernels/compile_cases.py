@@ -157,6 +157,37 @@ CASES |= {
     }.items()
 }  # fmt: skip
 
+_GIVEN_ON_LOAD = {"prologue": "bn_relu", "without": ("bias", "x_invstd")}
+_IN_FRONT = {"gradient": "bn_backward", "epilogue": "bn_mask", "activation": "relu", "without": ("count", "x_invstd")}
+_THROUGH = ("dz", "dshortcut", "gamma")
+
+#: Around a chain's entry: given statistics on load and in front of a dgrad's end, and what stands without a convolution.
+ENTRY = {
+    f"{name}{suffix}": launch
+    for suffix, dtype in (("", torch.bfloat16), (" fp32", torch.float32))
+    for name, launch in {
+        "entry 1x1": conv(64, 28, 28, 256, 128, 1, 1, epilogue="affine", activation="relu", dtype=dtype, **_GIVEN_ON_LOAD),
+        "entry 3x3": conv(64, 14, 14, 256, 256, 3, 3, padding=(1, 1), dtype=dtype, **_GIVEN_ON_LOAD),
+        "dgrad entry": dgrad(64, 28, 28, 256, 128, 1, 1, dtype=dtype, **_IN_FRONT),
+        "wgrad entry": wgrad(
+            64, 28, 28, 256, 128, 1, 1, gradient="bn_backward", prologue="bn_relu", without=("count", "x_invstd"), dtype=dtype
+        ),
+        "statistics": end_of_block(
+            64, 28, 28, 256, operands=("x", "running_mean", "running_var", "batches"), outputs=("mean", "invstd"), dtype=dtype,
+            kind="statistics", activation="identity",
+        ),
+        "output_gradient": end_of_block(
+            64, 28, 28, 256, operands=(*_THROUGH, "y", "mean", "invstd", "sum", "dot"), outputs=("dy",), dtype=dtype,
+            kind="output_gradient", gradient="bn_backward", activation="identity",
+        ),
+        "output_gradient given": end_of_block(
+            64, 28, 28, 256, operands=(*_THROUGH, "var"), outputs=("dy",), dtype=dtype, kind="output_gradient",
+            gradient="scale", activation="identity",
+        ),
+    }.items()
+}  # fmt: skip
+CASES |= ENTRY
+
 
 def main(target: str, names: list[str]) -> None:
     results = []

@@ -61,13 +61,14 @@ def end_of_block(
     dtype: torch.dtype = torch.float32,
     activation: str = "relu",
     kind: str = "",
+    gradient: str = "identity",
 ) -> Launch:
     """A bn_add_relu, or a bn_add_relu_backward if its operands have a ``dout``, on an output of sizes N, P, Q, K."""
     N, P, Q, K = sizes
     kind = kind or ("bn_add_relu_backward" if "dout" in operands else "bn_add_relu")
-    geometry = Geometry(N, P, Q, 16, K, 1, 1)
+    geometry = Geometry(N, P, Q, K, K, 1, 1)
     named = (tuple((role, role) for role in roles) for roles in (operands, outputs))
-    return Launch(kind, "layer", geometry, dtype, *named, activation=activation)
+    return Launch(kind, "layer", geometry, dtype, *named, activation=activation, gradient=gradient, momentum=0.1)
 
 
 def max_pool(

@@ -58,7 +58,7 @@ def check(target: str, results: list[dict[str, Any]]) -> None:
         few = SPILLED.get((target, case, result["tf32"]), 0) if result["registers"] <= 128 else 0
         assert result["spills"] <= stack_of_descriptors(target, result["tma"]) + few, result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
-        convolution = not case.startswith(("depthwise", "max", "bn_add_relu", "gate"))
+        convolution = not case.startswith(("depthwise", "max", "bn_add_relu", "gate", "statistics", "output_gradient"))
         products = convolution and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
         assert (result["tensor_core"] > 0) == products, result
         if target.startswith("sm") and int(target[3:]) >= 90 and case.startswith(("3x3", "1x1", "32x4d")):
@@ -80,6 +80,14 @@ def test_gates() -> None:
 
 def test_exponentials() -> None:
     check("sm_90", compiled("sm_90", "silu on load 3x3", "max_pool gelu and indices"))
+
+
+ENTRY = ("entry 1x1", "dgrad entry", "wgrad entry", "statistics", "output_gradient", "output_gradient given")
+
+
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_around_an_entry(target: str) -> None:
+    check(target, compiled(target, *ENTRY))
 
 
 @pytest.mark.slow
