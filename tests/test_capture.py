@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import TINY_LAUNCHES, TINY_TRAINING_LAUNCHES, TinyNet
+from nets import TINY_LAUNCHES, TINY_TRAINING_LAUNCHES, TinyNet, look_at_launches
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from fused_resnet import count_launches, fuse
 from fused_resnet.backends import record_kernel, workspace
-from fused_resnet.launch import Launch
 
 pytest.importorskip("triton")
 from fused_resnet.backends import triton as executor
@@ -191,16 +190,6 @@ def test_training_in_less_memory(memory: str, seen: Seen) -> None:
     assert steady(seen, TinyNet(), train, torch.float32, torch.channels_last, memory) > TINY_TRAINING_LAUNCHES
 
 
-def _on_the_way(what: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    run = executor.run
-
-    def running(launch: Launch, operands: Mapping[str, Tensor], *rest: Any, **how: Any) -> Any:
-        what(next(iter(operands.values())))
-        return run(launch, operands, *rest, **how)
-
-    monkeypatch.setattr(executor, "run", running)
-
-
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -218,7 +207,7 @@ def test_what_is_forbidden_is_seen(
     what: Callable[[Tensor], object], message: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each by itself in front of every launch."""
-    _on_the_way(what, monkeypatch)
+    look_at_launches(monkeypatch, lambda _, operands: what(next(iter(operands.values()))))
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)) as caught:
         steady(seen, TinyNet(), infer, torch.float32, torch.channels_last)
     assert re.search(message, f"{caught.value} {seen.forbidden}"), caught.value
