@@ -145,6 +145,8 @@ def test_a_sync_batch_norm_that_nobody_shares_is_named() -> None:
     assert "SyncBatchNorm of conv1, downsample: no other ranks, an ordinary BatchNorm" in notes["basic"]
     assert "SyncBatchNorm of conv1, conv2, conv3: no other ranks" in notes["bottleneck"] and "stats" in notes["bottleneck"]
     assert not any("SyncBatchNorm" in row.note for row in explain(net.eval(), show=False).rows)
+    first = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).train()
+    assert "SyncBatchNorm of 0: no other ranks" in explain(fuse(first), show=False).rows[0].note
     assert not any("SyncBatchNorm" in row.note for row in explain(fuse(tiny()).train(), show=False).rows)
 
 

@@ -122,7 +122,7 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
             notes.append(f"{launch} [{chosen_so}]" if chosen_so else str(launch))
         else:
             notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
-    layers = zip(parts.weight_layers, reading.chain.weight_layers, strict=True)
+    layers = zip((*parts.in_a_row, *parts.weight_layers[len(parts.layers) :]), reading.chain.weight_layers, strict=True)
     alone = [a.name for a, b in layers if isinstance(a.norm, nn.SyncBatchNorm) and a.norm.training and not b.group]
     if alone:
         notes.append(f"SyncBatchNorm of {', '.join(alone)}: no other ranks, an ordinary BatchNorm, as in PyTorch")
