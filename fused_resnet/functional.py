@@ -138,9 +138,10 @@ def _dropped(x: Tensor) -> Any:
 
 def _slots_of(ctx: Any) -> dict[str, Tensor]:
     """All that the backward of a node reads, by slot; an output that was dropped is made again, once."""
-    if ctx.made is not None:
-        made: dict[str, Tensor] = ctx.made
+    made: dict[str, Tensor] | None = ctx.made
+    if made is not None and ctx.versions == [tensor._version for tensor in made.values()]:
         return made
+    # Something was written in between: unpacking, PyTorch raises its error.
     slots = dict(zip(ctx.remembered, ctx.saved_tensors, strict=True))
     if ctx.source is not None:
         slots["x"] = _slots_of(ctx.source)["out"]
@@ -149,7 +150,9 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
         n, h, w, *skip = ctx.size
         plan = rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype, tuple(skip) or None)
         slots.update(backends.execute(plan, given, ctx.backend))
-        ctx.made = slots  # the next block's backward comes first, and asks; the saved tensors are not unpacked twice
+        # The next block's backward comes first, and asks; the saved tensors are not unpacked twice, so PyTorch does not look at
+        # their versions again when the block's own backward comes, which may be in a later call.
+        ctx.made, ctx.versions = slots, [tensor._version for tensor in slots.values()]
     return slots
 
 
@@ -229,7 +232,8 @@ def _chain_backward_op(
     dout: Tensor, saved: Sequence[Tensor], size: Sequence[int], chain: str, backend: str, flags: Sequence[bool]
 ) -> list[Tensor]:
     spec = Chain.parse(chain)
-    return backward(spec, backends.resolve(backend or None, dout.device), _needs(spec, flags), size, dout, saved)
+    name = backends.resolve(backend or backends.context_of_backward(), dout.device)
+    return backward(spec, name, _needs(spec, flags), size, dout, saved)
 
 
 @_chain_backward_op.register_fake
@@ -255,6 +259,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     x, operands, chain, backend, flags = inputs
     spec = Chain.parse(chain)
     _remember(ctx, spec, _needs(spec, flags), x, operands, output)
+    if not backend and type(x) in (Tensor, torch.nn.Parameter):  # running, not traced: as the forward, whatever is set by then
+        backend = backends.choose(None, x.device)
     ctx.backend, ctx.flags = backend, flags
 
 

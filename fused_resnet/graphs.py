@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_map_only
 
 from .describe import hooked, hooks_everywhere
 
+#: Different reasons that :attr:`Graphed.calls` tells apart; inputs of ever new sizes do not make it grow.
+REASONS = 32
+
 
 class _Recording:
     """A forward that was recorded, its input and its output in memory of their own."""
@@ -44,6 +47,11 @@ def _check(model: Any, example: Any) -> None:
             f"graphed records CUDA graphs, and example is on {example.device}: call the model itself there, "
             "or move both to a GPU"
         )
+    if example.layout != torch.strided:
+        raise TypeError(f"example must be a dense Tensor (torch.strided), got layout {example.layout}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device != example.device:
+            raise RuntimeError(f"{name} of model is on {tensor.device}, and example is on {example.device}: expected one GPU")
 
 
 class Graphed(nn.Module):
@@ -51,7 +59,8 @@ class Graphed(nn.Module):
 
     Attributes:
         module: the model. It may be used beside this.
-        calls: how often a call was replayed, and how often it was not, by the reason.
+        calls: how often a call was replayed, and how often it was not, by the reason; behind the first :data:`REASONS` of
+            them all others are "another reason".
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
@@ -95,7 +104,8 @@ class Graphed(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """As the model's: replayed for inputs like the example, else the model itself. What comes back is the caller's own."""
         reason = self.reason(x)
-        self.calls[reason or "replayed"] += 1
+        what = reason or "replayed"
+        self.calls[what if reason is None or what in self.calls or len(self.calls) < REASONS else "another reason"] += 1
         if reason is not None:
             return self.module(x)
         places = self._state()
@@ -126,7 +136,7 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
         example: [N, C, H, W] on the same GPU; its contents do not matter.
 
     Raises:
-        TypeError: not a module, not a tensor.
-        RuntimeError: ``example`` is not on a GPU: there is no graph to record on a CPU.
+        TypeError: not a module, not a dense tensor.
+        RuntimeError: ``example`` is not on a GPU: there is no graph to record on a CPU; or the model is not where it is.
     """
     return Graphed(model, example)

@@ -90,6 +90,9 @@ def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None
         raise RuntimeError(
             f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32"
         )
+    if role == "w" and tuple(tensor.shape) != (layer.filters, layer.channels // layer.groups, *layer.kernel):
+        expected = [layer.filters, layer.channels // layer.groups, *layer.kernel]
+        raise RuntimeError(f"{layer.slot(role)} must be [K, C / groups, R, S] = {expected}, got {list(tensor.shape)}")
     if role not in ("w", "batches") and tensor.shape[0] != layer.filters:
         raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
 

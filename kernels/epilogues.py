@@ -150,6 +150,7 @@ def statistics(
     eps,
     running_mean,
     running_var,
+    before,
     batches,
     momentum,
 ):
@@ -162,6 +163,7 @@ def statistics(
         counters: ``cdiv(pixel_tiles, group) + 1`` a column of tiles, and one for the columns.
         mean, invstd: outputs, fp32 [K]; ``var``, biased, is written instead of ``invstd`` where that is None.
         running_mean, running_var: updated in place, or None. The variance is the unbiased one there.
+        before: output, fp32 [2, K]: what these two were, for a block of which a later launch fails.
         batches: int64 [1], counted up, or None.
         momentum: None for the cumulative average, 1 / batches.
     """
@@ -185,8 +187,8 @@ def statistics(
                 part = momentum
             else:
                 part = 1.0 / seen.to(tl.float32)
-            blend(running_mean, at, mean_k, part)
-            blend(running_var, at, m2_k / (count - 1), part)
+            blend(running_mean, before, at, mean_k, part)
+            blend(running_var, before + K, at, m2_k / (count - 1), part)
         if batches is not None:
             # Every column has read the old count by the time the last column writes the new one.
             if arrive(counters + index.filter_tiles * (groups + 1), index.filter_tiles):
@@ -194,9 +196,10 @@ def statistics(
 
 
 @triton.jit
-def blend(vector, at, new, part):
-    """``vector = (1 - part) * vector + part * new``, in place."""
+def blend(vector, before, at, new, part):
+    """``vector = (1 - part) * vector + part * new``, in place; ``before``, fp32, gets what it was."""
     old = tl.load(vector + at.filters, mask=at.filters_inside, other=0.0).to(tl.float32)
+    tl.store(before + at.filters, old, mask=at.filters_inside)
     value = (1 - part) * old + part * new
     tl.store(vector + at.filters, rounded(value, vector.dtype.element_ty), mask=at.filters_inside)
 
@@ -216,6 +219,7 @@ AFTERS = {
             "eps",
             "running_mean",
             "running_var",
+            "before",
             "batches",
             "momentum",
         ),

@@ -145,7 +145,6 @@ def main_loop(
     FLAT: tl.constexpr,
     SPANS: tl.constexpr,
     RIM: tl.constexpr,
-    BARE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -165,13 +164,12 @@ def main_loop(
         pixels = PIXELS(x, place, lanes, step, sizes, TAPS, TILE)
         channels, inside = loaded(place, lanes, step, sizes, TAPS, TILE, FLAT)
         if RIM:
-            # A box past the output's border makes a dy and may see pixels of x: zeros on both sides, since there may be a NaN.
+            # A box past the output's border makes a dy and may see pixels of x: zeros on both sides, since there may be a NaN,
+            # which only a selection behind the prologue keeps out.
             if inside is None:
                 inside = lanes.inside[:, None]
             dy = GRADIENT(dy, made, lanes.inside[:, None], coefficients)
-            pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
-            if BARE:
-                pixels = tl.where(inside, pixels, 0.0)
+            pixels = tl.where(inside, PROLOGUE(pixels, channels, None, *prologue_args), 0.0)
         else:
             dy = GRADIENT(dy, made, None, coefficients)
             pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
@@ -270,7 +268,6 @@ def wgrad(
     FLAT: tl.constexpr,
     SPANS: tl.constexpr,
     RIM: tl.constexpr,
-    BARE: tl.constexpr,
     SHARED: tl.constexpr,
     SCALED: tl.constexpr,
     BATCH: tl.constexpr,
@@ -291,7 +288,7 @@ def wgrad(
         TAPS: :class:`.boxes.Taps`. TILE: extents, powers of two: ``images, rows, columns`` a step's box of output pixels.
         FLAT: the columns of a tile are elements of the flattened filter, not channels of one tap.
         SPANS: a tile's filters may belong to several groups.
-        RIM: a box may lie over the output's border. BARE: the prologue is the identity, and masks nothing.
+        RIM: a box may lie over the output's border.
         SHARED: several programs share the pixels.
         SCALED: the result is multiplied by ``gamma / sqrt(var + eps)``. BATCH: the statistics are the batch's.
         PRECISION: ``ieee`` or ``tf32`` for fp32 operands.
@@ -322,7 +319,7 @@ def wgrad(
     else:
         acc = main_loop(
             dz, y, x, first, end, p_tiles, q_tiles, column, k, coefficients, sizes, GRADIENT, PROLOGUE, prologue_args,
-            LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, BARE, PRECISION, WIDE,
+            LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, PRECISION, WIDE,
         )  # fmt: skip
     if SHARED:
         groups = tl.cdiv(shares.shares, shares.group)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from fused_resnet import count_launches, measure
+from fused_resnet import backends, count_launches, measure
 from fused_resnet.chain import BUFFERS, Chain, Layer, Pool
+from fused_resnet.launch import Launch
+from fused_resnet.plan import Plan
 
 
 @torch.no_grad()
@@ -32,6 +36,23 @@ def randomise(model: nn.Module) -> nn.Module:
                 module.weight[torch.rand_like(module.weight) < 0.25] *= -1
                 module.bias.uniform_(-0.5, 0.5)
     return model
+
+
+def look_at_launches(patch: pytest.MonkeyPatch, look: Callable[[Launch, Mapping[str, Tensor]], object]) -> None:
+    """Call ``look(launch, operands)`` in front of every launch, whatever runs it."""
+    program = backends._program
+
+    def looking(run: Callable[..., Any]) -> Callable[..., Any]:
+        def running(launch: Launch, operands: Mapping[str, Tensor], *rest: Any) -> Any:
+            look(launch, operands)
+            return run(launch, operands, *rest)
+
+        return running
+
+    def looked_at(plan: Plan, name: str) -> Any:
+        return tuple((launch, runner, looking(run), *rest) for launch, runner, run, *rest in program(plan, name))
+
+    patch.setattr(backends, "_program", looked_at)
 
 
 def projection(channels: int, filters: int, stride: int = 1) -> nn.Sequential:

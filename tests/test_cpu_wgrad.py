@@ -51,6 +51,16 @@ def test_in_fp32_and_with_nan(kernel) -> None:
     assert dw[:, 5].isnan().all() and not dw[:, :5].isnan().any() and not dw[:, 6:].isnan().any()
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1)], ids=str)
+def test_without_images(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of a SyncBatchNorm may have none; its gradient is zero, whatever was in memory."""
+    g = Geometry(0, 9, 8, 4, 5, *kernel)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *sizes: new_empty(*sizes).fill_(torch.nan))
+    dw = cpu_wgrad.wgrad(g, *problem(g, torch.float32))
+    assert dw.shape == g.w_shape and dw.is_contiguous(memory_format=torch.channels_last) and not dw.any()
+
+
 def test_what_it_is_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 without groups and with channels enough, on processors where it was measured to be faster."""
     g = Geometry(2, 9, 9, 64, 64, 3, 3, padding=(1, 1))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
-from fused_resnet import count_launches, fuse
+from fused_resnet import count_launches, functional, fuse
+from fused_resnet.chain import Chain, Layer
 
 
 def norm_net() -> nn.Module:
@@ -211,6 +212,21 @@ def test_backward_runs_on_the_backend_of_its_forward() -> None:
     with count_launches() as log:
         out.sum().backward()
     assert {name for name, _ in log.launches} == {"reference"}
+
+
+def test_filters_of_the_wrong_shape_are_named() -> None:
+    """Of a chain that was put together by hand; a module's own follows from its filters."""
+    spec = Chain((Layer("conv1", 8, 6, (3, 3), groups=2), Layer("conv2", 4, 8, (1, 1))))
+    x, good = torch.ones(2, 6, 9, 9), [torch.ones(8, 3, 3, 3), torch.ones(4, 8, 1, 1)]
+    assert functional.chain(x, good, spec).shape == (2, 4, 7, 7)
+    for index, shape, message in (
+        (0, (8, 6, 3, 3), r"conv1\.w must be \[K, C / groups, R, S\] = \[8, 3, 3, 3\], got \[8, 6, 3, 3\]"),
+        (0, (8, 3, 3), r"conv1\.w must be .*, got \[8, 3, 3\]"),
+        (1, (5, 8, 1, 1), r"conv2\.w must be .* = \[4, 8, 1, 1\], got \[5, 8, 1, 1\]"),
+    ):
+        given = [torch.ones(shape) if i == index else w for i, w in enumerate(good)]
+        with pytest.raises(RuntimeError, match=message):
+            functional.chain(x, given, spec)
 
 
 def test_unknown_backends_are_refused_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torchvision
 from nets import TINY_LAUNCHES, TINY_TRAINING_LAUNCHES, images, tiny
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -135,6 +136,37 @@ def test_every_convolution_is_accounted_for() -> None:
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     mentioned = sum(row.what.count("+") + 1 if row.fused else int(row.what == "Conv2d") for row in told.rows)
     assert mentioned == convolutions
+
+
+def test_a_sync_batch_norm_that_nobody_shares_is_named() -> None:
+    net = fuse(nn.SyncBatchNorm.convert_sync_batchnorm(tiny()).train())
+    net.basic.bn2.eval()
+    notes = {row.name: row.note for row in explain(net, show=False).rows}
+    assert "SyncBatchNorm of conv1, downsample: no other ranks, an ordinary BatchNorm" in notes["basic"]
+    assert "SyncBatchNorm of conv1, conv2, conv3: no other ranks" in notes["bottleneck"] and "stats" in notes["bottleneck"]
+    assert not any("SyncBatchNorm" in row.note for row in explain(net.eval(), show=False).rows)
+    first = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).train()
+    assert "SyncBatchNorm of 0: no other ranks" in explain(fuse(first), show=False).rows[0].note
+    assert not any("SyncBatchNorm" in row.note for row in explain(fuse(tiny()).train(), show=False).rows)
+
+
+def test_under_a_transform_everything_is_left_alone() -> None:
+    net, told = fuse(tiny()), []
+
+    def loss(x: Tensor) -> Tensor:
+        told.append(explain(net, show=False))
+        return net(x).sum()
+
+    torch.func.grad(loss)(images())
+    with forward_ad.dual_level():
+        loss(images())
+    with count_launches() as log:
+        loss(images())
+    for under in told[:2]:
+        assert [row.name for row in under.left_alone] == ["stem.0", "basic", "bottleneck"]
+        assert all("torch.func transform or forward-mode" in row.note for row in under.rows)
+        assert under.launches == under.eager_launches
+    assert told[2].launches == len(log) == TINY_LAUNCHES
 
 
 def test_nothing_to_say() -> None:

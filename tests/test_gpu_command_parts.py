@@ -280,7 +280,7 @@ assert not error, error
 given = operands.random_operands(launch, torch.device("cpu"), 1)
 start = triton.plan_start(launch, "sm_90")
 outputs = triton_start.outputs_of(launch, torch.device("cpu"))
-arguments = triton.bind(start, launch, given, outputs)
+arguments = triton.bind(start, launch, given, outputs, start.workspace(torch.device("cpu")))
 assert len(start.kernel.device_caches[0][0]) == 1
 start.kernel.warmup(grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages)
 assert len(start.kernel.device_caches[0][0]) == 1, "tensors with memory make another key"

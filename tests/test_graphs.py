@@ -9,6 +9,7 @@ import pytest
 import torch
 from nets import randomise, tiny
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_resnet
 from fused_resnet import fuse, graphs
@@ -44,6 +45,32 @@ def test_on_a_cpu_it_is_an_error_that_says_so() -> None:
         fused_resnet.graphed("resnet18", torch.randn(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="example must be a Tensor"):
         fused_resnet.graphed(tiny(), (1, 3, 33, 35))  # type: ignore[arg-type]
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    """Of a fake tensor that says it is on a GPU."""
+    with FakeTensorMode():
+        example = torch.empty(1, 3, 33, 35, device="cuda")
+        flat = torch.sparse_coo_tensor(size=(1, 3), device="cuda", check_invariants=False)
+    with pytest.raises(RuntimeError, match=r"stem\.0\.weight of model is on cpu, and example is on cuda:0: expected one GPU"):
+        fused_resnet.graphed(tiny(), example)
+    with pytest.raises(TypeError, match=r"example must be a dense Tensor .*, got layout torch\.sparse_coo"):
+        fused_resnet.graphed(tiny(), flat)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got type"):
+        graphs.Graphed(nn.Linear, example)  # type: ignore[arg-type]
+    assert isinstance(graphs.Graphed(nn.ReLU(), example), nn.Module), "a model without parameters is nowhere"
+
+
+def test_reasons_do_not_pile_up(anywhere: None) -> None:
+    net = fused_resnet.graphed(nn.ReLU().eval(), torch.empty(1, 3))
+    for n in range(2, 2 * graphs.REASONS + 2):
+        net(torch.empty(n, 3))
+    with torch.no_grad():
+        net(torch.empty(1, 3))
+        net(torch.empty(2, 3))
+    assert len(net.calls) == graphs.REASONS + 2 and net.calls["another reason"] == graphs.REASONS
+    assert net.calls["replayed"] == 1 and sum(net.calls.values()) == 2 * graphs.REASONS + 2
+    assert f"{graphs.REASONS} x another reason" in net.explain()
 
 
 def test_replayed_or_why_not(anywhere: None) -> None:

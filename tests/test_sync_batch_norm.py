@@ -16,13 +16,14 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from nets import TinyNet, projection, randomise, train_step
+from nets import TinyNet, look_at_launches, projection, randomise, state_of, train_step
 from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fused_resnet
 from fused_resnet import count_launches, fuse
+from fused_resnet.launch import Launch
 
 Result = dict[str, Tensor]
 
@@ -90,6 +91,7 @@ def work(rank: int) -> dict[str, Any]:
     results["groups"] = group_of_one()
     results["frozen"] = partly_frozen(rank)
     results["error"] = wrong_shortcut()
+    results["midway"] = failing_midway()
     return results
 
 
@@ -130,6 +132,24 @@ def wrong_shortcut() -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def failing_midway() -> list[str]:
+    """What has changed in the state of a block whose last launch fails on all ranks, when its layers have been through."""
+    net = fuse(randomise(nn.SyncBatchNorm.convert_sync_batchnorm(Bottleneck(8, 2))).train(), backend="reference")
+    before, reached = state_of(net), []
+
+    def failing(launch: Launch, _: object) -> None:
+        if launch.kind == "bn_add_relu":
+            reached.extend(key for key, value in net.state_dict().items() if not torch.equal(value, before[key]))
+            raise RuntimeError("no memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        look_at_launches(patch, failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            net(torch.randn(2, 8, 5, 5))
+    assert len(reached) == 9
+    return [key for key, value in net.state_dict().items() if not torch.equal(value, before[key])]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +208,10 @@ def test_partly_frozen_is_one_big_batch_too(results: list[dict[str, Any]]) -> No
 
 def test_an_error_on_all_ranks_leaves_nobody_waiting(results: list[dict[str, Any]]) -> None:
     assert all("shortcut" in result["error"] for result in results)
+
+
+def test_a_launch_that_fails_midway_leaves_the_statistics_of_all_ranks(results: list[dict[str, Any]]) -> None:
+    assert [result["midway"] for result in results] == [[], []]
 
 
 def test_without_a_process_group_it_is_an_ordinary_batch_norm() -> None:

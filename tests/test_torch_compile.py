@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
 from dataclasses import replace
 
 import pytest
@@ -22,7 +24,7 @@ from nets import (
 from tolerances import relative_error
 from torch import nn
 
-from fused_resnet import count_launches, fuse
+from fused_resnet import backend, backends, count_launches, fuse
 from fused_resnet.functional import chain
 from fused_resnet.plan import kept_slots, saved_slots
 
@@ -187,8 +189,8 @@ def test_opcheck_of_the_forward_operator(name: str) -> None:
     x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
     x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     flags = [t.requires_grad for t in (x, *parameters)]
-    for backend in ("cpu", "reference", ""):
-        torch.library.opcheck(torch.ops.fused_resnet.chain.default, (x, parameters, spec.token, backend, flags))
+    for chosen in ("cpu", "reference", ""):
+        torch.library.opcheck(torch.ops.fused_resnet.chain.default, (x, parameters, spec.token, chosen, flags))
     torch.library.opcheck(
         torch.ops.fused_resnet.chain.default,
         (x.detach(), [p.detach() for p in parameters], spec.token, "cpu", [False] * len(flags)),
@@ -215,6 +217,45 @@ def test_a_chain_function_compiles_by_itself() -> None:
     x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
     run = torch.compile(lambda x, *p: chain(x, p, spec), fullgraph=True, backend="aot_eager")
     assert relative_error(run(x, *parameters), plain_chain(spec, x, parameters)) < CLOSE
+
+
+def test_the_backward_runs_where_the_forward_did() -> None:
+    """Also where nobody has traced the backward: it is the forward's context that counts."""
+    run = torch.compile(fuse(tiny()).train(), fullgraph=True, backend="eager")
+    run(images())
+    with count_launches() as log:
+        with backend("reference"):
+            out = run(images())
+        out.sum().backward()
+    assert len(log) > TINY_TRAINING_LAUNCHES and {name for name, _ in log.launches} == {"reference"}
+
+
+def test_autograds_own_thread_is_handed_the_context() -> None:
+    """As PyTorch does before a backward on a GPU, where it runs in another thread."""
+    found = []
+    with backend("reference"):
+        context = contextvars.copy_context()
+
+    def work() -> None:
+        found.append(backends.context_of_backward())
+        torch._C._stash_obj_in_tls("context", context)
+        found.append(backends.context_of_backward())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None, "reference"]
+
+
+def test_a_compiled_backward_runs_in_the_context_of_its_call() -> None:
+    run = compiled(fuse(tiny()).train())
+    run(images()).sum().backward()
+    with backend("reference"), count_launches() as log:
+        run(images()).sum().backward()
+    with count_launches() as behind:
+        run(images()).sum().backward()
+    assert {name for name, _ in log.launches} == {"reference"}
+    assert {name for name, _ in behind.launches} == {"cpu"}
 
 
 def test_bad_input_is_still_refused() -> None:

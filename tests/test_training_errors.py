@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
-from nets import copies, randomise, state_of
+from nets import copies, live, look_at_launches, randomise, state_of
 from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fused_resnet import backends, fuse
+from fused_resnet import backends, count_launches, fuse
+from fused_resnet.backends.triton_start import Start
+from fused_resnet.chain import Chain, Layer
 from fused_resnet.launch import Launch
+from fused_resnet.plan import forward_plan
+from fused_resnet.tuning import Choice
 
 BACKENDS = ("reference", "cpu")
 
@@ -82,6 +89,30 @@ def test_a_change_between_forward_and_backward_is_pytorchs_error(changed: str, b
     assert len(messages) == 2
 
 
+@pytest.mark.parametrize("changed", [None, "0.bn1.weight", "0.bn2.bias", "0.conv2.weight"])
+def test_a_change_behind_a_partial_gradient_is_pytorchs_error(changed: str | None) -> None:
+    """The second block's gradients alone make the first one's output again; what that was made of may change before its own."""
+    eager, fused = copies(nn.Sequential(randomise(BasicBlock(4, 4)), randomise(BasicBlock(4, 4))).double().train())
+    fuse(fused, memory="less")
+    x, gradients = torch.randn(2, 4, 5, 5, dtype=torch.float64), []
+    for model in (eager, fused):
+        loss = model(x).square().sum()
+        torch.autograd.grad(loss, [*model[1].parameters()], retain_graph=True)
+        if changed is not None:
+            with torch.no_grad():
+                model.get_parameter(changed).mul_(2)
+        try:
+            gradients.append(torch.autograd.grad(loss, [*model[0].parameters()]))
+        except RuntimeError as error:
+            gradients.append(error)
+    theirs, ours = gradients
+    if changed is None:
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative_error(a, b) < 1e-9
+    else:
+        assert "modified by an inplace operation" in str(ours)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_forwards_before_their_backwards(backend: str) -> None:
     """The second updates the running statistics; the first's backward does not read them."""
@@ -126,16 +157,13 @@ def test_a_launch_that_fails_midway_leaves_the_statistics(
     first, x = torch.randn(2, 2, 8, 5, 6)
     net(first)
     before, changed = state_of(net), []
-    module = backends.executor(backend)
-    run = module.run
 
-    def failing(launch: Launch, *arguments: object) -> object:
+    def failing(launch: Launch, _: object) -> None:
         if launch.kind == "bn_add_relu":
             changed.extend(key for key, value in net.state_dict().items() if not torch.equal(value, before[key]))
             raise error("no memory")
-        return run(launch, *arguments)
 
-    monkeypatch.setattr(module, "run", failing)
+    look_at_launches(monkeypatch, failing)
     with pytest.raises(error, match="no memory"):
         net(x)
     assert len(changed) == 9, "means, variances and counts of three layers had been updated when it failed"
@@ -144,3 +172,57 @@ def test_a_launch_that_fails_midway_leaves_the_statistics(
     net(x)
     assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
     assert int(net.bn3.num_batches_tracked) == int(before["bn3.num_batches_tracked"]) + 1
+
+
+@pytest.mark.parametrize("how", ["fused", "vendor"])
+@pytest.mark.parametrize(("dtype", "momentum"), [(torch.float32, 1.0), (torch.bfloat16, None)])
+def test_a_kernel_that_cannot_start_leaves_the_statistics(
+    dtype: torch.dtype, momentum: float | None, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where nothing is copied in front of a block: what its kernels wrote aside is put back."""
+    triton = pytest.importorskip("fused_resnet.backends.triton")
+    start = importlib.import_module("fused_resnet.backends.triton_start")
+    net = fuse(randomise(Bottleneck(8, 2)).to(dtype).train(), backend="triton")
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    net.bn2.running_mean = torch.randn(4, dtype=dtype)[::2]  # not dense
+    net(torch.randn(2, 8, 3, 4, dtype=dtype))
+    before, changed = state_of(net), []
+    begin, choose = start.begin, triton.choose
+
+    def failing(what: Start, arguments: dict[str, object], device: torch.device) -> None:
+        if what.kernel.__name__ == "bn_add_relu" and arguments["shortcut"] is not None:
+            changed.extend(key for key, value in net.state_dict().items() if not torch.equal(value, before[key]))
+            raise RuntimeError("out of resources")
+        begin(what, arguments, device)
+
+    def chosen(launch: Launch, *rest: object, **options: object) -> Choice:
+        return replace(choose(launch, *rest, **options), how=how if launch.kind == "conv" else "fused")
+
+    monkeypatch.setattr(start, "begin", failing)
+    monkeypatch.setattr(triton, "choose", chosen)
+    monkeypatch.setattr(backends, "_copied", lambda *_: [])
+    with count_launches() as log, pytest.raises(RuntimeError, match="out of resources"):
+        net(torch.randn(2, 8, 3, 4, dtype=dtype))
+    assert log.kernels.count("conv_forward" if how == "fused" else "conv_end") == 3
+    assert len(changed) == 9, "means, variances and counts of three layers had been updated when it failed"
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_what_no_kernel_writes_aside_is_copied_first() -> None:
+    """On a GPU that is what the reference executor updates: fp64, and between the ranks of a SyncBatchNorm."""
+    pytest.importorskip("triton")
+    spec = Chain((live(Layer("l1", 4, 3, (3, 3), padding=(1, 1), norm=True, affine=False)),))
+    elsewhere = {slot: torch.empty(4, device="meta") for slot in spec.buffer_slots}
+    here = {slot: torch.empty(4) for slot in spec.buffer_slots}
+    for dtype, tensors, copied in (
+        (torch.float32, elsewhere, 0),
+        (torch.float64, elsewhere, 3),
+        (torch.float32, here, 3),
+    ):
+        assert len(backends._copied(forward_plan(spec, 2, 5, 6, dtype), tensors, "triton")) == copied
+    shared = Chain((replace(spec.layers[0], group="0"),))
+    plan = forward_plan(shared, 2, 5, 6, torch.float32)
+    assert len(backends._copied(plan, elsewhere, "triton")) == 3

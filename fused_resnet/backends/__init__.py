@@ -7,7 +7,8 @@ An executor is a module with two functions::
 
 and ``check_available(device)``, which raises where the backend cannot run at all. ``operands`` maps the launch's roles to
 tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets one more
-argument, a dict that lives as long as the plan runs: what its launches leave for each other. One with a function
+argument, a dict that lives as long as the plan runs: what its launches leave for each other, and under :func:`before_slot`
+what the running statistics were that a launch has updated (fp32 [2, K]: mean, variance). One with a function
 ``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see :class:`Ready`. A
 launch the chosen executor does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
 """
@@ -16,9 +17,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from types import ModuleType
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chain import UPDATED
 from ..launch import Launch
 from ..plan import Plan
 
@@ -80,6 +82,19 @@ def choose(requested: str | None, device: torch.device) -> str:
     if name:
         return check_name(name, "FUSED_RESNET_BACKEND")
     return _DEVICE_DEFAULT.get(device.type, "reference")
+
+
+def context_of_backward() -> str | None:
+    """The :func:`backend` context in which ``backward()`` was called.
+
+    On a GPU autograd runs in a thread of its own, where context variables are as nobody has set them; PyTorch hands it a copy
+    of the caller's (``torch.autograd.graph._engine_run_backward``, which its compiled functions read too).
+    """
+    name = _context.get()
+    if name is None and torch._C._is_key_in_tls("context"):
+        handed: Context = torch._C._get_obj_in_tls("context")
+        name = handed.get(_context)
+    return name
 
 
 @cache
@@ -199,8 +214,11 @@ def _program(
 def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Run a plan's launches.
 
-    Where one raises, running statistics in the CPU's memory are put back to what they were; copies of such short vectors cost
-    nothing there. On a GPU each copy would be a launch of its own.
+    Where one raises, the running statistics and counts of the whole plan are put back to what they were, bit by bit. In the
+    CPU's memory they are copied first; copies of such short vectors cost nothing there, and whatever was interrupted is made
+    good. On a GPU each copy would be a launch of its own, in every step, for a failure that hardly ever comes: a Triton kernel
+    that updates them writes aside what they were instead. (To make all launches ready before the first one starts would not
+    do: memory can run out at any of them.)
 
     Args:
         plan: what to run.
@@ -210,18 +228,48 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
     Returns:
         The plan's results and the slots it keeps, by slot.
     """
-    before = [(tensors[slot], tensors[slot].clone()) for slot in plan.updated if tensors[slot].device.type == "cpu"]
+    slots = _copied(plan, tensors, name) if plan.updated else ()
+    copied = [(tensors[slot], tensors[slot].clone()) for slot in slots]
+    shared: dict[str, Tensor] = {}
     try:
-        return _run(plan, dict(tensors), name)
+        return _run(plan, dict(tensors), name, shared)
     except BaseException:  # an interrupt from the keyboard, too
         with torch.no_grad():
-            for tensor, value in before:
+            _put_back(plan, tensors, shared)
+            for tensor, value in copied:
                 tensor.copy_(value)
         raise
 
 
-def _run(plan: Plan, slots: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    shared: dict[str, Tensor] = {}
+def before_slot(launch: Launch) -> str:
+    """Where an executor that ``shares`` leaves what the running statistics were that ``launch`` has updated."""
+    return "before " + next(slot for role, slot in launch.operands if role in UPDATED)
+
+
+def _copied(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> Sequence[str]:
+    """The slots that no kernel writes aside, or not surely (an interpreted one can stop halfway)."""
+    return [
+        slot
+        for launch, _, _, shares, _, _, _ in _program(plan, name)
+        for role, slot in launch.operands
+        if role in UPDATED and (tensors[slot].device.type == "cpu" or not shares)
+    ]
+
+
+def _put_back(plan: Plan, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+    """What launches have left under :func:`before_slot`; the last one first, since two may update the same tensors."""
+    for launch in reversed(plan.launches):
+        updated = {role: tensors[slot] for role, slot in launch.operands if role in UPDATED}
+        if not updated or before_slot(launch) not in shared:
+            continue
+        for role, value in zip(("running_mean", "running_var"), shared[before_slot(launch)].chunk(2), strict=True):
+            if role in updated:
+                updated[role].copy_(value)
+        if "batches" in updated:
+            updated["batches"].sub_(1)
+
+
+def _run(plan: Plan, slots: dict[str, Tensor], name: str, shared: dict[str, Tensor]) -> dict[str, Tensor]:
     for launch, runner, run, shares, donated, dead, last in _program(plan, name):
         began = [(clock, clock.now()) for clock in _clocks] if _clocks else ()
         operands = {role: slots[slot] for role, slot in launch.operands}

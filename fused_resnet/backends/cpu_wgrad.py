@@ -78,6 +78,9 @@ def wgrad(g: Geometry, dy: Tensor, x: Tensor) -> Tensor:
         [K, C, R, S], channels_last, of dy's dtype.
     """
     dw = dy.new_empty(g.K, g.R, g.S * g.C)
+    if dy.numel() == 0:  # a rank without images
+        dw.zero_()
+        return dw.view(g.K, g.R, g.S, g.C).permute(0, 3, 1, 2)
     if g.pointwise:
         pixels = g.N * g.P * g.Q
         gradients = dy.permute(0, 2, 3, 1).reshape(pixels, g.K)

@@ -25,15 +25,17 @@ from . import triton_elementwise, workspace
 from .derived import channels_last_filters
 from .triton_start import (
     Meeting,
+    Space,
     Start,
     View,
     arch_of,
-    begin,
+    begin_updating,
     gpu_of,
     needs_wide_offsets,
     numbers_of,
     outputs_of,
     shares_of,
+    updates,
 )
 
 #: Launches of a plan leave tensors for each other, see :mod:`fused_resnet.backends`.
@@ -115,7 +117,7 @@ def run(
         from . import triton_apart
 
         assert tile is None or isinstance(tile, Strip)
-        return triton_apart.run_strip(launch, operands, tile, out, wide)
+        return triton_apart.run_strip(launch, operands, shared, tile, out, wide)
     if how is None:
         empty = not all(tensor.numel() for tensor in operands.values())
         if tile is not None or empty:
@@ -144,21 +146,11 @@ def run(
         for tensor in outputs.values():
             tensor.zero_()
     else:
-        # What a kernel writes in place has to lie densely.
-        strided = {
-            role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()
-        }
-        operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
         aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands)
         tf32 = tf32_allowed(launch.dtype, device)
         tile = tile or choose(launch, arch_of(device), tf32, gpu_of(device), whole_only=True).tile
         start = plan_start(launch, arch_of(device), tile, aligned, tf32, wide)
-        begin(start, bind(start, launch, operands, outputs, start.workspace(device)), device)
-        for role in epilogues.IN_PLACE:
-            if role in strided:
-                strided[role].copy_(operands[role])
-            elif role in operands and not operands[role].is_inference():
-                torch.autograd.graph.increment_version(operands[role])  # autograd cannot see what a kernel writes
+        begin_updating(start, bind, launch, operands, outputs, device, shared)
     results = tuple(outputs[role] for role, _ in launch.outputs)
     return results if len(results) > 1 else results[0]
 
@@ -313,6 +305,7 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         meeting.all_counters,
         meeting.all_partials,
         group,
+        updates(launch),
         meeting.numbers(),
     )
 
@@ -322,9 +315,9 @@ def bind(
     launch: Launch,
     operands: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
-    space: tuple[Tensor | None, Tensor | None] = (None, None),
+    space: Space,
 ) -> dict[str, Any]:
-    """A kernel's arguments by name. ``space``: counters and partials, see :meth:`.triton_start.Start.workspace`."""
+    """A kernel's arguments by name. ``space``: of :meth:`.triton_start.Start.workspace`."""
     if launch.kind in triton_elementwise.KINDS:
         return triton_elementwise.bind(start, launch, operands, outputs, space)
     x, w = operands["x"], operands["w"]
@@ -334,7 +327,7 @@ def bind(
     }
     named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
     named |= {**numbers_of(launch), "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
-    named |= {"counters": space[0], "partials": space[1], "group": start.group}
+    named |= {"counters": space.counters, "partials": space.partials, "before": space.before, "group": start.group}
     constants = start.constants
     after = epilogues.AFTERS.get(launch.epilogue)
     return {

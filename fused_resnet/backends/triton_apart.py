@@ -14,7 +14,7 @@ from ..launch import Geometry, Launch
 from ..tuning.pieces import Pieces, pieces
 from ..tuning.tile import Strip, Tile, choose_strip
 from . import triton, workspace
-from .triton_start import Start, arch_of, begin, needs_wide_offsets, numbers_of
+from .triton_start import Space, Start, arch_of, begin_updating, needs_wide_offsets, numbers_of, updates
 
 #: Kinds of launches that are strips: the pieces, and what stands by itself around a chain's entry.
 KINDS = ("statistics", "output_gradient", "conv_end", "dgrad_end")
@@ -62,11 +62,11 @@ def run(
     given = {role: given[role] for role in parts.core.roles}
     wanted = None if out is None else {role: out[role] for role, _ in parts.core.outputs}
     if how == "apart":
-        result = triton.run(parts.core, given, tile=tile, out=wanted, how="fused")
+        result = triton.run(parts.core, given, (), shared, tile=tile, out=wanted, how="fused")
         of_core = result if isinstance(result, tuple) else (result,)
         made = dict(zip((role for role, _ in parts.core.outputs), of_core, strict=True))
     else:
-        made = _around_vendor(parts, given, wanted)
+        made = _around_vendor(parts, given, wanted, shared)
     for role, _ in launch.outputs:
         if role not in made:  # a bias in front of BatchNorm, which subtracts what it adds
             g = launch.geometry
@@ -87,13 +87,15 @@ def _made(first: Launch, operands: Mapping[str, Tensor], shared: Shared | None) 
         made = triton.run(first, renamed, how="fused")
         assert isinstance(made, Tensor)
         return made
-    (made,) = _strip(first, {name: operands[name] for name in first.roles}, None).values()
+    (made,) = _strip(first, {name: operands[name] for name in first.roles}, None, None).values()
     if shared is not None:
         shared[slot] = made
     return made
 
 
-def _around_vendor(parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _around_vendor(
+    parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Tensor] | None, shared: Shared | None
+) -> dict[str, Tensor]:
     """What the core's outputs are, by role."""
     core, g = parts.core, parts.core.geometry
     assert isinstance(g, Geometry)
@@ -114,7 +116,7 @@ def _around_vendor(parts: Pieces, given: dict[str, Tensor], out: Mapping[str, Te
     main = {"conv": "y", "dgrad": "dx", "wgrad": "dw"}[core.kind]
     made = {main: raw}
     if parts.last is not None:
-        made = _strip(parts.last, {**given, "raw": raw}, out)
+        made = _strip(parts.last, {**given, "raw": raw}, out, shared)
     elif out is not None:
         made = {main: out[main].copy_(raw)}
     return made
@@ -147,7 +149,9 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         counters = channel_tiles * workspace.counters_of(strips) + 1
         partials = strips * (2 * g.y_shape[1] + channel_tiles)
     kernel = _KERNELS.get(launch.kind) or getattr(ends, launch.kind)
-    return Start(kernel, strips * channel_tiles, constants, None, None, None, strip.num_warps, 1, counters, partials, group)
+    programs = strips * channel_tiles
+    sizes = (counters, partials, group, updates(launch))
+    return Start(kernel, programs, constants, None, None, None, strip.num_warps, 1, *sizes)
 
 
 def _epilogue(launch: Launch) -> str:
@@ -159,7 +163,7 @@ def bind(
     launch: Launch,
     operands: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
-    space: tuple[Tensor | None, Tensor | None] = (None, None),
+    space: Space,
 ) -> dict[str, Any]:
     """A kernel's arguments by name."""
     g = launch.geometry
@@ -175,7 +179,7 @@ def bind(
         arguments = tuple(named.get(name) for name in gradients.GRADIENTS[launch.gradient][2])
         tensors = {"dz": named["dz"], "y": named.get("y"), "dshortcut": named.get("dshortcut"), "dy": outputs["dy"]}
         return {**tensors, "gradient_args": arguments, **sized}
-    named |= {"counters": space[0], "partials": space[1], "group": start.group}
+    named |= {"counters": space.counters, "partials": space.partials, "before": space.before, "group": start.group}
     if launch.kind in ("conv_end", "statistics"):
         named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
         after = epilogues.AFTERS.get(_epilogue(launch))
@@ -193,8 +197,8 @@ def bind(
         "dx": outputs["dx"],
         "outputs": tuple(outputs[role] for role, _ in launch.outputs[1:]),
         "epilogue_args": tuple(named.get(name) for name in gradients.EPILOGUES[launch.epilogue][1]),
-        "counters": space[0],
-        "partials": space[1],
+        "counters": space.counters,
+        "partials": space.partials,
         "group": start.group if start.counters else None,
         **sized,
     }
@@ -203,12 +207,13 @@ def bind(
 def run_strip(
     launch: Launch,
     operands: Mapping[str, Tensor],
+    shared: Shared | None,
     strip: Strip | None = None,
     out: Mapping[str, Tensor] | None = None,
     wide: bool | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Run one of the kinds that stand by themselves; arguments and results are those of :func:`.triton.run`."""
-    made = _strip(launch, operands, out, strip, wide)
+    made = _strip(launch, operands, out, shared, strip, wide)
     results = tuple(made[role] for role, _ in launch.outputs)
     return results if len(results) > 1 else results[0]
 
@@ -217,6 +222,7 @@ def _strip(
     launch: Launch,
     operands: Mapping[str, Tensor],
     out: Mapping[str, Tensor] | None,
+    shared: Shared | None,
     strip: Strip | None = None,
     wide: bool | None = None,
 ) -> dict[str, Tensor]:
@@ -239,17 +245,9 @@ def _strip(
     for role in ("x", "dz", "dshortcut"):  # these may come from outside as they are
         if role in operands:
             operands = {**operands, role: operands[role].contiguous(memory_format=torch.channels_last)}
-    # What a kernel writes in place has to lie densely.
-    strided = {role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()}
-    operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
     if launch.kind == "conv_end" and launch.epilogue == "stats" and "bias" not in operands:
         # Nothing is added: what the convolution wrote is the result.
         outputs["y"] = out["y"].copy_(operands["raw"]) if out else operands["raw"]
     start = plan_start(launch, arch_of(device), strip, wide)
-    begin(start, bind(start, launch, operands, outputs, start.workspace(device)), device)
-    for role in epilogues.IN_PLACE:
-        if role in strided:
-            strided[role].copy_(operands[role])
-        elif role in operands and not operands[role].is_inference():
-            torch.autograd.graph.increment_version(operands[role])
+    begin_updating(start, bind, launch, operands, outputs, device, shared)
     return outputs

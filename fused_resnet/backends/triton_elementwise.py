@@ -13,7 +13,7 @@ from ..kernels import activations, boxes, elementwise, gate, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
-from .triton_start import Start, needs_wide_offsets, numbers_of, slope_of
+from .triton_start import Space, Start, needs_wide_offsets, numbers_of, slope_of
 
 KINDS = ("bn_add_relu", "bn_add_relu_backward", "gate", "gate_backward", "max_pool", "max_pool_backward")
 #: Kind -> how many sums its programs finish together, at most.
@@ -86,14 +86,15 @@ def bind(
     launch: Launch,
     operands: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
-    space: tuple[Tensor | None, Tensor | None],
+    space: Space,
 ) -> dict[str, Any]:
     """A kernel's arguments by name."""
     g = launch.geometry
     named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
     if "var" in named:
         named["eps"] = launch.eps
-    meeting = {"group": start.group if start.counters else None, "partials": space[1], "counters": space[0]}
+    group = start.group if start.counters else None
+    meeting = {"group": group, "partials": space.partials, "counters": space.counters}
     if launch.kind == "max_pool":
         known = {**named, **numbers_of(launch), "C": start.sizes.C}
         arguments = tuple(known.get(name) for name in prologues.PROLOGUES[launch.prologue][1])

@@ -20,7 +20,19 @@ from ..tuning import Tile, choose
 from . import workspace
 from .derived import channels_last_filters
 from .triton import has_tma, loads, one_row, tf32_allowed
-from .triton_start import Meeting, Start, View, arch_of, begin, gpu_of, needs_wide_offsets, numbers_of, shares_of, whole_lines
+from .triton_start import (
+    Meeting,
+    Space,
+    Start,
+    View,
+    arch_of,
+    begin,
+    gpu_of,
+    needs_wide_offsets,
+    numbers_of,
+    shares_of,
+    whole_lines,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -263,7 +275,6 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         "FLAT": pixels == "flat",
         "SPANS": spans,
         "RIM": rim,
-        "BARE": launch.prologue == "identity",
         "SHARED": tile.splits > 1,
         "SCALED": launch.gradient == "scale",
         "BATCH": launch.gradient == "bn_backward",
@@ -342,9 +353,9 @@ def bind(
     launch: Launch,
     operands: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
-    space: tuple[Tensor | None, Tensor | None] = (None, None),
+    space: Space,
 ) -> dict[str, Any]:
-    """A kernel's arguments by name, in the kernel's order. ``space``: counters and partials."""
+    """A kernel's arguments by name, in the kernel's order. ``space``: of :meth:`.triton_start.Start.workspace`."""
     g = launch.geometry
     assert isinstance(g, Geometry)
     named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
@@ -352,7 +363,7 @@ def bind(
     viewed = {
         role: start.views[role].of(named[role]) if role in start.views else named[role] for role in named if role in _VIEWED
     }
-    counters, partials = space
+    counters, partials, _ = space
     results = wgrad_end.Results(*(outputs.get(role) for role in wgrad_end.Results._fields))
     given = wgrad_end.Given(*(named.get(name) for name in wgrad_end.Given._fields))
     if start.kernel is wgrad_end.vectors_only:

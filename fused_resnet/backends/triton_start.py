@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels import epilogues
 from ..kernels.finish import Shares
 from ..launch import Launch
-from . import record_kernel, workspace
+from . import before_slot, record_kernel, workspace
 
 #: Roles of outputs that are a number a channel; all others but these are activations. fp32, like all sums and statistics.
 PER_CHANNEL = frozenset({"mean", "invstd", "var", "sum", "dot", "shortcut_dot", "dt_sum", "dside_sum"})
+
+
+class Space(NamedTuple):
+    """Memory of one launch on the current stream: what :class:`Start` says it needs, None where that is nothing."""
+
+    counters: Tensor | None = None
+    partials: Tensor | None = None
+    before: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Start:
         num_warps, num_stages: for the compiler.
         counters, partials: int32 zeros and fp32 numbers its programs need to finish together, see :mod:`.workspace`.
         group: tiles that the first level of that merges.
+        before: fp32 numbers for the running statistics as they were, where it updates them. Not among the partials: they are
+            kept until the whole plan is through, and are small.
         numbers: what else the kernel is given that is neither constant nor tensor.
     """
 
@@ -48,16 +59,18 @@ class Start:
     counters: int = 0
     partials: int = 0
     group: int = 0
+    before: int = 0
     numbers: Mapping[str, int] = field(default_factory=dict)
 
-    def workspace(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Counters and partials for one launch on the current stream."""
+    def workspace(self, device: torch.device) -> Space:
+        """Memory for one launch on the current stream."""
         if not self.counters:
-            return None, None
+            return Space()
         partials = torch.empty(self.partials, dtype=torch.float32, device=device)
+        before = torch.empty(self.before, dtype=torch.float32, device=device) if self.before else None
         if device.type == "meta":
-            return torch.empty(self.counters, dtype=torch.int32, device=device), partials
-        return workspace.counters(device, self.counters), partials
+            return Space(torch.empty(self.counters, dtype=torch.int32, device=device), partials, before)
+        return Space(workspace.counters(device, self.counters), partials, before)
 
 
 @dataclass(frozen=True)
@@ -100,10 +113,10 @@ def whole_lines(elements: int) -> int:
     return ceil(elements / 32) * 32
 
 
-def shares_of(start: Start, space: tuple[Tensor | None, Tensor | None]) -> Shares | None:
-    """The kernel's ``shares``. ``space``: counters and partials, see :meth:`Start.workspace`."""
+def shares_of(start: Start, space: Space) -> Shares | None:
+    """The kernel's ``shares``."""
     numbers = start.numbers
-    counters, partials = space
+    counters, partials, _ = space
     if numbers["shares"] == 1 or counters is None or partials is None:
         return None
     behind = partials[numbers["partials_behind"] :], counters[numbers["counters_behind"] :]
@@ -150,6 +163,39 @@ def begin(start: Start, arguments: Mapping[str, Any], device: torch.device) -> N
             workspace.forget()
         raise
     record_kernel(start.kernel.__name__)
+
+
+def begin_updating(
+    start: Start,
+    bind: Callable[[Start, Launch, Mapping[str, Tensor], Mapping[str, Tensor], Space], Mapping[str, Any]],
+    launch: Launch,
+    operands: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    device: torch.device,
+    shared: dict[str, Tensor] | None,
+) -> None:
+    """:func:`begin`, for a kernel that may update running statistics.
+
+    The kernel itself puts aside what they were, since a copy in front of it would be a launch of its own. That is left in
+    ``shared`` once it has started, and not sooner: of a kernel that did not start there is nothing to put back.
+    """
+    # What a kernel writes in place has to lie densely.
+    strided = {role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()}
+    operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
+    space = start.workspace(device)
+    begin(start, bind(start, launch, operands, outputs, space), device)
+    if shared is not None and space.before is not None:
+        shared[before_slot(launch)] = space.before
+    for role in epilogues.IN_PLACE:
+        if role in strided:
+            strided[role].copy_(operands[role])
+        elif role in operands and not operands[role].is_inference():
+            torch.autograd.graph.increment_version(operands[role])  # autograd cannot see what a kernel writes
+
+
+def updates(launch: Launch) -> int:
+    """:attr:`Start.before` of a launch."""
+    return 2 * launch.geometry.y_shape[1] if launch.roles.intersection(epilogues.IN_PLACE) else 0
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import backends, blocks
 from ..describe import Parts, WeightLayer, is_norm, read, refusal
+from ..inputs import transformed
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .quantised import quantised
 from .recognise import analysis, fused_forward
@@ -106,6 +107,8 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     reading = read(parts, module.fused_memory)
     if reading.chain is None:
         return Row(name, what, "pytorch", eager, eager, reading.reason or "")
+    if transformed():
+        return Row(name, what, "pytorch", eager, eager, "a torch.func transform or forward-mode differentiation is on")
     device, dtype, autocast = _device_and_dtype(parts)
     if autocast and reading.frozen:
         return Row(name, what, "pytorch", eager, eager, "under autocast its frozen BatchNorm makes fp32, which no launch does")
@@ -119,6 +122,10 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
             notes.append(f"{launch} [{chosen_so}]" if chosen_so else str(launch))
         else:
             notes.append(str(launch) if reason is None else f"{launch} (on {runner}: {reason})")
+    layers = zip((*parts.in_a_row, *parts.weight_layers[len(parts.layers) :]), reading.chain.weight_layers, strict=True)
+    alone = [a.name for a, b in layers if isinstance(a.norm, nn.SyncBatchNorm) and a.norm.training and not b.group]
+    if alone:
+        notes.append(f"SyncBatchNorm of {', '.join(alone)}: no other ranks, an ordinary BatchNorm, as in PyTorch")
     gradients = trainable_slots(reading.chain)
     backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
     runners = Counter(backends.assign(launch, chosen)[0] for launch in backward.launches)

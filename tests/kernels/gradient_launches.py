@@ -171,8 +171,8 @@ def _expected_wgrad(launch: Launch, o: dict[str, Tensor]) -> dict[str, Tensor]:
         return truth
     x = o["x"]
     if launch.prologue != "identity":
-        x = _normalised(launch, o)
-        x = _rounded(F.relu(x) if launch.prologue == "bn_relu" else x, launch)
+        x = _normalised(launch, o) if "x_mean" in o else x
+        x = _rounded(F.relu(x) if launch.prologue.endswith("relu") else x, launch)
     w = torch.zeros(g.w_shape, dtype=torch.float64, requires_grad=True)
     y = F.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups)
     dy = o["dz"] if launch.gradient == "scale" else _rounded(_dy(launch, o), launch)

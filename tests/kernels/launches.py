@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends import triton as executor
-from fused_resnet.backends.triton_start import Start, outputs_of
+from fused_resnet.backends.triton_start import Space, Start, outputs_of
 from fused_resnet.launch import EPILOGUES, PROLOGUES, Geometry, Launch, PoolGeometry
 from fused_resnet.tuning import Tile
 
@@ -180,12 +180,13 @@ def poisoned_workspace() -> Iterator[None]:
     """Partials are full of NaN before the launch; the counters are zero behind it."""
     original, used = Start.workspace, []
 
-    def workspace(self: Start, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        counters, partials = original(self, device)
-        if partials is not None:
-            partials.fill_(torch.nan)
-        used.append(counters)
-        return counters, partials
+    def workspace(self: Start, device: torch.device) -> Space:
+        space = original(self, device)
+        for floats in (space.partials, space.before):
+            if floats is not None:
+                floats.fill_(torch.nan)
+        used.append(space.counters)
+        return space
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Start, "workspace", workspace)

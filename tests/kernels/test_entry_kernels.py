@@ -12,7 +12,7 @@ from gradient_launches import last_program_first
 from launches import DEVICE, activations, conv, expected, operands_of, run_all
 from tolerances import assert_close, bound
 
-from fused_resnet.backends import count_launches, triton
+from fused_resnet.backends import before_slot, count_launches, triton
 from fused_resnet.launch import Geometry, Launch
 from fused_resnet.tuning import Tile
 from fused_resnet.tuning.tile import Strip
@@ -44,7 +44,10 @@ def test_statistics(dtype: torch.dtype, momentum: float | None) -> None:
     operands = operands_of(launch)
     operands["x"] = (3 * operands["x"].float() + 40).to(dtype)
     before = {role: operands[role].double().cpu() for role in RUNNING}
-    out = run_all(launch, operands, Strip(16, 16))
+    kept: dict[str, torch.Tensor] = {}
+    out = run_all(launch, operands, Strip(16, 16), shared=kept)
+    aside = zip(RUNNING, kept[before_slot(launch)].chunk(2), strict=False)
+    assert all(torch.equal(tensor.double().cpu(), before[role]) for role, tensor in aside)
     x = operands["x"].double().cpu()
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     assert (out["mean"].double().cpu() - mean).abs().max() <= bound(torch.float32, 16) * (var.sqrt().max() + mean.abs().max())

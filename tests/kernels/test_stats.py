@@ -13,8 +13,9 @@ from test_conv import CLASSES
 from tolerances import assert_close, bound
 from torch import Tensor
 
-from fused_resnet.backends import count_launches
+from fused_resnet.backends import before_slot, count_launches
 from fused_resnet.backends import triton as executor
+from fused_resnet.backends.triton_start import begin
 from fused_resnet.launch import Geometry, Launch
 from fused_resnet.tuning import Tile
 
@@ -34,7 +35,8 @@ def check(launch: Launch, tile: Tile | None = None, parameters: torch.dtype = to
     operands = operands_of(launch, parameters)
     before = {role: operands[role].double().cpu() for role in RUNNING if role in operands}
     versions = {role: operands[role]._version for role in before}
-    out = run_all(launch, operands, tile)
+    kept: dict[str, Tensor] = {}
+    out = run_all(launch, operands, tile, shared=kept)
     assert_close(out["y"], expected(launch, operands), g.R * g.S * g.C // g.groups, what=str(launch))
     mean, var = statistics(launch, out["y"])
     pixels = g.N * g.P * g.Q
@@ -44,7 +46,10 @@ def check(launch: Launch, tile: Tile | None = None, parameters: torch.dtype = to
         assert_close(out["invstd"], (var + launch.eps).rsqrt(), 128, what="invstd")
     else:
         assert_close(out["var"], var, 128, what="var")
+    assert [*kept] == ([before_slot(launch)] if before else [])
     if before:
+        aside = dict(zip(("running_mean", "running_var"), kept[before_slot(launch)].chunk(2), strict=True))
+        assert all(torch.equal(tensor.double().cpu(), before[role]) for role, tensor in aside.items())
         factor = 1 / (before["batches"].item() + 1) if launch.momentum is None else launch.momentum
         F.batch_norm(
             out["y"].double().cpu(), before["running_mean"], before["running_var"], None, None, True, factor, launch.eps
@@ -174,9 +179,9 @@ def test_an_interrupted_launch_leaves_no_counters_behind() -> None:
 
     launch = conv(2, 5, 6, 16, 24, 1, 1, epilogue="stats")
     start = executor.plan_start(launch, executor.arch_of(DEVICE))
-    counters, _ = start.workspace(DEVICE)
+    counters = start.workspace(DEVICE).counters
     assert counters is not None
     counters.fill_(1)
     with pytest.raises(KeyboardInterrupt):
-        executor.begin(replace(start, kernel=Interrupted()), {}, DEVICE)
+        begin(replace(start, kernel=Interrupted()), {}, DEVICE)
     check(launch)

@@ -294,6 +294,23 @@ def test_non_finite_values_reach_what_they_reach_in_eager(name: str, role: str, 
         assert_close(actual[clean], truth[clean], g.N * g.P * g.Q)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", ["identity", "relu", "bn_relu"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pixels_past_the_last_output_are_not_read(stride: int, prologue: str, dtype: torch.dtype) -> None:
+    """A box over the output's border sees pixels that belong to no output of its tap; one of them may be NaN or infinite."""
+    launch = wgrad(2, 8, 8, 16, 16, 3, 3, stride=(stride, stride), prologue=prologue, dtype=dtype)
+    operands = operands_of(launch)
+    operands["x"][:, 3, -1, 5] = torch.nan
+    operands["x"][:, 4, 2, -1] = torch.inf
+    tile = Tile(1, 4, 4, 16, 16)
+    assert loaders(launch, tile) == ("box", "parity" if stride == 2 else "box")
+    actual, truth = run_poisoned(launch, operands, tile)["dw"].cpu(), expected(launch, operands)["dw"]
+    assert torch.equal(actual.isfinite(), truth.isfinite())
+    assert truth.isfinite().all() == (stride == 2), "with stride 2 nobody reads the last row and column"
+    assert_close(actual[truth.isfinite()], truth[truth.isfinite()], 2 * 36)
+
+
 def test_unaligned_memory() -> None:
     """Tensors that start 4 bytes off, as views into another tensor may."""
     launch = wgrad(1, 5, 6, 16, 24, 3, 3, padding=(1, 1), **TRAINING)
