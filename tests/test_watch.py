@@ -84,6 +84,13 @@ def _in_place_of(module: Any, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
+def _last_six(net: Any) -> list[Tensor]:
+    """The second convolution of the Sequential and its BatchNorm, whose filters go on into a module of that many channels."""
+    net[2] = nn.Identity()
+    norm = net[1][4]
+    return [net[1][3].weight, net[1][3].bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "activation replaced": lambda net: _in_place_of(net[0], "relu", nn.LeakyReLU(0.5)),
     "activation's slope": lambda net: _in_place_of(net[2].act, "negative_slope", 0.7),
@@ -98,6 +105,20 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "filters cut in place": lambda net: [
         _in_place_of(net[1][0].weight, "data", net[1][0].weight.data[:, :, :2, :2]),
         _in_place_of(net[1][0], "padding", (0, 1)),
+    ],
+    "fewer filters in place": lambda net: (
+        [
+            _in_place_of(tensor, "data", tensor.data[:4])
+            for module, names in (
+                (net[1][0], ("weight", "bias")),
+                (net[1][1], ("weight", "bias", "running_mean", "running_var")),
+            )
+            for tensor in (getattr(module, name) for name in names)
+        ]
+        + [_in_place_of(net[1][3].weight, "data", net[1][3].weight.data[:, :4])]
+    ),
+    "fewer filters of a bare convolution in place": lambda net: [
+        _in_place_of(tensor, "data", tensor.data[:6]) for tensor in _last_six(net)
     ],
     "filters turned in place": lambda net: _in_place_of(net[1][0].weight, "data", net[1][0].weight.data.transpose(2, 3)),
     "padding": lambda net: _in_place_of(net[1][0], "padding", (0, 2)),

@@ -58,7 +58,7 @@ def _look(source: Tensor) -> Callable[[], Any] | None:
 
 
 class Entry:
-    """A value, and the tensors that it was made of as they were: their addresses, versions, strides and (some of) their values.
+    """A value, and the tensors that it was made of as they were: addresses, versions, shapes, strides, (some) values.
 
     The version is None for inference tensors, the strides are None for vectors.
     """
@@ -72,17 +72,18 @@ class Entry:
             strides = source.stride() if source.dim() > 1 else None
             look = _look(source)
             was = None if look is None else look()
-            seen.append((ref(source, None if index else forget), source.data_ptr(), version, strides, look, was))
+            seen.append((ref(source, None if index else forget), source.data_ptr(), version, source.shape, strides, look, was))
         self.seen = tuple(seen)
         self.value: Any = None
 
     def holds(self) -> bool:
         """Whether the tensors are as they were."""
-        for reference, address, version, strides, look, was in self.seen:
+        for reference, address, version, shape, strides, look, was in self.seen:
             source = reference()
             if source is None or source.data_ptr() != address or (version is not None and source._version != version):
                 return False
-            if strides is not None and source.stride() != strides:  # such as filters that were given their transpose
+            # The same memory may be read otherwise: filters that were given their transpose, or fewer of themselves.
+            if source.shape != shape or (strides is not None and source.stride() != strides):
                 return False
             if look is not None and look() != was:
                 return False
