@@ -49,8 +49,8 @@ def look_at_launches(patch: pytest.MonkeyPatch, look: Callable[[Launch, Mapping[
 
         return running
 
-    def looked_at(plan: Plan, name: str) -> Any:
-        return tuple((launch, runner, looking(run), *rest) for launch, runner, run, *rest in program(plan, name))
+    def looked_at(plan: Plan, name: str, joined: bool = False) -> Any:
+        return tuple(replace(step, run=looking(step.run)) for step in program(plan, name))
 
     patch.setattr(backends, "_program", looked_at)
 

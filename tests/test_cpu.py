@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ from test_reference import GEOMETRIES, ONE_RESULT, make, statistics, tensors, tr
 from tolerances import assert_close, relative_error
 from torch import nn
 
-from fused_resnet import count_launches, fuse
+from fused_resnet import backends, count_launches, fuse
 from fused_resnet.backends import cpu, cpu_inference, reference
 from fused_resnet.functional import chain
-from fused_resnet.launch import ACTIVATIONS, EPILOGUES, Geometry
+from fused_resnet.launch import ACTIVATIONS, EPILOGUES, Geometry, Launch
 
 
 def run(
@@ -94,6 +95,60 @@ def test_a_training_step_runs_here(name: str) -> None:
             chain(x, parameters, spec, "cpu").sum().backward()
         elsewhere = [str(launch) for runner, launch in log.launches if runner != "cpu"]
         assert elsewhere == (["pool: max_pool_backward"] if name == "stem" and not spec.batch else [])
+
+
+@pytest.mark.parametrize("name", [name for name, (spec, _, _) in TRAINING_CHAINS.items() if spec.batch])
+@pytest.mark.parametrize("filters", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+def test_a_layers_gradients_are_one_call(name: str, filters: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its filters and of its input, where both are wanted; with the same values as one by one, and as many launches.
+
+    Who clocks launches sees them one by one.
+    """
+    spec, h, w = TRAINING_CHAINS[name]
+    x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
+    parameters = [t.contiguous(memory_format=filters) if t.dim() == 4 else t for t in parameters]
+    calls: list[str] = []
+    gradients = cpu._gradients
+    monkeypatch.setattr(cpu, "_gradients", lambda first, second, *rest: calls.append("") or gradients(first, second, *rest))
+    backends._program.cache_clear()
+
+    def step() -> tuple[list[torch.Tensor], list[Launch]]:
+        own = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad) for t in (x, *parameters)]
+        with count_launches() as log:
+            out = chain(own[0], own[1:], spec, "cpu")
+            out.backward(torch.sin(torch.arange(out.numel(), dtype=torch.float32)).view_as(out))
+        return [t.grad for t in own if t.grad is not None], [launch for _, launch in log.launches]
+
+    together, launches = step()
+    both = [one for one, after in pairwise(launches) if (one.kind, after.kind) == ("wgrad", "dgrad")]
+    skipping = [one for one in both if (one.geometry.R, one.geometry.S) == (1, 1) != one.geometry.stride]
+    assert len(calls) == sum(one.gradient == "bn_backward" and one not in skipping for one in both)
+    joined = len(calls)
+    with backends.clock_launches(lambda: 0) as seen:
+        apart, one_by_one = step()
+    assert len(calls) == joined and one_by_one == launches and len(seen) == len(launches)
+    for actual, expected in zip(together, apart, strict=True):
+        assert_close(actual, expected.double(), 9 * h * w)
+    backends._program.cache_clear()
+
+
+def test_only_gradients_that_are_both_wanted_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With frozen filters there is no wgrad to join, without a gradient of the input no dgrad."""
+    joins: list[tuple[str, str]] = []
+    join = cpu.join
+    monkeypatch.setattr(cpu, "join", lambda *pair: joins.append(tuple(one.kind for one in pair)) or join(*pair))
+    backends._program.cache_clear()
+    spec, h, w = TRAINING_CHAINS["basic"]
+    for frozen in ("x", spec.layers[0].slot("w")):
+        x, parameters = chain_inputs(spec, 2, h, w, torch.float32)
+        for slot, tensor in zip(("x", *spec.parameter_slots), (x, *parameters), strict=True):
+            tensor.requires_grad_(tensor.requires_grad and slot != frozen)
+        with count_launches() as log:
+            chain(x, parameters, spec, "cpu").sum().backward()
+        kinds = [launch.kind for _, launch in log.launches]
+        assert kinds.count("dgrad") + kinds.count("wgrad") == 3, frozen
+    backends._program.cache_clear()
+    assert ("wgrad", "dgrad") in joins
 
 
 def test_filters_are_laid_out_for_the_size_that_comes_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,12 +63,14 @@ def test_without_images(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_it_is_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 without groups and with channels enough, on processors where it was measured to be faster."""
-    g = Geometry(2, 9, 9, 64, 64, 3, 3, padding=(1, 1))
+    g = Geometry(2, 9, 9, 128, 128, 3, 3, padding=(1, 1))
     monkeypatch.setattr(cpu_wgrad, "_slow_there", lambda: True)
     assert cpu_wgrad.suits(g, torch.float32)
     assert not cpu_wgrad.suits(g, torch.bfloat16)
-    assert not cpu_wgrad.suits(Geometry(2, 9, 9, 64, 64, 3, 3, groups=2), torch.float32)
-    assert not cpu_wgrad.suits(Geometry(2, 9, 9, 3, 64, 3, 3), torch.float32)
-    assert not cpu_wgrad.suits(Geometry(2, 9, 9, 64, 32, 3, 3), torch.float32)
+    assert not cpu_wgrad.suits(Geometry(2, 9, 9, 128, 128, 3, 3, groups=2), torch.float32)
+    assert not cpu_wgrad.suits(Geometry(2, 9, 9, 3, 128, 3, 3), torch.float32)
+    assert not cpu_wgrad.suits(Geometry(2, 9, 9, 128, 64, 3, 3), torch.float32)
+    assert not cpu_wgrad.suits(Geometry(2, 31, 33, 64, 64, 3, 3, padding=(1, 1)), torch.float32)
+    assert cpu_wgrad.suits(Geometry(2, 32, 32, 64, 64, 3, 3, padding=(1, 1)), torch.float32)
     monkeypatch.setattr(cpu_wgrad, "_slow_there", lambda: False)
     assert not cpu_wgrad.suits(g, torch.float32)

@@ -9,8 +9,9 @@ and ``check_available(device)``, which raises where the backend cannot run at al
 tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets one more
 argument, a dict that lives as long as the plan runs: what its launches leave for each other, and under :func:`before_slot`
 what the running statistics were that a launch has updated (fp32 [2, K]: mean, variance). One with a function
-``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see :class:`Ready`. A
-launch the chosen executor does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
+``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see :class:`Ready`; one
+with ``join(first, second)`` names what runs two neighbouring launches as one, or None. A launch the chosen executor does not
+support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -196,18 +197,57 @@ def record_kernel(name: str) -> None:
         log.kernels.append(name)
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What a plan's run does at a time: a launch, or two that the executor runs as one.
+
+    Attributes:
+        launches: one or two.
+        runner: the backend.
+        run: its function; ``shares``: it takes what launches of one plan leave for each other.
+        donated: roles of what is given up. ``dead``: slots forgotten afterwards. ``last``: those it was the last to read.
+    """
+
+    launches: tuple[Launch, ...]
+    runner: str
+    run: Callable[..., Any]
+    shares: bool
+    donated: frozenset[str]
+    dead: frozenset[str]
+    last: frozenset[str]
+
+    @cached_property
+    def operands(self) -> tuple[tuple[str, str], ...]:
+        """``(role, slot)`` of all that is read. Launches that are joined mean the same by the same role."""
+        return tuple(dict.fromkeys(named for launch in self.launches for named in launch.operands))
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Slots of all that is made."""
+        return tuple(slot for launch in self.launches for _, slot in launch.outputs)
+
+    def then(self, after: _Step) -> _Step | None:
+        """This one and the next as one, if the executor runs them so."""
+        join = getattr(executor(self.runner), "join", None) if self.runner == after.runner else None
+        run = None if join is None else join(*self.launches, *after.launches)
+        if run is None:
+            return None
+        both = self.dead | after.dead, self.last | after.last
+        return _Step((*self.launches, *after.launches), self.runner, run, True, frozenset(), *both)
+
+
 @lru_cache(maxsize=4096)
-def _program(
-    plan: Plan, name: str
-) -> tuple[tuple[Launch, str, Callable[..., Any], bool, frozenset[str], frozenset[str], frozenset[str]], ...]:
-    """Launch by launch: what runs it, what is given up, what is forgotten afterwards, and what it was the last to read."""
-    steps = []
+def _program(plan: Plan, name: str, joined: bool = False) -> tuple[_Step, ...]:
+    """What runs; with ``joined``, launches together where the executor has them so."""
+    steps: list[_Step] = []
     for launch, dead, last in zip(plan.launches, plan.dead_after, plan.last_read, strict=True):
         runner, _ = assign(launch, name)
         read = [slot for _, slot in launch.operands]  # what is read under two roles cannot be written over under one
         donated = frozenset(role for role, slot in launch.operands if slot in dead and read.count(slot) == 1)
         module = executor(runner)
-        steps.append((launch, runner, module.run, getattr(module, "shares", False), donated, dead, last))
+        step = _Step((launch,), runner, module.run, getattr(module, "shares", False), donated, dead, last)
+        pair = steps[-1].then(step) if joined and steps and len(steps[-1].launches) == 1 else None
+        steps[len(steps) - (pair is not None) :] = [step if pair is None else pair]
     return tuple(steps)
 
 
@@ -250,9 +290,9 @@ def _copied(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> Sequence[st
     """The slots that no kernel writes aside, or not surely (an interpreted one can stop halfway)."""
     return [
         slot
-        for launch, _, _, shares, _, _, _ in _program(plan, name)
-        for role, slot in launch.operands
-        if role in UPDATED and (tensors[slot].device.type == "cpu" or not shares)
+        for step in _program(plan, name)
+        for role, slot in step.operands
+        if role in UPDATED and (tensors[slot].device.type == "cpu" or not step.shares)
     ]
 
 
@@ -270,23 +310,23 @@ def _put_back(plan: Plan, tensors: Mapping[str, Tensor], shared: Mapping[str, Te
 
 
 def _run(plan: Plan, slots: dict[str, Tensor], name: str, shared: dict[str, Tensor]) -> dict[str, Tensor]:
-    for launch, runner, run, shares, donated, dead, last in _program(plan, name):
+    for step in _program(plan, name, joined=not _clocks):  # whoever clocks launches wants the time of each
         began = [(clock, clock.now()) for clock in _clocks] if _clocks else ()
-        operands = {role: slots[slot] for role, slot in launch.operands}
-        outputs = run(launch, operands, donated, shared) if shares else run(launch, operands, donated)
+        operands = {role: slots[slot] for role, slot in step.operands}
+        outputs = step.run(*step.launches, operands, step.donated, *((shared,) if step.shares else ()))
         for clock, start in began:
-            clock.seen.append((launch, start, clock.now()))
+            clock.seen.append((*step.launches, start, clock.now()))
         for log in tuple(_logs) if _logs else ():
-            log.launches.append((runner, launch))
-        for slot in dead:
+            log.launches.extend((step.runner, launch) for launch in step.launches)
+        for slot in step.dead:
             del slots[slot]
         if shared:
-            for slot in last:
+            for slot in step.last:
                 shared.pop(slot, None)
         if isinstance(outputs, Tensor):
-            slots[launch.outputs[0][1]] = outputs
+            slots[step.outputs[0]] = outputs
         else:
-            slots.update(zip((slot for _, slot in launch.outputs), outputs, strict=True))
+            slots.update(zip(step.outputs, outputs, strict=True))
     for result, slot in plan.aliases:
         slots[result] = slots[slot]
     return {slot: slots[slot] for slot in (*plan.results, *plan.keep)}
@@ -310,23 +350,24 @@ class Ready:
         loaded = [dict(launch.operands).get("x") for launch in plan.launches if launch.prologue != "identity"]
         if len(set(loaded)) != len(loaded):  # what one makes of it on load is shared with the other
             return None
-        for launch, runner, _, _, donated, dead, _ in _program(plan, name):
-            slots = dict(launch.operands)
+        for step in _program(plan, name):
+            slots = dict(step.operands)
             moving = [role for role, slot in slots.items() if slot not in tensors]
-            prepare = getattr(executor(runner), "prepare", None)
+            prepare = getattr(executor(step.runner), "prepare", None)
             if prepare is None or not {"x"} <= {*moving} <= {"x", "shortcut"}:
                 return None
-            step = prepare(launch, {role: tensors[slot] for role, slot in slots.items() if slot in tensors}, donated)
-            if step is None:
+            given = {role: tensors[slot] for role, slot in slots.items() if slot in tensors}
+            call = prepare(*step.launches, given, step.donated)
+            if call is None:
                 return None
-            steps.append((step, slots["x"], slots.get("shortcut"), launch.outputs[0][1], tuple(dead)))
+            steps.append((call, slots["x"], slots.get("shortcut"), step.outputs[0], tuple(step.dead)))
         return Ready(inputs, tuple(steps)) if plan.results == ("out",) and not plan.keep and not plan.aliases else None
 
     def run(self, *inputs: Tensor) -> Tensor:
         """The plan's result."""
         slots = dict(zip(self.inputs, inputs, strict=True))
-        for step, x, shortcut, out, dead in self.steps:
-            y = step(slots[x], None if shortcut is None else slots[shortcut])
+        for call, x, shortcut, out, dead in self.steps:
+            y = call(slots[x], None if shortcut is None else slots[shortcut])
             for slot in dead:
                 del slots[slot]
             slots[out] = y

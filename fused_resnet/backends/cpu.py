@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -297,7 +298,12 @@ def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     like = next((operands[role] for role in ("x", "a_previous", "z_previous", "dshortcut") if role in operands), None)
     if like is None:  # only its shape and layout matter
         like = torch.empty(g.x_shape, dtype=launch.dtype, memory_format=torch.channels_last)
-    dx = _convolution_gradient(launch, dy, like, w, 0).contiguous(memory_format=torch.channels_last)
+    return _behind_dgrad(launch, operands, shared, _convolution_gradient(launch, dy, like, w, 0))
+
+
+def _behind_dgrad(launch: Launch, operands: Operands, shared: Shared, dx: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """What a dgrad does with the gradient of its convolution's input."""
+    dx = dx.contiguous(memory_format=torch.channels_last)
     if launch.gradient == "bn_backward":
         del shared[dict(launch.operands)["dot"]]  # a layer's wgrad runs before its dgrad
     if "dshortcut" in operands:
@@ -335,6 +341,36 @@ def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
             like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
             made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
     return _listed(launch, made)
+
+
+def join(first: Launch, second: Launch) -> Callable[..., Any] | None:
+    """A layer's wgrad and the dgrad behind it: oneDNN's two kernels by one call.
+
+    *Measured* on 2 threads of an AMD EPYC with AVX2, PyTorch 2.14.1, 2026-11-25: a step of cifar_resnet20 at a batch of 128
+    takes 401 ms joined, 413 ms not (medians of 24 rounds in turn).
+    """
+    g = first.geometry
+    fits = (first.kind, second.kind) == ("wgrad", "dgrad") and dict(first.operands)["dz"] == dict(second.operands)["dz"]
+    if not fits or g != second.geometry or {first.gradient, second.gradient} != {"bn_backward"} or "x" not in first.roles:
+        return None
+    assert isinstance(g, Geometry)
+    apart = cpu_wgrad.suits(g, first.dtype) or reference.skips_pixels(g)
+    return None if apart else _gradients
+
+
+def _gradients(
+    first: Launch, second: Launch, operands: Operands, donated: frozenset[str], shared: Shared
+) -> tuple[Tensor, ...]:
+    """A wgrad and a dgrad."""
+    g = first.geometry
+    assert isinstance(g, Geometry)
+    dy, x = _output_gradient(first, operands, shared), _input(first, operands, shared)
+    w = operands["w"].contiguous(memory_format=torch.channels_last)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, True, False]
+    )
+    made = _listed(first, {"dw": dw, "dbias": torch.zeros(g.K)}), _behind_dgrad(second, operands, shared, dx)
+    return tuple(tensor for part in made for tensor in ((part,) if isinstance(part, Tensor) else part))
 
 
 def _max_pool(launch: Launch, g: PoolGeometry, operands: Operands) -> Tensor | tuple[Tensor, Tensor]:

@@ -28,7 +28,10 @@ TAPS_BYTES = 2**22
 #: Fewer channels make narrow products: the gradient of a stem with 3 channels takes twice oneDNN's time. 3x3 filters at a batch
 #: of 64, least processor time of 15 rounds in turn, one thread of that processor, 2026-11-25: 16 channels at 32x32 take 7.7 ms
 #: (oneDNN's way 4.7), 32 at 16x16 5.8 (4.8), 64 at 8x8 4.7 (4.7).
-LEAST_CHANNELS = 64
+LEAST_CHANNELS = 128
+#: So few only in large images: 64 channels, 2 threads, medians of 20 rounds in turn, that day: 8 images of 56x56 27 ms (35),
+#: 32 of 16x16 10.0 (8.7), 128 of 8x8 7.1 (6.6).
+LEAST_IN_LARGE, LARGE = 64, 1024
 
 
 @cache
@@ -43,7 +46,8 @@ def _slow_there() -> bool:
 
 def suits(g: Geometry, dtype: torch.dtype) -> bool:
     """Whether :func:`wgrad` is the faster way."""
-    return g.groups == 1 and dtype == torch.float32 and min(g.C, g.K) >= LEAST_CHANNELS and _slow_there()
+    least = LEAST_IN_LARGE if g.P * g.Q >= LARGE else LEAST_CHANNELS
+    return g.groups == 1 and dtype == torch.float32 and min(g.C, g.K) >= least and _slow_there()
 
 
 def _taps_of_rows(g: Geometry) -> dict[int, int]:

@@ -387,13 +387,18 @@ def output_gradient(launch: Launch, operands: Operands) -> Tensor:
     return (dy + operands["dshortcut"].to(dtype) if "dshortcut" in operands else dy).to(launch.dtype)
 
 
+def skips_pixels(g: Geometry) -> bool:
+    """Whether a convolution is a 1x1 that reads every other pixel, say."""
+    return (g.R, g.S, g.padding) == (1, 1, (0, 0)) and g.stride != (1, 1)
+
+
 def only_read_pixels(x: Tensor, g: Geometry) -> tuple[Tensor, tuple[int, int]]:
     """For wgrad: the pixels of x that a strided 1x1 convolution reads, as the input of one of stride 1; and the stride left.
 
     On processors without AVX-512 oneDNN's weights' gradient of a strided 1x1 convolution writes where it must not (PyTorch
     2.14.1, channels_last, 4 to 6 channels: the process ends).
     """
-    if (g.R, g.S, g.padding) != (1, 1, (0, 0)) or g.stride == (1, 1) or x.device.type != "cpu":
+    if not skips_pixels(g) or x.device.type != "cpu":
         return x, g.stride
     return x[:, :, :: g.stride[0], :: g.stride[1]].contiguous(memory_format=torch.channels_last), (1, 1)
 
