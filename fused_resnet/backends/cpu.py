@@ -66,14 +66,18 @@ def supports(launch: Launch) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------- training
 
 
+def _fp32(vector: Tensor) -> Tensor:
+    return vector if vector.dtype == torch.float32 else vector.to(torch.float32)
+
+
 def _vector(operands: Operands, role: str) -> Tensor | None:
     vector = operands.get(role)
-    return None if vector is None else vector.to(torch.float32)
+    return None if vector is None else _fp32(vector)
 
 
 def _normalised(x: Tensor, operands: Operands, prefix: str, eps: float = 0.0) -> Tensor:
     """BatchNorm by what is at hand, in a new tensor. PyTorch's operator wants a variance: of the batch's ``invstd``, eps 0."""
-    mean, var = operands[f"{prefix}mean"].to(torch.float32), _vector(operands, f"{prefix}var")
+    mean, var = _fp32(operands[f"{prefix}mean"]), _vector(operands, f"{prefix}var")
     if var is None:
         var, eps = operands[f"{prefix}invstd"].pow(-2), 0.0
     gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
@@ -169,7 +173,7 @@ def _behind_norm(
     dz: Tensor, y: Tensor, operands: Operands, prefix: str, eps: float = 0.0
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """``(dy, dot, sum)`` of BatchNorm's backward, which PyTorch makes in one operator. With given statistics there is no dy."""
-    mean = operands[f"{prefix}mean"].to(torch.float32)
+    mean = _fp32(operands[f"{prefix}mean"])
     gamma, given = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}var")
     if gamma is None and dz.dtype != torch.float32:
         gamma = torch.ones_like(mean)
@@ -327,12 +331,17 @@ def _differentiated_at(launch: Launch, operands: Operands, shared: Shared) -> Te
     return _normalised(operands["x"], operands, "x_", launch.x_eps)
 
 
+def _no_gradient_of_bias(launch: Launch) -> dict[str, Tensor]:
+    """In front of a BatchNorm by the batch's statistics a bias changes nothing."""
+    return {"dbias": torch.zeros(launch.geometry.y_shape[1])} if any(role == "dbias" for role, _ in launch.outputs) else {}
+
+
 def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
     if launch.gradient != "bn_backward":
         return reference.run(launch, operands)
     g = launch.geometry
     assert isinstance(g, Geometry)
-    made = {"dbias": torch.zeros(g.K)}
+    made = _no_gradient_of_bias(launch)
     if "x" in operands:
         dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
         if cpu_wgrad.suits(g, launch.dtype):
@@ -369,7 +378,7 @@ def _gradients(
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, True, False]
     )
-    made = _listed(first, {"dw": dw, "dbias": torch.zeros(g.K)}), _behind_dgrad(second, operands, shared, dx)
+    made = _listed(first, {"dw": dw, **_no_gradient_of_bias(first)}), _behind_dgrad(second, operands, shared, dx)
     return tuple(tensor for part in made for tensor in ((part,) if isinstance(part, Tensor) else part))
 
 
