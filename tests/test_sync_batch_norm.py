@@ -32,6 +32,24 @@ def stem() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=True), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
 
 
+class PreActivation(nn.Module):
+    """A block with BatchNorm and ReLU in front of its convolutions, and a projection behind the first of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(6)
+        self.conv1, self.conv2 = nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.Conv2d(6, 6, 3, 1, 1, bias=False)
+        self.downsample = nn.Conv2d(4, 6, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.relu(self.bn1(x))
+        return self.conv2(torch.relu(self.bn2(self.conv1(a)))) + self.downsample(a)
+
+
+def dense_layer() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 1, 1, bias=False))
+
+
 #: Name -> (model, shape of an image, images on each rank, options of fuse).
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int], dict[str, Any]]] = {
     "BasicBlock": (lambda: BasicBlock(4, 4), (4, 5, 6), (3, 1), {}),
@@ -48,6 +66,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int]
     "one value a channel on one rank": (lambda: BasicBlock(4, 4), (4, 1, 1), (1, 2), {}),
     "one value a channel on each rank": (lambda: BasicBlock(4, 4), (4, 1, 1), (1, 1), {}),
     "no images on one rank": (lambda: BasicBlock(4, 4), (4, 5, 6), (0, 3), {}),
+    "in front of the convolutions": (PreActivation, (4, 7, 6), (3, 1), {}),
+    "in front of a convolution, no images on one rank": (dense_layer, (4, 5, 6), (0, 3), {}),
     "a network": (TinyNet, (3, 33, 35), (1, 3), {}),
 }  # fmt: skip
 
