@@ -87,6 +87,17 @@ def test_every_kernel(arch: str, part: int, compiler: Executor) -> None:
         assert rows == {name: table["compiled"][arch].get(name) for name in names}, "if it is meant so: make compiled"
 
 
+#: Architecture -> launches in which ptxas spills 8 bytes to come down to 128 registers, with which two programs of 256 threads
+#: run at a time (docs/evidence.md has more such). The choice has no table of these architectures, it takes sm_80's.
+SECOND_PROGRAM = {
+    "sm_86": {
+        "conv 1x1 64>256 56x56 affine_add+relu", "conv 1x1 512>128 28x28 affine+relu", "conv 1x1 512>256 28x28 affine+relu",
+        "conv 1x1 1024>256 14x14 affine+relu", "conv 1x1 1024>512 14x14 affine+relu", "conv 1x1 2048>512 7x7 affine+relu",
+    },
+    "sm_89": {"conv 1x1 512>256 28x28 affine+relu", "conv 1x1 1024>512 14x14 affine+relu"},
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in compiled.MEANT if arch not in compiled.ARCHS])
 def test_inference_on_other_architectures(arch: str, compiler: Executor) -> None:
@@ -98,7 +109,9 @@ def test_inference_on_other_architectures(arch: str, compiler: Executor) -> None
     for (name, job), one in zip(infer.items(), made, strict=True):
         assert not isinstance(one, str), one
         stack = stack_of_descriptors(arch, one[0].reading.tma)
-        assert compiled.faults(job, replace(one[0], spills=one[0].spills - stack)) == [], name
+        if name in SECOND_PROGRAM.get(arch, ()) and one[0].registers == 128:
+            stack += 8
+        assert compiled.faults(job, replace(one[0], spills=max(one[0].spills - stack, 0))) == [], name
 
 
 GOOD = Facts("conv_forward", 98, 0, 1 << 16, 0, 8, 4, (4, 4), Reading("", "shared-shared", (), 4, 8, 0, 99, Loop(4, 0, 12, 80)))
