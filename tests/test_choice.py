@@ -31,11 +31,9 @@ def launches(mode: str, batch: int = 256) -> list[Launch]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's cache folder, empty; what was read before is forgotten."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured.forget()
-    choose.cache_clear()
+    choice.forget()
     yield tmp_path
-    measured.forget()
-    choose.cache_clear()
+    choice.forget()
 
 
 def test_names_and_counts_of_a_network() -> None:
@@ -190,8 +188,7 @@ def test_measured_choices_come_first(cache: Path) -> None:
     measured.write(
         measured.user_path("Some GPU"), replace(table, entries={launch.signature: measured.Entry("fused", tile, 1e-5)})
     )
-    measured.forget()
-    choose.cache_clear()
+    choice.forget()
     assert choose(launch, "sm_90", gpu="Some GPU").tile == tile
 
 

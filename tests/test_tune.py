@@ -15,7 +15,7 @@ from fused_resnet.gpu.results import Results
 from fused_resnet.gpu.stage import Stage
 from fused_resnet.gpu.timing import Call
 from fused_resnet.gpu.tuning import Way
-from fused_resnet.tuning import measured
+from fused_resnet.tuning import choice, measured
 from fused_resnet.tuning.choice import Choice, candidates
 
 GPU = "NVIDIA Test 1"
@@ -49,7 +49,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]
 
     monkeypatch.setattr(tuning, "interleaved", interleaved)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    measured.forget()
+    choice.forget()
     return seconds
 
 

@@ -29,7 +29,6 @@ import torch
 
 from fused_resnet import network
 from fused_resnet.cli.text import kernel_progress
-from fused_resnet.inspect.cache import write_whole
 from fused_resnet.inspect.compiling import Job, Outcome, compile_all
 from fused_resnet.inspect.facts import Facts
 from fused_resnet.inspect.report import label, triton_version
@@ -39,6 +38,7 @@ from fused_resnet.tuning import Tile
 from fused_resnet.tuning.classes import DATA, class_of
 from fused_resnet.tuning.devices import limits
 from fused_resnet.tuning.tile import Strip
+from fused_resnet.whole_file import write_whole
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests" / "kernels" / "compiled.json"

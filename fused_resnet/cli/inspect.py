@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    from ..inspect.cache import write_whole
+    from ..whole_file import write_whole
 
     try:
         write_whole(path, text.encode())

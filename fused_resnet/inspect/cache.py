@@ -10,10 +10,10 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from ..whole_file import write_whole
 from .facts import Facts
 
 _PACKAGE = Path(__file__).parents[1]
@@ -34,21 +34,6 @@ def _readers() -> str:
     for name in _READERS:
         digest.update((_PACKAGE / name).read_bytes())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # as open() would have made it
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 class Cache:

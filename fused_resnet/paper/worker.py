@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..whole_file import write_whole
 from .networks import responses
 from .scales import Run
 
@@ -34,7 +35,7 @@ def run(job: dict[str, Any]) -> None:
         job: ``network``, ``seed``, ``pool``, ``data``, ``data_folder``, ``recipe``, ``epochs``, ``backend``, ``out``,
             ``threads``, ``responses``.
     """
-    from ..train import Config, checkpoint, files, fit
+    from ..train import Config, checkpoint, fit
     from ..train import data as datasets
     from ..train import recipe as recipes
     from ..train.networks import make as make_network
@@ -65,11 +66,11 @@ def run(job: dict[str, Any]) -> None:
         model = make_network(config.network, len(data.classes), "eager", **config.model_arguments)
         model.load_state_dict(checkpoint.load(history.checkpoint)["model"])
         batch = next(iter(data.test.batches([datasets.Draw(list(range(min(WATCHED, len(data.test)))))])))
-        files.replace(out / RESPONSES, json.dumps(responses(model, data.normalise(batch.x))).encode())
+        write_whole(out / RESPONSES, json.dumps(responses(model, data.normalise(batch.x))).encode(), durable=True)
     done = {**job, "steps": history.step, "recipe_data": dataclasses.asdict(recipe), "threads": torch.get_num_threads()}
     if from_the_start:  # else the time before the interruption is not known
         done[PROCESSOR] = time.process_time()
-    files.replace(out / DONE, json.dumps(done, indent=1, default=str).encode())
+    write_whole(out / DONE, json.dumps(done, indent=1, default=str).encode(), durable=True)
 
 
 if __name__ == "__main__":

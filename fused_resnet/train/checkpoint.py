@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import files
+from ..whole_file import write_whole
 from .errors import TrainingError, UsageError
 
 #: Raised when a reader of the old file would misread the new one.
@@ -26,7 +26,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "schema": SCHEMA, **state}, buffer)
-    files.replace(path, buffer.getbuffer())
+    write_whole(path, buffer.getbuffer(), durable=True)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import files
+from ..whole_file import write_whole
 from .errors import UsageError
 
 
@@ -84,7 +84,7 @@ class Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / "log.csv"
         self.rows = [row for row in read(path) if row.step <= step]
-        files.replace(path, (_line(COLUMNS) + "".join(map(_format, self.rows))).encode())
+        write_whole(path, (_line(COLUMNS) + "".join(map(_format, self.rows))).encode(), durable=True)
         self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:

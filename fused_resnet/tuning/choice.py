@@ -206,6 +206,12 @@ def eager_seconds(kernel: Kernel, device: Device, dtype: torch.dtype, tf32: bool
     return _plain_convolution(kind, g, dtype, kernel.bytes, device, tf32)
 
 
+def forget() -> None:
+    """Choose anew, by the files of what was measured as they are at the next question."""
+    measured.forget()
+    choose.cache_clear()
+
+
 @lru_cache(maxsize=4096)
 def _plain_convolution(kind: str, g: Geometry, dtype: torch.dtype, moved: int, device: Device, tf32: bool) -> float:
     roles = {"conv": (("x", "w"), ("y",)), "dgrad": (("dz", "w"), ("dx",)), "wgrad": (("dz", "x"), ("dw",))}[kind]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..launch import Launch
+from ..whole_file import write_whole
 from .tile import Strip, Tile
 
 SCHEMA = 1
@@ -116,12 +117,7 @@ def write(path: Path, table: Table) -> None:
     data = {"schema": SCHEMA, "gpu": table.gpu, "torch": table.torch, "triton": table.triton, "date": table.date}
     entries = {signature: asdict(entry) for signature, entry in sorted(table.entries.items())}
     text = json.dumps({**data, "entries": entries}, indent=1)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, f"{text}\n".encode())
 
 
 def _without_batch(signature: str) -> tuple[str, int]:
@@ -143,7 +139,7 @@ def _known(gpu: str) -> dict[str, dict[int, Entry]]:
 
 
 def forget() -> None:
-    """Read the files again at the next question."""
+    """Read the files again at the next question. (:func:`.choice.forget` also forgets what was chosen by them.)"""
     _known.cache_clear()
 
 
