@@ -207,6 +207,7 @@ class FusedHighway(FusedResidual):
 def watched(block: nn.Module) -> bool:
     """Whether a call of ``block`` does more than its class's forward: hooks, a forward of its own, a compiled one."""
     replaced = "forward" in block.__dict__ or block._compiled_call_impl is not None
+    replaced = replaced or type(block).__call__ is not nn.Module.__call__
     return replaced or hooked(block) or hooks_everywhere()
 
 
@@ -220,8 +221,8 @@ class FusedStage(Fused):
     def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return []
 
-    def forward(self, x: Tensor) -> Tensor:
-        ours = False  # whether x was made by a block of this stage, and nobody saw it
+    def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
+        x, ours = input, False  # whether x was made by a block of this stage, and nobody saw it
         blocks: Any = list(self._modules.values())
         ready = [isinstance(block, FusedResidual) and not watched(block) for block in blocks]
         dropped = False
@@ -254,6 +255,9 @@ class FusedResNet(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
+        if "_forward_impl" in module.__dict__:  # torchvision's forward is a call of it
+            out: Tensor = super().forward(x)
+            return out
         x = self.run(stem_parts, x, lambda x: _one_by_one(stem_parts(self), x))
         x = module.layer4(module.layer3(module.layer2(module.layer1(x))))
         return module.fc(torch.flatten(module.avgpool(x), 1))
@@ -361,7 +365,8 @@ class FusedSequential(Fused):
     def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return [(name, part) for name, part in segments(list(module._modules.items())) if isinstance(part, Parts)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
+        x = input
         if issubclass(type(x), torch.fx.Proxy):
             x = super().forward(x)
         else:

@@ -210,13 +210,20 @@ def hooks_everywhere() -> bool:
     )
 
 
+def _sides(value: Any, conv: Any) -> tuple[int, ...]:
+    """A stride, padding or dilation as modules are made with, a tuple; one that was set afterwards may be a number or a list."""
+    count = len(conv.kernel_size)
+    sides = (value,) * count if isinstance(value, int) else tuple(value)
+    return sides * count if len(sides) == 1 else sides
+
+
 def _padding(conv: Any) -> tuple[int, ...] | None:
     """Padding in numbers, or None where it differs between the sides."""
     if not isinstance(conv.padding, str):
-        return conv.padding
+        return _sides(conv.padding, conv)
     if conv.padding == "valid":
         return tuple([0 for _ in conv.kernel_size])
-    total = [dilation * (kernel - 1) for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
+    total = [dilation * (kernel - 1) for dilation, kernel in zip(_sides(conv.dilation, conv), conv.kernel_size, strict=True)]
     return tuple([side // 2 for side in total]) if all(side % 2 == 0 for side in total) else None
 
 
@@ -227,8 +234,8 @@ def _windows(conv: Any) -> tuple[Any, ...]:
     padding = _padding(conv)
     assert padding is not None
     if type(conv) is nn.Conv1d:
-        return (1, *conv.stride), (0, *padding), (1, *conv.dilation), conv.groups
-    return conv.stride, padding, conv.dilation, conv.groups
+        return (1, *_sides(conv.stride, conv)), (0, *padding), (1, *_sides(conv.dilation, conv)), conv.groups
+    return _sides(conv.stride, conv), padding, _sides(conv.dilation, conv), conv.groups
 
 
 def _refuse_convolution(name: str, conv: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def _skip_unfit(spec: Chain, x: Tensor, skip: Any) -> bool:
 
 def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
     """Whether these inputs must run unfused: autocast would promote one, there are no images to make statistics of, or the
-    second is not of the shape and type of what it is added to.
+    shortcut is not of the shape and type of what it is added to.
 
     A rank without images takes part in a SyncBatchNorm all the same: the others wait for its share.
     """
@@ -144,11 +145,28 @@ def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
     empty = reading.batch and dimensions == reading.dimensions and x.shape[0] == 0
     if empty and not any(layer.group for layer in spec.weight_layers):
         return True
+    own = spec.residual and not spec.skip and dimensions == 4 and not torch.compiler.is_compiling()
+    if own and _broadcasts(spec, x.shape[2], x.shape[3]):
+        return True
     return (spec.skip and _skip_unfit(spec, x, skip)) or promotes(reading, x)
 
 
+@lru_cache(maxsize=4096)
+def _broadcasts(spec: Chain, h: int, w: int) -> bool:
+    """Whether the shortcut from a chain's own input has another shape than what it is added to, and PyTorch adds them still."""
+    channels = spec.layers[0].channels if spec.entry is None else spec.entry.channels
+    try:
+        made = shape_behind(spec.layers, 1, h, w)
+        side = (1, channels, h, w) if spec.projection is None else shape_behind((spec.projection,), 1, h, w)
+    except RuntimeError:  # PyTorch has an error of its own
+        return False
+    return made != side and all(a == b or 1 in (a, b) for a, b in zip(made, side, strict=True))
+
+
 def transformed() -> bool:
-    """Whether forward-mode differentiation or a torch.func transform is on, which look into operators: chains run unfused."""
+    """Whether forward-mode differentiation, a torch.func transform or torch.jit.trace looks into operators: chains run unfused."""
     if torch.compiler.is_compiling():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return True
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -40,9 +41,20 @@ def _known_classes() -> dict[type[nn.Module], type[blocks.Fused]]:
     return known
 
 
+_FORWARDS = ("forward", "_forward_impl")
+
+
 def _same_forward(kind: type[Any], known: type[Any]) -> bool:
-    names = [name for name in ("forward", "_forward_impl") if hasattr(known, name)]
-    return all(getattr(kind, name) is getattr(known, name) for name in names)
+    """Whether a class runs the forward that a class we know was written with, which itself may have got another one since."""
+    names = [name for name in _FORWARDS if hasattr(known, name)]
+    functions = [getattr(known, name) for name in names]
+    written = all(
+        isinstance(function, FunctionType)
+        and function.__globals__ is vars(sys.modules[known.__module__])
+        and function.__code__.co_name == name
+        for name, function in zip(names, functions)
+    )
+    return written and all(getattr(kind, name) is function for name, function in zip(names, functions))
 
 
 def _is_stage(module: nn.Sequential) -> bool:
@@ -102,7 +114,7 @@ def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | N
             continue
         if not _same_forward(kind, known):
             return None, f"{kind.__name__} overrides the forward of {known.__name__}"
-        if "forward" in module.__dict__:
+        if any(name in module.__dict__ for name in _FORWARDS):
             return None, f"forward was replaced on this {kind.__name__}"
         reason = next((refusal(part, structure_only=True) for _, part in fused.chains_of(module)), None)
         return (None, reason) if reason else (fused, None)

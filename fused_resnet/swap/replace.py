@@ -103,8 +103,8 @@ def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 
 
 def _swap(module: nn.Module, backend: str | None, memory: str, traced: dict[bool, Analysis], seen: set[int]) -> None:
-    """Swap ``module`` and what is in it."""
-    if id(module) in seen or quantised(module) is not None:
+    """Swap ``module`` and what is in it, but for what is fused already: our own blocks in somebody's network."""
+    if id(module) in seen or isinstance(module, blocks.Fused) or quantised(module) is not None:
         return
     seen.add(id(module))
     found = {}
@@ -155,7 +155,8 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
     Raises:
         TypeError: not a module, or a scripted one.
         ValueError: unknown backend, unknown memory.
-        RuntimeError: already fused; or the backend cannot be loaded here.
+        RuntimeError: already fused, but for parts that are (our own blocks): these stay as they are; or the backend cannot be
+            loaded here.
 
     Warns:
         UserWarning: nothing in the model could be fused.
@@ -167,12 +168,19 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
     if backend is not None:
         backends.executor(backend)
     check_memory(memory)
-    if any(isinstance(module, blocks.Fused) for module in model.modules()):
-        raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
     if not inplace:
         model = copy.deepcopy(model)
+    before = {id(module) for module in model.modules() if isinstance(module, blocks.Fused)}
     seen: set[int] = set()
-    _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, seen)
+    try:
+        _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, seen)
+    except BaseException:  # a class that cannot be derived from, say: nothing is left half done
+        for module in model.modules():
+            if isinstance(module, blocks.Fused) and id(module) not in before:
+                _give_back(module)
+        raise
+    if before and all(id(module) in before for module in model.modules() if isinstance(module, blocks.Fused)):
+        raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
     if not any(isinstance(module, blocks.Fused) for module in model.modules()):
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
         return model
@@ -196,8 +204,12 @@ def unfuse(model: Model) -> Model:
     if not fused:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
-        for option in ("fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE):
-            module.__dict__.pop(option, None)
-        kind: type[Any] = module.unfused_class
-        module.__class__ = kind
+        _give_back(module)
     return model
+
+
+def _give_back(module: blocks.Fused) -> None:
+    for option in ("fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE):
+        module.__dict__.pop(option, None)
+    kind: type[Any] = module.unfused_class
+    module.__class__ = kind

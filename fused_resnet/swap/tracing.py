@@ -45,6 +45,11 @@ class _Proxy(fx.Proxy):
     the same x does not see.
     """
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise CannotTrace(f"its forward sets {name} of a tensor")
+        super().__setattr__(name, value)
+
 
 class _TensorProxy(_Proxy):
     """A stand-in that says it is a tensor: ``isinstance(x, Tensor)`` must decide as it will for the real one."""
@@ -342,8 +347,7 @@ def _watched(module: nn.Module) -> Iterator[None]:
 
     What was changed is put back.
     """
-    composites = [part for part in module.modules() if part._modules]
-    before = [(part, dict(part.__dict__), _print(_plain(part))) for part in composites]
+    before = [(part, dict(part.__dict__), _print(_plain(part))) for part in module.modules()]
     lists = [(value, value.copy()) for _, state, _ in before for value in state.values() if type(value) in (list, dict, set)]
     states = random.getstate(), torch.random.get_rng_state()
     asked: list[str] = []
