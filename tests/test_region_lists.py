@@ -583,3 +583,24 @@ def test_the_fused_share_of_detection_models(name: str, least: float) -> None:
         net = Heads(getattr(detection, name)(weights=None, weights_backbone=None, num_classes=91))
         share = fused_share(fuse(net.eval()), torch.empty(1, 3, 320, 480))
     assert share >= least, share
+
+
+def test_the_first_call_in_other_modes() -> None:
+    """Autocast and inference; tensors without contents: not traced then, but later."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plain = randomise(OnFlag()).eval()
+    args = levels()
+    fused = fuse(copy.deepcopy(plain))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert [y.shape for y in fused([torch.empty(2, 4, 5, 7)])] == [(2, 4, 5, 7)]
+    assert fused.fused_region.tries[False] == 0 and launches(fused, args) == 3
+    fused = fuse(copy.deepcopy(plain))
+    with torch.autocast("cpu", torch.bfloat16):
+        same(fused(args), plain(args), 0.02)
+    same(fused(args), plain(args))
+    fused = fuse(copy.deepcopy(plain))
+    with torch.inference_mode():
+        fused([x.clone() for x in args])
+    same(step(fused, (args,)), step(plain, (args,)), 1e-4)
+    assert launches(fused, args) == 3

@@ -206,6 +206,8 @@ def _traced(module: Any, regions: Regions, mode: bool, structure: Structure | No
             reason = "a hook looks into all modules"
         elif "forward" in module.__dict__:
             reason = f"forward was replaced on this {type(module).__name__}"
+        elif type(torch.empty(0)) is not Tensor:
+            reason = "not traced yet, and not traced while a mode is on under which tensors are of another class"
     if reason is not None:
         return None, reason
     from .recognise import analysis

@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from .. import watch
 from ..describe import hooked, hooks_everywhere
 from .arguments import Given, Structure, put_together
 from .guards import original, printed
@@ -349,8 +350,12 @@ def _watched(module: nn.Module) -> Iterator[None]:
         raise CannotTrace(f"its forward asks torch.{asked[0]}()")
 
 
+#: What other threads, which run the module meanwhile, may keep in it.
+_OURS = ("_forward_hooks", "_modules", "fused_region", watch.ATTRIBUTE)
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if key not in ("_forward_hooks", "_modules")}
+    return {key: value for key, value in module.__dict__.items() if key not in _OURS}
 
 
 def _message(error: BaseException) -> str:
