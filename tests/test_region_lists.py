@@ -604,3 +604,55 @@ def test_the_first_call_in_other_modes() -> None:
         fused([x.clone() for x in args])
     same(step(fused, (args,)), step(plain, (args,)), 1e-4)
     assert launches(fused, args) == 3
+
+
+class Adds(Base):
+    """Puts what it makes into a list of somebody else's."""
+
+    def forward(self, found: list[Tensor]) -> None:
+        found.append(self.logits(F.relu(self.bn(self.conv(found[-1])))))
+
+
+class AddsBeside(nn.Module):
+    """No chain in it looks out of it: it could be one call, which is given a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, found: list[Tensor]) -> Tensor:
+        found.append(self.inner(found[-1]) * 2)
+        return found[0]
+
+
+class AddsByData(Adds):
+    """Cannot be traced, so it is a call."""
+
+    def forward(self, found: list[Tensor]) -> None:
+        y = self.conv(found[-1])
+        if y.sum() == y.sum():
+            found.append(y)
+
+
+class Gathers(Base):
+    """Has a child put something into its own list."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [F.relu(self.bn(self.conv(x)))]
+        self.child(found)
+        return found[-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(Adds, 3), (AddsBeside, 2), (AddsByData, 0)], ids=lambda part: getattr(part, "__name__", "")
+)
+def test_a_child_that_changes_a_list_of_its_parents(kind: type[nn.Module], expected: int) -> None:
+    plain = randomise(Gathers(kind())).eval()
+    fused, x = fuse(copy.deepcopy(plain)), torch.randn(2, 4, 6, 5)
+    for _ in range(2):
+        same(fused(x), plain(x))
+    assert launches(fused, x) == expected

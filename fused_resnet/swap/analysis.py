@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -134,7 +134,27 @@ class _Writer:
         for frame in self.traced.results:
             if not self._callable(frame):
                 opened.update(frame.lineage())
+        for node, around in self._uses():
+            for frame in self.traced.frames[node].lineage()[1:]:
+                if frame not in around and all(node is not part for part in self._gives(frame)):
+                    opened.update(frame.lineage())
         return opened
+
+    def _uses(self) -> Iterator[tuple[fx.Node, list[Frame]]]:
+        """Each node that is used, with the frames around where it is."""
+        for node in self.traced.graph.nodes:
+            for used in node.all_input_nodes:
+                yield used, self.traced.frames[node].lineage()
+        for frame in self.traced.results:
+            found: list[fx.Node] = []
+            fx.node.map_arg((frame.args, frame.kwargs), found.append)
+            for used in found:
+                yield used, frame.lineage()[:-1]
+
+    def _gives(self, frame: Frame) -> list[Any]:
+        """What the call of a frame gives back."""
+        result = self.traced.results[frame]
+        return [result, *(part for _, part in _parts(result))]
 
     def _callable(self, frame: Frame) -> bool:
         """Whether a frame's result can be taken apart again: a tensor, or tensors in a tuple, list or dict."""
@@ -245,6 +265,8 @@ def _parts(result: Any) -> list[tuple[Any, Any]]:
     if isinstance(result, fx.Node):
         made = result.op == "call_function" and result.target is OrderedDict
         return [(key, part) for key, part in cast(Any, result.args[0])] if made else []
+    if not isinstance(result, (dict, list, tuple)):
+        return []
     return list(result.items() if isinstance(result, dict) else enumerate(result))
 
 

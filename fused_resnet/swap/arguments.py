@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from dis import get_instructions
+from types import CodeType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 #: For each argument None, a tensor, or the name of a container and its keys. Plain values, which torch.compile can compare.
 Structure = tuple[tuple[str, tuple[Any, ...]] | None, ...]
@@ -97,3 +99,31 @@ class Given:
         if type(value) in (list, tuple):
             return any(self.holds(part) for part in value)
         return isinstance(value, dict) and any(self.holds(part) for part in value.values())
+
+
+#: Methods that change a list or a dict.
+_CHANGING = frozenset(
+    {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse",
+     "update", "setdefault", "popitem", "move_to_end", "__setitem__", "__delitem__"}
+)  # fmt: skip
+_CHANGING_OPERATIONS = ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+
+
+def hands_on(value: Any) -> bool:
+    """Whether there is a list or a dict in the arguments of a call."""
+    return isinstance(value, (list, dict)) or (type(value) is tuple and any(hands_on(part) for part in value))
+
+
+def may_change(module: nn.Module) -> bool:
+    """Whether the forward of a module, or of one in it, looks as if it changed a list or dict. Functions that it calls are not
+    looked into.
+    """
+    codes: list[CodeType | None] = [getattr(type(part).forward, "__code__", None) for part in module.modules()]
+    while codes:
+        code = codes.pop()
+        if code is None:
+            continue
+        if not _CHANGING.isdisjoint(code.co_names) or any(op.opname in _CHANGING_OPERATIONS for op in get_instructions(code)):
+            return True
+        codes.extend(inner for inner in code.co_consts if isinstance(inner, CodeType))
+    return False

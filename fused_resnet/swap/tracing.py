@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 
 from .. import watch
 from ..describe import hooked, hooks_everywhere
-from .arguments import Given, Structure, put_together
+from .arguments import Given, Structure, hands_on, may_change, put_together
 from .guards import original, printed
 from .quantised import quantised
 
@@ -249,10 +249,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         reason = self._leaf(m, any(isinstance(argument, (list, tuple, dict)) for argument in (*args, *kwargs.values())))
         if reason is not None:
-            if not original(type(m)).__module__.startswith("torch.") and self.given.holds([*args, *kwargs.values()]):
-                raise CannotTrace(
-                    f"its forward hands on a list or dict that it is given, to a {type(m).__name__} that stays a call"
-                )
+            self._hand_on(m, [*args, *kwargs.values()])
             if reason and has_layers(m):
                 self.traced.leaves[path] = reason
             return self.create_proxy("call_module", path, args, kwargs)
@@ -265,6 +262,16 @@ class _Tracer(fx.Tracer):
         self.traced.results[self.frame] = self.create_arg(result)
         self.frame = outer
         return result
+
+    def _hand_on(self, m: nn.Module, args: list[Any]) -> None:
+        """Raise if a module that stays a call could change a list or dict, of which the graph makes it one of its own."""
+        name = type(m).__name__
+        if original(type(m)).__module__.startswith("torch."):
+            return
+        if self.given.holds(args):
+            raise CannotTrace(f"its forward hands on a list or dict that it is given, to a {name} that stays a call")
+        if any(hands_on(argument) for argument in args) and may_change(m):
+            raise CannotTrace(f"its forward hands a list or dict to a {name}, which stays a call and may change it")
 
     def _leaf(self, m: nn.Module, contained: bool) -> str | None:
         """Why a module is not traced through; empty where nobody asks.
