@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from nets import randomise
 from tolerances import CLOSE, relative_error
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from fused_resnet import count_launches, explain, fuse, unfuse
@@ -57,13 +59,13 @@ class Lists(Base):
 
 
 class Named(Base):
-    """A dict in, a dict of lists out, the values looped over twice and counted."""
+    """A dict in, a dict with a list and a number in it out, the values looped over twice and counted."""
 
     def forward(self, levels: dict[str, Tensor]) -> dict[str, Any]:
         assert len(levels) > 0
         names, means = list(levels.keys()), [x.mean() for x in levels.values()]
         made = OrderedDict((f"{name}!", F.relu(self.bn(self.conv(x)))) for name, x in zip(names, levels.values()))
-        return {"made": list(made.values()), "means": means, "first": self.logits(levels[names[0]]), "count": len(levels)}
+        return {**made, "means": means, "first": self.logits(levels[names[0]]), "count": len(levels)}
 
 
 class Neck(Base):
@@ -522,6 +524,24 @@ def test_export_gives_what_the_modules_compute() -> None:
         program = torch.export.export(fused, (args,))
         same(program.module()(args), plain(args))
         assert not [node for node in program.graph.nodes if "fused_resnet" in str(node.target)], "standard operators"
+
+
+def test_data_parallel_training_around_a_head(tmp_path: Path) -> None:
+    """One process: the first step traces it inside of the wrapper."""
+    plain = randomise(Head()).train()
+    fused, args, exact = fuse(copy.deepcopy(plain)), levels(), copy.deepcopy(plain).double()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(fused)
+        for _ in range(2):
+            result, gradients = step(wrapped, (args,))
+            wanted, truth = step(exact, (rebuilt(args, Tensor.double),))
+            same(result, wanted.float())
+            for found, gradient in zip(gradients, truth, strict=True):
+                assert relative_error(found, gradient) < 1e-4
+        assert launches(wrapped, args) == KINDS[Head][True]
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_parent_that_is_traced_at_fuse_takes_the_loop_into_its_chains() -> None:
