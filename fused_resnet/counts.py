@@ -297,7 +297,9 @@ def _followed(model: nn.Module) -> list[nn.Module]:
 def _settle(model: nn.Module, x: Any) -> None:
     """Run a model once that has forwards which are traced for what they are called with: what follows hooks into them."""
     regions = [module for module in model.modules() if isinstance(module, FusedRegion)]
-    if not any([waits(module) for module in regions]):
+    for module in regions:
+        module.chains()  # which looks at those that nobody has looked at since they were unpickled
+    if not any(waits(module) for module in regions):
         return
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

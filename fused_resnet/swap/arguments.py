@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .guards import original
+
 #: For each argument None, a tensor, or the name of a container and its keys. Plain values, which torch.compile can compare.
 Structure = tuple[tuple[str, tuple[Any, ...]] | None, ...]
 
@@ -118,11 +120,11 @@ def may_change(module: nn.Module) -> bool:
     """Whether the forward of a module, or of one in it, looks as if it changed a list or dict. Functions that it calls are not
     looked into.
     """
-    codes: list[CodeType | None] = [getattr(type(part).forward, "__code__", None) for part in module.modules()]
+    kinds = {original(type(part)) for part in module.modules()}
+    forwards = [kind.forward for kind in kinds if not kind.__module__.startswith("torch.")]
+    codes: list[CodeType] = [forward.__code__ for forward in forwards if hasattr(forward, "__code__")]
     while codes:
         code = codes.pop()
-        if code is None:
-            continue
         if not _CHANGING.isdisjoint(code.co_names) or any(op.opname in _CHANGING_OPERATIONS for op in get_instructions(code)):
             return True
         codes.extend(inner for inner in code.co_consts if isinstance(inner, CodeType))
