@@ -60,6 +60,11 @@ def follows(conv: nn.Module, module: nn.Module) -> bool:
     return type(module) is _POOLS.get(dimensions)
 
 
+def pools(conv: nn.Module, module: Any) -> bool:
+    """Whether ``module`` is a max-pooling of what ``conv`` gives that can be launched: in floor mode, without indices."""
+    return not is_norm(module) and follows(conv, module) and not (module.ceil_mode or module.return_indices)
+
+
 #: BatchNorms of others, by the end of the class's name and the start of its module's.
 _FROZEN: dict[str, tuple[str, ...]] = {
     "FrozenBatchNorm2d": ("torchvision.ops", "transformers.models."),
@@ -313,7 +318,7 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     if reason is not None:
         return reason
     pool: Any = parts.pool
-    if pool is not None and (not follows(parts.layers[0].conv, pool) or pool.ceil_mode or pool.return_indices):
+    if pool is not None and not pools(parts.layers[0].conv, pool):
         return f"the pooling is {pool}, not a max-pooling of as many dimensions in floor mode without indices"
     if structure_only:
         return None
