@@ -30,6 +30,7 @@ from .describe import (
     is_activation,
     is_convolution,
     is_norm,
+    pools,
     read,
 )
 from .watch import Memory
@@ -346,7 +347,7 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
             index = behind
         parts = Parts(layers, entry=entry)
         if layers and _worth_it(parts) and not (pooled and not parts.norms):
-            if index < len(children) and not is_norm(children[index][1]) and follows(layers[0].conv, children[index][1]):
+            if index < len(children) and pools(layers[0].conv, children[index][1]):
                 parts.pool = children[index][1]
                 index += 1
             yield name, parts

@@ -35,6 +35,7 @@ from .functional import ChainFunction
 from .launch import Geometry
 from .measure import saved_bytes
 from .plan import forward_plan, nominal_size
+from .swap.region import FusedRegion, waits
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,28 @@ def _followed(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if id(module) not in inside]
 
 
+def _settle(model: nn.Module, x: Any) -> None:
+    """Run a model once that has forwards which are traced for what they are called with: what follows hooks into them."""
+    regions = [module for module in model.modules() if isinstance(module, FusedRegion)]
+    for module in regions:
+        module.chains()  # which looks at those that nobody has looked at since they were unpickled
+    if not any(waits(module) for module in regions):
+        return
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(x)
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
 @contextmanager
 def _counting(model: nn.Module, x: Tensor, training: bool = False) -> Iterator[_Counter]:
-    with count_launches() as log, backend("reference") if x.is_meta else nullcontext():
+    def on() -> Any:
+        return backend("reference") if x.is_meta else nullcontext()
+
+    with on():
+        _settle(model, x)
+    with count_launches() as log, on():
         counter = _Counter(model, log, training)
         hooks = []
         for module in _followed(model):

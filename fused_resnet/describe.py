@@ -60,6 +60,11 @@ def follows(conv: nn.Module, module: nn.Module) -> bool:
     return type(module) is _POOLS.get(dimensions)
 
 
+def pools(conv: nn.Module, module: Any) -> bool:
+    """Whether ``module`` is a max-pooling of what ``conv`` gives that can be launched: in floor mode, without indices."""
+    return not is_norm(module) and follows(conv, module) and not (module.ceil_mode or module.return_indices)
+
+
 #: BatchNorms of others, by the end of the class's name and the start of its module's.
 _FROZEN: dict[str, tuple[str, ...]] = {
     "FrozenBatchNorm2d": ("torchvision.ops", "transformers.models."),
@@ -211,7 +216,7 @@ def hooks_everywhere() -> bool:
 
 
 def _sides(value: Any, conv: Any) -> tuple[int, ...]:
-    """A stride, padding or dilation as modules are made with, a tuple; one that was set afterwards may be a number or a list."""
+    """A stride, padding or dilation as modules are made with, a tuple; set afterwards it may be a number or a list."""
     count = len(conv.kernel_size)
     sides = (value,) * count if isinstance(value, int) else tuple(value)
     return sides * count if len(sides) == 1 else sides
@@ -320,7 +325,7 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     if reason is not None:
         return reason
     pool: Any = parts.pool
-    if pool is not None and (not follows(parts.layers[0].conv, pool) or pool.ceil_mode or pool.return_indices):
+    if pool is not None and not pools(parts.layers[0].conv, pool):
         return f"the pooling is {pool}, not a max-pooling of as many dimensions in floor mode without indices"
     if structure_only:
         return None

@@ -164,7 +164,7 @@ def _broadcasts(spec: Chain, h: int, w: int) -> bool:
 
 
 def transformed() -> bool:
-    """Whether forward-mode differentiation, a torch.func transform or torch.jit.trace looks into operators: chains run unfused."""
+    """Whether forward-mode differentiation, torch.func or torch.jit.trace looks into operators: chains run unfused."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._get_tracing_state() is not None:

@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo_check import fill
 
 from fused_resnet import count_launches, explain, fuse, unfuse
+from fused_resnet.swap.region import WAITING
 
 NAMES = (
     "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn",
@@ -115,7 +116,6 @@ def test_it_trains_and_detects_as_before(name: str) -> None:
 def test_what_chooses_boxes_is_left_alone() -> None:
     model = fuse(small().eval())
     fused = [name for name, module in model.named_modules() if "Fused" in type(module).__name__]
-    assert "" not in fused and not any(name in fused for name in ("rpn", "roi_heads", "transform"))
-    takes = "its forward takes apart an argument that is no tensor, or counts with sizes: "
-    notes = {row.name.split(".")[1]: row.note for row in explain(model, show=False).left_alone}
-    assert notes == {"head": f"{takes}RPNHead"}
+    assert "" not in fused and not any(name in fused for name in ("rpn", "roi_heads", "transform")) and "rpn.head" in fused
+    notes = {row.name: row.note for row in explain(model, show=False).left_alone}
+    assert notes == dict.fromkeys(("rpn.head.cls_logits", "rpn.head.bbox_pred"), WAITING)

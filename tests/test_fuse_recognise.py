@@ -133,7 +133,7 @@ SEQUENTIALS = {
         5,
     ),
     "conv first alone": (lambda: [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)], 2),
-    "pool ceil mode": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], None),
+    "pool ceil mode": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], 1),
     "average pool": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2)], 1),
     "dropout between": (lambda: [nn.Conv2d(3, 4, 3), nn.Dropout(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU()], 2),
     "bias alone": (lambda: [nn.Conv2d(3, 4, 3), nn.Sigmoid()], 1),

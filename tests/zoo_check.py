@@ -14,6 +14,8 @@ from fused_resnet import count_launches, fuse, unfuse
 
 #: How far an output in fp32 may be from float64, over its norm, by mode.
 OUTPUT = {False: 1e-4, True: 1e-3}
+#: How far running statistics in fp32 may be from float64 in any case; else three times as far as eager's, in deep networks.
+STATE = 1e-4
 #: How many times eager's own distance from float64 gradients may have, and what is allowed in any case. Eager's own is the
 #: larger of two memory formats: fused blocks run in channels_last, where PyTorch's CPU BatchNorm adds up pixel after pixel.
 GRADIENTS, FLOOR = 3.0, 1e-5
@@ -108,7 +110,7 @@ def check(name: str, training: bool) -> None:
     truth, wanted = _step(exact, x.double())
     if name not in zoo.LEAN:
         check_exactly(plain, x, truth, wanted, exact)
-    exact.zero_grad()
+    moved = {key: value.clone() for key, value in exact.named_buffers()}
     del exact
     fused = copy.deepcopy(plain)
     kinds = [type(module) for module in fused.modules()]
@@ -128,7 +130,8 @@ def check(name: str, training: bool) -> None:
         assert times[2] <= GRADIENTS, f"gradients: {times} times eager's own error"
     assert list(fused.state_dict()) == list(plain.state_dict()) == list(state)
     for key, value in fused.state_dict().items():
-        assert _far(value, plain.state_dict()[key]) < 1e-4, key
+        t = moved.get(key, state[key])
+        assert _far(value, t) <= max(3 * _far(plain.state_dict()[key], t), STATE), f"{key}: {_far(value, t):.1e}"
         if not training:
             assert torch.equal(value, state[key]), key
     unfuse(fused)

@@ -14,7 +14,7 @@ from ..inputs import transformed
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .quantised import quantised
 from .recognise import analysis, fused_forward
-from .region import FusedRegion, usable
+from .region import WAITING, FusedRegion, current
 from .replace import stands_for
 
 
@@ -183,10 +183,10 @@ class _Walk:
             self.seen.update(id(part) for part in parts.modules)
         if not isinstance(module, FusedRegion):
             return f"stands alone in a {module.unfused_class.__name__}"
-        region, reason = usable(module)
+        region, reason = current(module)
         for place, why in region.reasons.items() if region is not None else ():
             self.reasons.setdefault(id(module.get_submodule(place)), why)
-        if reason is not None:
+        if reason is not None and reason != WAITING:
             self.fallen.add(reason)
         return reason or f"stands alone in a {module.unfused_class.__name__}: no chain reaches it"
 

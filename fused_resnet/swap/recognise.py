@@ -7,6 +7,7 @@ one that overrides it is not.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -16,8 +17,9 @@ from torch import nn
 
 from .. import blocks, plain, plain_paper, plain_rows
 from ..describe import Parts, refusal
+from .analysis import Analysis
 from .quantised import quantised
-from .region import Analysis, FusedRegion, Region
+from .region import FusedRegion, Later, Region
 from .tracing import has_layers
 
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
@@ -86,9 +88,18 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
     if isinstance(module, (torch.jit.ScriptModule, nn.modules.batchnorm._NormBase)) or not has_layers(module):
         return None, reason
     region = (traced or analysis()).region(module)
-    if isinstance(region, Region):
+    if isinstance(region, Region) or (isinstance(region, Later) and any(_layers_of(module))):
         return FusedRegion, None
-    return None, region or reason
+    return None, region.reason if isinstance(region, Later) else region or reason
+
+
+def _layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The convolutions and normalisations that a module calls itself, as its children or in lists of them."""
+    for child in module.children():
+        if isinstance(child, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
+            yield child
+        elif type(child) in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
+            yield from _layers_of(child)
 
 
 def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:

@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +19,12 @@ from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows, watch
 from ..describe import check_memory
+from .analysis import Analysis
+from .guards import descend
 from .layout import FusedView, is_viewed, views_itself
 from .quantised import quantised
 from .recognise import analysis, fused_forward
-from .region import Analysis, FusedRegion, Regions
+from .region import FusedRegion, Later, Region, Regions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,28 +105,52 @@ def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
             module.training = training
 
 
-def _swap(module: nn.Module, backend: str | None, memory: str, traced: dict[bool, Analysis], seen: set[int]) -> None:
+@dataclass
+class _Swapping:
+    """A model while it is being fused: what its modules were found to be, and which of them are called no longer, since chains
+    of a region around them look out of them; by mode.
+    """
+
+    traced: dict[bool, Analysis] = field(default_factory=lambda: {mode: analysis() for mode in (True, False)})
+    inside: dict[bool, set[int]] = field(default_factory=lambda: {mode: set() for mode in (True, False)})
+    seen: set[int] = field(default_factory=set)
+
+    def forward_of(self, module: nn.Module, mode: bool) -> type[blocks.Fused] | None:
+        """The fused forward of a module in a mode, if something is gained by it."""
+        with _in_mode(module, mode):
+            fused = fused_forward(module, self.traced[mode])[0]
+            waiting = fused is FusedRegion and isinstance(self.traced[mode].region(module), Later)
+            return None if waiting and id(module) in self.inside[mode] else fused
+
+    def regions(self, module: nn.Module) -> Regions:
+        """What a module was found to be; where its chains look out of what is in it, that is called no longer."""
+        regions = Regions()
+        for mode, known in self.traced.items():
+            found = known.region(module)
+            regions.add(mode, found)
+            for path in found.inlined if isinstance(found, Region) else ():
+                self.inside[mode].add(id(descend(module, path)))
+        return regions
+
+
+def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swapping) -> None:
     """Swap ``module`` and what is in it, but for what is fused already: our own blocks in somebody's network."""
+    seen = swapping.seen
     if id(module) in seen or isinstance(module, blocks.Fused) or quantised(module) is not None:
         return
     seen.add(id(module))
-    found = {}
-    for mode, known in traced.items():
-        with _in_mode(module, mode):
-            found[mode] = fused_forward(module, known)[0]
+    found = {mode: swapping.forward_of(module, mode) for mode in (True, False)}
     fused = found[True] or found[False]
     if fused is not None:
         swapped: Any = module
         if fused is FusedRegion:
-            swapped.fused_region = Regions()
-            for mode, known in traced.items():
-                swapped.fused_region.add(mode, known.region(module))
+            swapped.fused_region = swapping.regions(module)
         module.__class__ = fused_class(type(module), fused)
         swapped.fused_backend = backend
         swapped.fused_memory = memory
     for child in module.children():
         if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
-            _swap(child, backend, memory, traced, seen)
+            _swap(child, backend, memory, swapping)
 
 
 def fuse(model: Model, *, backend: str | None = None, memory: str = "default", inplace: bool = True) -> Model:
@@ -171,9 +198,9 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
     if not inplace:
         model = copy.deepcopy(model)
     before = {id(module) for module in model.modules() if isinstance(module, blocks.Fused)}
-    seen: set[int] = set()
+    swapping = _Swapping()
     try:
-        _swap(model, backend, memory, {mode: analysis() for mode in (True, False)}, seen)
+        _swap(model, backend, memory, swapping)
     except BaseException:  # a class that cannot be derived from, say: nothing is left half done
         for module in model.modules():
             if isinstance(module, blocks.Fused) and id(module) not in before:
@@ -185,7 +212,7 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
         return model
     for module in model.modules():
-        if id(module) in seen and views_itself(module):  # not what is in a part that must stay as it is
+        if id(module) in swapping.seen and views_itself(module):  # not what is in a part that must stay as it is
             kind: Any = fused_class(type(module), FusedView)
             module.__class__ = kind
     return model

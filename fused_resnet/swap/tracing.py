@@ -23,21 +23,28 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from .. import watch
 from ..describe import hooked, hooks_everywhere
+from .arguments import Given, Structure, hands_on, may_change, put_together
+from .guards import original, printed
 from .quantised import quantised
 
-_lock = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
+LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
 
 
 class CannotTrace(Exception):
     """Why a forward cannot be traced, in a sentence without a full stop."""
+
+
+class TakesApart(CannotTrace):
+    """An argument is counted or looped over. It may be a container: it can be traced once it is known what is in it."""
 
 
 class _Proxy(fx.Proxy):
@@ -49,6 +56,10 @@ class _Proxy(fx.Proxy):
         if name not in ("node", "tracer"):
             raise CannotTrace(f"its forward sets {name} of a tensor")
         super().__setattr__(name, value)
+
+    def __len__(self) -> int:
+        cast(_Tracer, self.tracer).take_apart(self)
+        return super().__len__()
 
 
 class _TensorProxy(_Proxy):
@@ -90,101 +101,6 @@ class Frame:
         return [self] if self.parent is None else [*self.parent.lineage(), self]
 
 
-_PLAIN = (type(None), bool, int, float, str)
-
-
-def _print(value: Any, depth: int = 3) -> Any:
-    """What two equal values have in common: plain values themselves, containers by their contents, others as objects."""
-    if type(value) in (*_PLAIN, complex, bytes, torch.dtype, torch.device):
-        return (type(value), value)
-    if depth and type(value) in (tuple, list):
-        return (type(value), tuple(_print(part, depth - 1) for part in value))
-    if depth and isinstance(value, dict):
-        return (type(value), tuple((_print(key, 0), _print(part, depth - 1)) for key, part in value.items()))
-    if depth and type(value) in (set, frozenset):
-        return (type(value), frozenset(_print(part, 0) for part in value))
-    return (type(value), id(value))
-
-
-#: Attributes of every nn.Module that say nothing about its forward, or that are compared otherwise.
-_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE}
-
-
-def _original(kind: Any) -> type[Any]:
-    """The class behind a fused one."""
-    return getattr(kind, "unfused_class", None) or kind
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What a traced forward may have read of one module: its class, its attributes and its children's classes."""
-
-    path: tuple[str, ...]
-    kind: type[Any]
-    plain: tuple[tuple[str, Any], ...]
-    others: tuple[tuple[str, Any], ...]
-    children: tuple[tuple[str, type[Any]], ...]
-    training: bool
-    called: bool
-
-    @staticmethod
-    def of(path: str, module: nn.Module, called: bool) -> Guard:
-        """Of the module as it is; ``called``: it would run, and its hooks with it (a ModuleList does not)."""
-        own = {key: value for key, value in module.__dict__.items() if key not in _OWN}
-        plain = tuple((key, value) for key, value in own.items() if type(value) in _PLAIN)
-        others = tuple((key, _print(value)) for key, value in own.items() if type(value) not in _PLAIN)
-        children = tuple((name, _original(type(child))) for name, child in module._modules.items())
-        names = tuple(path.split(".")) if path else ()
-        return Guard(names, _original(type(module)), plain, others, children, module.training, called)
-
-    def broken(self, root: nn.Module) -> str | None:
-        """What has changed, or None."""
-        module = descend(root, self.path)
-        if module is None or _original(type(module)) is not self.kind:
-            return f"{'.'.join(self.path) or 'the module'} is no longer a {self.kind.__name__}"
-        found = module.__dict__
-        if "forward" in found:
-            return f"forward was replaced on its {self.kind.__name__}"
-        if self.called and (hooked(module) or module._compiled_call_impl is not None):
-            return f"a hook looks into its {self.kind.__name__}"
-        if module.training is not self.training:
-            return f"its {self.kind.__name__} is in another mode than when it was traced"
-        children = module._modules
-        if len(children) != len(self.children):
-            return f"the children of its {self.kind.__name__} changed"
-        for name, kind in self.children:
-            if name not in children or _original(type(children[name])) is not kind:
-                return f"{name} of its {self.kind.__name__} was replaced"
-        for key, value in self.plain:
-            if key not in found or type(found[key]) is not type(value) or found[key] != value:
-                return f"the attribute {key} of its {self.kind.__name__} changed"
-        if torch.compiler.is_compiling():  # which cannot compare objects by their ids
-            return None
-        for key, value in self.others:
-            if key not in found or _print(found[key]) != value:
-                return f"the attribute {key} of its {self.kind.__name__} changed"
-        return None
-
-
-def signature(module: nn.Module) -> Any:
-    """What two modules have in common that are traced to the same graph: all that their forwards can decide by."""
-    own = tuple((key, _print(value)) for key, value in module.__dict__.items() if key not in _OWN)
-    tensors = tuple((key, type(value)) for key, value in (*module._parameters.items(), *module._buffers.items()))
-    children = tuple((name, child is not None and signature(child)) for name, child in module._modules.items())
-    watched = hooked(module) or "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return type(module), module.training, watched, own, tensors, children
-
-
-def descend(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    """The module at a place, or None."""
-    module: Any = root
-    for name in path:
-        module = module._modules.get(name)
-        if module is None:
-            return None
-    return module
-
-
 @dataclass
 class Traced:
     """A graph with the frames of its nodes.
@@ -218,7 +134,7 @@ def code_of(module: nn.Module) -> FunctionType:
     Raises:
         CannotTrace: it is no plain function of tensors.
     """
-    forward = _original(type(module)).forward
+    forward = original(type(module)).forward
     if not isinstance(forward, FunctionType):
         raise CannotTrace("its forward is no Python function")
     if hasattr(forward, "__wrapped__"):
@@ -239,16 +155,27 @@ def arguments_of(module: nn.Module) -> tuple[int, int]:
     return sum(p.default is kinds.empty for p in parameters), len(parameters)
 
 
+#: Methods of a dict that give what is looped over.
+_OPENED = ("keys", "values", "items")
+
+
 class _Tracer(fx.Tracer):
     """See the module. One for each trace."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opaque: Callable[[nn.Module], str | None], untraceable: dict[nn.Module, str]) -> None:
+    def __init__(
+        self,
+        opaque: Callable[[nn.Module], str | None],
+        untraceable: dict[nn.Module, str],
+        structure: Structure | None = None,
+    ) -> None:
         super().__init__()
         self.thread = threading.get_ident()
         self.opaque = opaque
         self.untraceable = untraceable
+        self.structure = structure
+        self.given = Given([])
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
         self.looking = False  # at a module's parameters, not on the way through its forward
@@ -257,10 +184,43 @@ class _Tracer(fx.Tracer):
     # ---- what torch.fx calls
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Stand-ins for the arguments without a default; the others keep theirs."""
+        """Stand-ins for the arguments without a default, or for those of a structure; the others keep theirs."""
+        if self.structure is not None:
+            parts = (self.create_proxy("placeholder", f"given_{index}", (), {}) for index in count())
+            arguments = put_together(self.structure, parts)
+            self.given = Given(arguments)
+            return self._reading(root_fn), [self.root, *arguments]
         required = list(inspect.signature(root_fn).parameters.values())[1:]
         names = [p.name for p in required if p.default is inspect.Parameter.empty]
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def _reading(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that may only read the containers that it is given."""
+
+        def reading(*args: Any) -> Any:
+            result = forward(*args)
+            if self.given.changed():
+                raise CannotTrace("its forward changes a list or dict that it is given")
+            if self.given.holds(result):
+                raise CannotTrace("its forward gives back a list or dict that it is given")
+            return result
+
+        return reading
+
+    def take_apart(self, obj: fx.Proxy) -> None:
+        """Raise if what is counted or looped over is an argument, or a part of one that is a container."""
+        node = obj.node
+        while node.op != "placeholder":
+            opened = node.op == "call_method" and node.target in _OPENED
+            if not (opened or node.target is operator.getitem) or not isinstance(node.args[0], fx.Node):
+                return
+            node = node.args[0]
+        if self.structure is None:
+            raise TakesApart("its forward takes apart an argument")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        self.take_apart(obj)
+        return super().iter(obj)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -294,6 +254,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         reason = self._leaf(m, any(isinstance(argument, (list, tuple, dict)) for argument in (*args, *kwargs.values())))
         if reason is not None:
+            self._hand_on(m, [*args, *kwargs.values()])
             if reason and has_layers(m):
                 self.traced.leaves[path] = reason
             return self.create_proxy("call_module", path, args, kwargs)
@@ -301,11 +262,21 @@ class _Tracer(fx.Tracer):
         mark = self.create_node("call_function", _mark, (), {})
         self.frame = Frame(path, outer, mark, self.create_arg(args), self.create_arg(kwargs))
         self.running.append(m)
-        result = _original(type(m)).forward(m, *args, **kwargs)
+        result = original(type(m)).forward(m, *args, **kwargs)
         self.running.pop()
         self.traced.results[self.frame] = self.create_arg(result)
         self.frame = outer
         return result
+
+    def _hand_on(self, m: nn.Module, args: list[Any]) -> None:
+        """Raise if a module that stays a call could change a list or dict, of which the graph makes it one of its own."""
+        name = type(m).__name__
+        if original(type(m)).__module__.startswith("torch."):
+            return
+        if self.given.holds(args):
+            raise CannotTrace(f"its forward hands on a list or dict that it is given, to a {name} that stays a call")
+        if any(hands_on(argument) for argument in args) and may_change(m):
+            raise CannotTrace(f"its forward hands a list or dict to a {name}, which stays a call and may change it")
 
     def _leaf(self, m: nn.Module, contained: bool) -> str | None:
         """Why a module is not traced through; empty where nobody asks.
@@ -314,7 +285,7 @@ class _Tracer(fx.Tracer):
         """
         if m in self.untraceable:
             return self.untraceable[m]
-        kind = _original(type(m))
+        kind = original(type(m))
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
         if not contained and (not list(m.children()) or not has_layers(m)):
@@ -347,27 +318,40 @@ def _watched(module: nn.Module) -> Iterator[None]:
 
     What was changed is put back.
     """
-    before = [(part, dict(part.__dict__), _print(_plain(part))) for part in module.modules()]
+    before = [(part, dict(part.__dict__), printed(_plain(part))) for part in module.modules()]
     lists = [(value, value.copy()) for _, state, _ in before for value in state.values() if type(value) in (list, dict, set)]
     states = random.getstate(), torch.random.get_rng_state()
     asked: list[str] = []
+    thread = threading.get_ident()
     modes = {name: getattr(torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")}
 
     def spy(name: str) -> Callable[..., Any]:
         def spied(*args: Any) -> Any:
-            asked.append(name)
+            if threading.get_ident() == thread:
+                asked.append(name)
             return modes[name](*args)
 
         return spied
 
+    switched: list[nn.Module] = []
+    set_attribute: Any = nn.Module.__setattr__
+
+    def setting(self: nn.Module, name: str, value: Any) -> None:
+        if name == "training" and threading.get_ident() == thread:
+            switched.append(self)  # in this mode it may be what it was
+        set_attribute(self, name, value)
+
     for name in modes:
         setattr(torch, name, spy(name))
+    patched: Any = nn.Module
+    patched.__setattr__ = setting
     try:
         yield
     finally:
+        patched.__setattr__ = set_attribute
         for name, function in modes.items():
             setattr(torch, name, function)
-        changed = [part for part, _, mark in before if _print(_plain(part)) != mark]
+        changed = [part for part, _, mark in before if printed(_plain(part)) != mark]
         for value, copy in lists:
             if type(value) is list:
                 value[:] = copy
@@ -378,6 +362,7 @@ def _watched(module: nn.Module) -> Iterator[None]:
             if part in changed:
                 part.__dict__.clear()
                 part.__dict__.update(state)
+    changed += switched
     if changed:
         raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
     if random.getstate() != states[0] or not torch.equal(torch.random.get_rng_state(), states[1]):
@@ -388,8 +373,12 @@ def _watched(module: nn.Module) -> Iterator[None]:
         raise CannotTrace(f"its forward asks torch.{asked[0]}()")
 
 
+#: What other threads, which run the module meanwhile, may keep in it.
+_OURS = ("_forward_hooks", "_modules", "fused_region", watch.ATTRIBUTE)
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if key not in ("_forward_hooks", "_modules")}
+    return {key: value for key, value in module.__dict__.items() if key not in _OURS}
 
 
 def _message(error: BaseException) -> str:
@@ -399,35 +388,42 @@ def _message(error: BaseException) -> str:
     if "inputs to control flow" in text:
         return "the control flow of its forward depends on data"
     if "iterat" in text or "len" in text:
-        return "its forward takes apart an argument that is no tensor, or counts with sizes"
+        return "its forward takes apart a tensor, or counts with sizes"
     return f"its forward cannot be traced ({type(error).__name__}: {text[:100]})"
 
 
-def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None]) -> Traced:
+def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structure: Structure | None = None) -> Traced:
     """The graph of a module's forward, its children traced through where that can be done.
 
     Args:
         module: fused or not; the forward of its original class is traced.
         opaque: why a child must stay a call, or None; empty where that needs no reason.
+        structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
+            each argument that must be given.
 
     Raises:
+        TakesApart: it could be, if the structure of its arguments were known.
         CannotTrace: the forward of the module itself cannot be traced.
     """
     if hooks_everywhere():
         raise CannotTrace("a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)")
     if "forward" in module.__dict__:
         raise CannotTrace(f"forward was replaced on this {type(module).__name__}")
-    arguments_of(module)
+    required, most = arguments_of(module)
+    if structure is not None and not required <= len(structure) <= most:
+        raise CannotTrace(f"it was called with {len(structure)} arguments by position, its forward must be given {required}")
     untraceable: dict[nn.Module, str] = {}
-    with _lock:
+    with LOCK:
         while True:
-            tracer = _Tracer(opaque, untraceable)
+            tracer = _Tracer(opaque, untraceable, structure)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
                 with _watched(module):
                     graph = tracer.trace(module)
             except Exception as error:  # the code of others, run on stand-ins: whatever it raises
                 if not tracer.running:
+                    if isinstance(error, CannotTrace):
+                        raise
                     raise CannotTrace(_message(error)) from error
                 blamed = tracer.running[-1]  # try again with a call of it in its place
                 untraceable[blamed] = _message(error)

@@ -1,0 +1,297 @@
+"""Which modules are regions: their forwards traced, chains found in them, and written out again.
+
+A module's forward is the traced one (:mod:`.tracing`), written out again with a call for each chain (:mod:`.patterns`). A child
+that no chain looks out of stays one call, with its hooks and its own chains.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from ..blocks import Fused
+from ..chain import shape_behind
+from ..describe import convolutions
+from .arguments import Structure
+from .guards import Guard, descend, signature
+from .layout import to_reshape
+from .patterns import EntryPlace, LayerPlace, Match, Matcher
+from .region import FusedRegion, Later, Path, Places, Region, Site, waits
+from .tracing import CannotTrace, Frame, TakesApart, Traced, arguments_of, trace
+
+
+def _path(place: str | None) -> Path | None:
+    return None if place is None else tuple(place.split("."))
+
+
+class Analysis:
+    """What is known of a model's modules while it is being looked at: each module is traced once.
+
+    Args:
+        known: what else is fused in a module: ``(class, reason)`` as :func:`fused_resnet.swap.recognise.fused_forward`.
+    """
+
+    def __init__(self, known: Callable[[nn.Module], tuple[type[Fused] | None, str | None]]) -> None:
+        self.known = known
+        self.found: dict[int, Region | Later | str | None] = {}
+        self.like: dict[Any, Region | Later | str | None] = {}
+        self.keep: list[nn.Module] = []
+
+    def region(self, module: nn.Module) -> Region | Later | str | None:
+        """The region that a module is for tensors; a reason why its forward cannot be looked into, or not yet; None where it
+        holds no chain.
+        """
+        if id(module) not in self.found:
+            self.keep.append(module)  # its id is its own while it lives
+            self.found[id(module)] = None
+            like = (
+                signature(module)
+                if len({*module.modules()}) == sum(1 for _ in module.named_modules(remove_duplicate=False))
+                else None
+            )
+            if like is None or like not in self.like:
+                self.like[like] = self.look(module)
+            self.found[id(module)] = self.like[like]
+        return self.found[id(module)]
+
+    def _opaque(self, module: nn.Module) -> str | None:
+        """Known blocks stay calls."""
+        if isinstance(module, Fused) and not isinstance(module, FusedRegion) and not isinstance(module, nn.Sequential):
+            return ""
+        kind = None if isinstance(module, nn.Sequential) else self.known(module)[0]
+        return None if kind is None else ""
+
+    def _own(self, module: nn.Module) -> bool:
+        """Whether a child runs its chains itself."""
+        if isinstance(module, Fused):
+            return not waits(module)
+        return self.known(module)[0] is not None or isinstance(self.region(module), Region)
+
+    def _as_traced(self, module: nn.Module, frame: Frame) -> bool:
+        """Whether a child is called as it was traced: tensors for the arguments it must have, and nothing else."""
+        found = self.found.get(id(module))
+        tensors = all(isinstance(argument, fx.Node) for argument in frame.args) and not frame.kwargs
+        return tensors and (not isinstance(found, Region) or len(frame.args) == found.required)
+
+    def look(self, module: nn.Module, structure: Structure | None = None) -> Region | Later | str | None:
+        """As :meth:`region`, for arguments of a structure; None: tensors."""
+        try:
+            traced = trace(module, self._opaque, structure)
+        except TakesApart as error:
+            return Later(str(error))
+        except CannotTrace as error:
+            return str(error)
+        matcher = Matcher(module, traced.graph)
+        frames = traced.frames
+        matches = matcher.find(lambda a, b: frames[a] is frames[b])
+        spanning = [match for match in matches if self._owner(module, match, traced).path == ""]
+        reshaped = to_reshape(traced.graph, matcher)
+        if not spanning and not (self._fused_inside(module, matches) and any(frames[node].parent is None for node in reshaped)):
+            return None
+        return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
+
+    def _fused_inside(self, module: nn.Module, matches: list[Match]) -> bool:
+        """Whether some child gives a tensor that a chain has made."""
+        return bool(matches) or any(self.known(child)[0] is not None for child in module.modules() if child is not module)
+
+    def _owner(self, root: nn.Module, match: Match, traced: Traced) -> Frame:
+        """The innermost frame around a chain whose module runs its chains itself."""
+        lineages = [traced.frames[node].lineage() for node in match.nodes]
+        common = [frames[0] for frames in zip(*lineages) if all(frame is frames[0] for frame in frames)]
+        for frame in reversed(common[1:]):
+            inner = descend(root, tuple(frame.path.split(".")))
+            if inner is not None and self._own(inner) and self._as_traced(inner, frame):
+                return frame
+        return common[0]
+
+
+class _Writer:
+    """Writes a traced forward out again, with the chains."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        traced: Traced,
+        matcher: Matcher,
+        matches: list[Match],
+        spanning: list[Match],
+        reshaped: set[fx.Node],
+    ) -> None:
+        self.module, self.traced, self.matcher, self.reshaped = module, traced, matcher, reshaped
+        self.open = self._opened(spanning)
+        self.matches = [match for match in matches if all(self._folded(node) is None for node in match.nodes)]
+        self.graph = fx.Graph()
+        self.map: dict[fx.Node, fx.Node] = {}
+
+    def _opened(self, spanning: list[Match]) -> set[Frame]:
+        """The frames that must be written out, since a chain looks out of them; and those that cannot be one call."""
+        opened = {frame for match in spanning for node in match.nodes for frame in self.traced.frames[node].lineage()}
+        for frame in self.traced.results:
+            if not self._callable(frame):
+                opened.update(frame.lineage())
+        for node, around in self._uses():
+            for frame in self.traced.frames[node].lineage()[1:]:
+                if frame not in around and all(node is not part for part in self._gives(frame)):
+                    opened.update(frame.lineage())
+        return opened
+
+    def _uses(self) -> Iterator[tuple[fx.Node, list[Frame]]]:
+        """Each node that is used, with the frames around where it is."""
+        for node in self.traced.graph.nodes:
+            for used in node.all_input_nodes:
+                yield used, self.traced.frames[node].lineage()
+        for frame in self.traced.results:
+            found: list[fx.Node] = []
+            fx.node.map_arg((frame.args, frame.kwargs), found.append)
+            for used in found:
+                yield used, frame.lineage()[:-1]
+
+    def _gives(self, frame: Frame) -> list[Any]:
+        """What the call of a frame gives back."""
+        result = self.traced.results[frame]
+        return [result, *(part for _, part in _parts(result))]
+
+    def _callable(self, frame: Frame) -> bool:
+        """Whether a frame's result can be taken apart again: a tensor, or tensors in a tuple, list or dict."""
+        result = self.traced.results[frame]
+        parts = [part for _, part in _parts(result) or [(None, result)]]
+        return all(isinstance(part, fx.Node) for part in parts) and not any(part in self._marks() for part in parts)
+
+    def _marks(self) -> set[Any]:
+        return {frame.mark for frame in self.traced.results}
+
+    def _folded(self, node: fx.Node) -> Frame | None:
+        """The outermost frame around a node that stays one call."""
+        return next((frame for frame in self.traced.frames[node].lineage() if frame.parent and frame not in self.open), None)
+
+    def region(self, structure: Structure | None) -> Region:
+        """The forward with its chains, for arguments of a structure."""
+        itself = self.graph.create_node("placeholder", "self", name="fused_module")
+        starts = {match.out if match.skip is not None else match.nodes[0]: match for match in self.matches}
+        inside = {node for match in self.matches for node in match.nodes}
+        sized = {match.sized: match for match in self.matches if match.sized is not None}
+        marks = {frame.mark: frame for frame in self.traced.results}
+        sites: list[Site] = []
+        for node in self.traced.graph.nodes:
+            frame = marks.get(node)
+            if frame is not None:
+                if frame not in self.open and self._folded_parent(frame) is None:
+                    self._call(frame)
+            elif self._folded(node) is not None:
+                continue
+            elif node in starts:
+                match = starts[node]
+                site = self._site(match)
+                inputs = [match.x, *(() if match.skip is None else (match.skip,))]
+                call = self.graph.call_function(_call_of(site), (itself, *(self.map[tensor] for tensor in inputs)))
+                self.map[match.out] = call
+                sites.append(site)
+            elif node in sized:
+                call = self.graph.call_function(_size_of(self._site(sized[node])), (itself, self.map[sized[node].x]))
+                self.map[node] = call
+            elif node not in inside:
+                self.map[node] = self.graph.node_copy(node, self.map.__getitem__)
+                if node in self.reshaped:
+                    self.map[node].target = "reshape"
+        run, source = _compiled(self.graph)
+        required, _ = arguments_of(self.module)
+        reasons = {**self.matcher.reasons, **self.traced.leaves}
+        inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
+        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure)
+
+    def _folded_parent(self, frame: Frame) -> Frame | None:
+        return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)
+
+    def _call(self, frame: Frame) -> None:
+        """A call of the whole module of a frame."""
+        args, kwargs = fx.node.map_arg((frame.args, frame.kwargs), self.map.__getitem__)
+        call = self.graph.call_module(frame.path, tuple(args), dict(kwargs))
+        result = self.traced.results[frame]
+        if isinstance(result, fx.Node):
+            self.map[result] = call
+        for key, part in _parts(result):
+            self.map[part] = self.graph.call_function(operator.getitem, (call, key))
+
+    def _site(self, match: Match) -> Site:
+        """A match as data, with the code that runs its modules one by one."""
+        alone = fx.Graph()
+        alone.create_node("placeholder", "self", name="fused_module")
+        inner = {match.x: alone.placeholder("x")}
+        if match.skip is not None:
+            inner[match.skip] = alone.placeholder("skip")
+        for node in match.nodes:
+            inner[node] = alone.node_copy(node, inner.__getitem__)
+        alone.output(inner[match.out])
+        unfused, _ = _compiled(alone)
+
+        def activation(layer: LayerPlace | EntryPlace) -> Path | nn.Module | None:
+            return _path(layer.activation) if isinstance(layer.activation, str) else layer.activation
+
+        def place(layer: LayerPlace) -> Places:
+            return layer.conv, cast(Path, _path(layer.conv)), _path(layer.norm), activation(layer)
+
+        passed = tuple(cast(Path, _path(str(node.target))) for node in match.nodes if self.matcher.is_identity(node))
+        side = place(match.projection) if match.projection is not None else None
+        layers = tuple(place(layer) for layer in match.layers)
+        entry = None
+        if match.entry is not None:
+            entry = match.entry.norm, cast(Path, _path(match.entry.norm)), activation(match.entry)
+        ends = (match.residual, side, _path(match.pool), passed, unfused, match.skip is not None, entry)
+        return Site(match.layers[0].conv, layers, *ends)
+
+    def _guards(self) -> tuple[Guard, ...]:
+        """Of the root, the modules written out, and those on the way to what is called."""
+        paths = {frame.path for frame in self.open}
+        for node in self.traced.graph.nodes:
+            if self._folded(node) is None and node.op in ("call_module", "get_attr"):
+                names = str(node.target).split(".")
+                paths.update(".".join(names[:depth]) for depth in range(len(names)))
+        for frame in self.traced.results:
+            names = frame.path.split(".")
+            if self._folded_parent(frame) is None:
+                paths.update(".".join(names[:depth]) for depth in range(len(names)))
+        found = ((path, descend(self.module, tuple(path.split(".")) if path else ())) for path in sorted(paths))
+        called = {frame.path for frame in self.open if frame.parent is not None}
+        return tuple(Guard.of(path, module, path in called) for path, module in found if module is not None)
+
+
+def _parts(result: Any) -> list[tuple[Any, Any]]:
+    """What a frame's result holds by key, if it is a tuple, list or dict; an OrderedDict is a node that makes one."""
+    if isinstance(result, fx.Node):
+        made = result.op == "call_function" and result.target is OrderedDict
+        return [(key, part) for key, part in cast(Any, result.args[0])] if made else []
+    if not isinstance(result, (dict, list, tuple)):
+        return []
+    return list(result.items() if isinstance(result, dict) else enumerate(result))
+
+
+def _call_of(site: Site) -> Callable[..., Tensor]:
+    """The call of a chain, as a function that torch.fx can name."""
+
+    def fused_chain(module: Any, x: Tensor, *skip: Tensor) -> Tensor:
+        return module.run(site.parts, x, partial(site.unfused, module), *skip)
+
+    return fused_chain
+
+
+def _size_of(site: Site) -> Callable[..., Tensor]:
+    """What has the size of a chain's sum, and no elements, for those who ask in front of it."""
+
+    def fused_size(module: Any, x: Tensor) -> Tensor:
+        shape = shape_behind(convolutions(site.parts(module)), x.shape[0] if x.dim() == 4 else 1, *x.shape[-2:])
+        return x.new_empty(()).expand(shape[-x.dim() :])
+
+    return fused_size
+
+
+def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """The function that a graph is; its first argument is the module that the graph's places are in."""
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(compile(code.src, "<fused_resnet region>", "exec"), names)
+    return names["forward"], code.src

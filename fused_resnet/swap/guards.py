@@ -1,0 +1,106 @@
+"""What a traced forward may have decided by, kept so that at each call it can be told whether the graph still holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import watch
+from ..describe import hooked
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def printed(value: Any, depth: int = 3) -> Any:
+    """What two equal values have in common: plain values themselves, containers by their contents, others as objects."""
+    if type(value) in (*_PLAIN, complex, bytes, torch.dtype, torch.device):
+        return (type(value), value)
+    if depth and type(value) in (tuple, list):
+        return (type(value), tuple(printed(part, depth - 1) for part in value))
+    if depth and isinstance(value, dict):
+        return (type(value), tuple((printed(key, 0), printed(part, depth - 1)) for key, part in value.items()))
+    if depth and type(value) in (set, frozenset):
+        return (type(value), frozenset(printed(part, 0) for part in value))
+    return (type(value), id(value))
+
+
+#: Attributes of every nn.Module that say nothing about its forward, or that are compared otherwise.
+_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE}
+
+
+def original(kind: Any) -> type[Any]:
+    """The class behind a fused one."""
+    return getattr(kind, "unfused_class", None) or kind
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a traced forward may have read of one module: its class, its attributes and its children's classes."""
+
+    path: tuple[str, ...]
+    kind: type[Any]
+    plain: tuple[tuple[str, Any], ...]
+    others: tuple[tuple[str, Any], ...]
+    children: tuple[tuple[str, type[Any]], ...]
+    training: bool
+    called: bool
+
+    @staticmethod
+    def of(path: str, module: nn.Module, called: bool) -> Guard:
+        """Of the module as it is; ``called``: it would run, and its hooks with it (a ModuleList does not)."""
+        own = {key: value for key, value in module.__dict__.items() if key not in _OWN}
+        plain = tuple((key, value) for key, value in own.items() if type(value) in _PLAIN)
+        others = tuple((key, printed(value)) for key, value in own.items() if type(value) not in _PLAIN)
+        children = tuple((name, original(type(child))) for name, child in module._modules.items())
+        names = tuple(path.split(".")) if path else ()
+        return Guard(names, original(type(module)), plain, others, children, module.training, called)
+
+    def broken(self, root: nn.Module) -> str | None:
+        """What has changed, or None."""
+        module = descend(root, self.path)
+        if module is None or original(type(module)) is not self.kind:
+            return f"{'.'.join(self.path) or 'the module'} is no longer a {self.kind.__name__}"
+        found = module.__dict__
+        if "forward" in found:
+            return f"forward was replaced on its {self.kind.__name__}"
+        if self.called and (hooked(module) or module._compiled_call_impl is not None):
+            return f"a hook looks into its {self.kind.__name__}"
+        if module.training is not self.training:
+            return f"its {self.kind.__name__} is in another mode than when it was traced"
+        children = module._modules
+        if len(children) != len(self.children):
+            return f"the children of its {self.kind.__name__} changed"
+        for name, kind in self.children:
+            if name not in children or original(type(children[name])) is not kind:
+                return f"{name} of its {self.kind.__name__} was replaced"
+        for key, value in self.plain:
+            if key not in found or type(found[key]) is not type(value) or found[key] != value:
+                return f"the attribute {key} of its {self.kind.__name__} changed"
+        if torch.compiler.is_compiling():  # which cannot compare objects by their ids
+            return None
+        for key, value in self.others:
+            if key not in found or printed(found[key]) != value:
+                return f"the attribute {key} of its {self.kind.__name__} changed"
+        return None
+
+
+def signature(module: nn.Module) -> Any:
+    """What two modules have in common that are traced to the same graph: all that their forwards can decide by."""
+    own = tuple((key, printed(value)) for key, value in module.__dict__.items() if key not in _OWN)
+    tensors = tuple((key, type(value)) for key, value in (*module._parameters.items(), *module._buffers.items()))
+    children = tuple((name, child is not None and signature(child)) for name, child in module._modules.items())
+    watched = hooked(module) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return type(module), module.training, watched, own, tensors, children
+
+
+def descend(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """The module at a place, or None."""
+    module: Any = root
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
