@@ -20,7 +20,7 @@ from . import backends
 from .backends.derived import derived
 from .chain import BUFFERS, Chain
 from .describe import Reading
-from .inputs import Fitting, autocasts, check
+from .inputs import Fitting, as_image, autocasts, check
 from .launch import accumulation_dtype
 from .plan import Plan, backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
 
@@ -278,12 +278,16 @@ _chain_op.register_autograd(_op_backward, setup_context=_setup_context)
 def traced(x: Tensor, operands: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
     """As :func:`chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs.
 
-    ``operands``: by :attr:`.Chain.operand_slots`.
+    ``operands``: by :attr:`.Chain.operand_slots`. Sequences and rows run as in :func:`read_chain`.
     """
+    dimensions = x.dim()
+    if dimensions != 4:
+        x, named = as_image(x), zip(spec.operand_slots, operands, strict=True)
+        operands = [as_image(tensor) if slot == "skip" or slot.endswith(".w") else tensor for slot, tensor in named]
     wanted = list(_flags(spec, x, operands)) if torch.is_grad_enabled() else [False] * (1 + len(operands))
     outputs = torch.ops.fused_resnet.chain(x, list(operands), spec.token, backend or "", wanted)
     _write_back(spec, operands, outputs)
-    return outputs[0]
+    return _as_it_came(outputs[0], dimensions)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -323,16 +327,16 @@ def _write_back(spec: Chain, operands: Sequence[Tensor], outputs: Sequence[Tenso
             slots[slot].copy_(value)
 
 
-def _as_image(tensor: Tensor) -> Tensor:
-    """[N, C] as [N, C, 1, 1], [N, C, L] as [N, C, 1, L]; filters likewise."""
-    return tensor[:, :, None, None] if tensor.dim() == 2 else tensor.unsqueeze(2)
-
-
 def _filters_as_images(w: Tensor) -> Tensor:
     """Where no gradient goes through it the same view at every call, so that what is derived from it is found again."""
     if torch.compiler.is_compiling() or (w.requires_grad and torch.is_grad_enabled()):
-        return _as_image(w)
-    return derived("as an image", [w], lambda: _as_image(w.detach()))
+        return as_image(w)
+    return derived("as an image", [w], lambda: as_image(w.detach()))
+
+
+def _as_it_came(out: Tensor, dimensions: int) -> Tensor:
+    """What a chain made of :func:`as_image`, with as many dimensions as its input had."""
+    return out if dimensions == 4 else out.flatten(1) if dimensions == 2 else out.squeeze(2)
 
 
 #: For how many kinds of inputs a chain is kept prepared.
@@ -400,8 +404,9 @@ def read_chain(
         return _chain(x, reading.parameters, reading.chain, backend, skip, donate, drop, fitting)
     slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
     parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
-    out = chain(_as_image(x), parameters, reading.chain, backend, donate=donate)
-    return out.flatten(1) if reading.dimensions == 2 else out.squeeze(2)
+    second = None if skip is None else as_image(skip)
+    out = chain(as_image(x), parameters, reading.chain, backend, skip=second, donate=donate)
+    return _as_it_came(out, reading.dimensions)
 
 
 def chain(
