@@ -253,6 +253,8 @@ EXPLAINED = {
 def test_explain() -> None:
     rows = explain(fuse(Network().eval()), show=False).rows
     assert {row.name: row.what for row in rows if row.fused} == EXPLAINED and len(rows) == len(EXPLAINED)
+    for row in rows:
+        assert row.note.endswith(f"takes {'[N, C]' if 'head' in row.name else '[N, C, L]'}, other inputs run unfused")
 
 
 class Odd(nn.Module):
