@@ -133,7 +133,7 @@ class Pyramid(Waves):
 
     def forward(self, x: Tensor) -> Tensor:
         lateral = self.bn1(self.conv1(x))
-        return lateral + F.interpolate(F.avg_pool1d(x, 4), size=lateral.shape[-1:], mode="nearest")
+        return lateral + F.interpolate(F.avg_pool1d(x, 4) / lateral.shape[1], size=lateral.shape[-1:], mode="nearest")
 
 
 class Network(nn.Module):
@@ -159,7 +159,7 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn = nn.Conv1d(6, 9, 3, padding=1), nn.BatchNorm1d(9)
+        self.conv, self.bn = nn.Conv1d(9, 9, 3, padding=1), nn.BatchNorm1d(9)
         self.fc, self.last = nn.Linear(11, 11), nn.BatchNorm1d(9)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,13 +167,26 @@ class Mixed(nn.Module):
         return F.relu(self.last(self.fc(y)) + y)
 
 
-ROWS, SIGNALS = (9, 7), (3, 6, 11)
+class Along(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.fc(F.relu(self.bn(self.conv(x))))))
+
+
+class Across(Mixed):
+    """The Linear is no projection of the convolution's, but another tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.fc(x))
+
+
+ROWS, SIGNALS, MIXED = (9, 7), (3, 6, 11), (3, 9, 11)
 #: Class -> the shape of its input, launches in eval mode, and in training.
 MODULES = {
     Rows: (ROWS, 2, 3), Projected: (ROWS, 3, 4), PreActivation: (ROWS, 2, 3), PreActivationProjected: (ROWS, 3, 4),
     Beside: (ROWS, 2, 3), Classifier: (ROWS, 2, 4), Size: (ROWS, 1, 2),
     Waves: (SIGNALS, 2, 3), ProjectedWaves: (SIGNALS, 3, 4), PreActivationWaves: (SIGNALS, 2, 3), Pyramid: (SIGNALS, 1, 2),
-    Network: ((4, 3, 37), 9, 13), Mixed: (SIGNALS, 1, 2),
+    Network: ((4, 3, 37), 9, 13), Mixed: (MIXED, 1, 2),
+    Along: (MIXED, 1, 2), Across: (MIXED, 1, 2),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -317,7 +330,8 @@ OTHERS = {
     "one signal": (Waves, [(6, 6)]),
     "one signal, no BatchNorm": (Unnormed, [(6, 9)]),
     "a sum that broadcasts": (Given, [(5, 6), (1, 6)]),
-    "a sum that broadcasts to more": (Given, [(5, 6), (5, 1, 6)]),
+    "a sum that broadcasts a vector": (Given, [(5, 6), (6,)]),
+    "a sum that broadcasts both": (Given, [(6, 6), (6, 6, 1)]),
     "a sum of another type": (Given, [(5, 6), torch.ones(5, 6, dtype=torch.float64)]),
     "no rows": (Rows, [(0, 7)]),
 }
