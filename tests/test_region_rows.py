@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,13 @@ MODULES = {
     Along: (MIXED, 1, 2), Across: (MIXED, 1, 2),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+
+
+def some(*kinds: type[nn.Module]) -> list[Any]:
+    """These in each run of the tests, the others in the slow ones."""
+    return [pytest.param(kind, marks=[] if kind in kinds else pytest.mark.slow, id=kind.__name__) for kind in MODULES]
+
+
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
@@ -222,7 +230,7 @@ def test_it_computes_what_it_did(kind: type[nn.Module], training: bool) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("kind", [PreActivationProjected, Beside, Network], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", some(PreActivationProjected, Beside, ProjectedWaves))
 def test_triton(kind: type[nn.Module], training: bool) -> None:
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,7 +244,7 @@ def test_triton(kind: type[nn.Module], training: bool) -> None:
 
 
 @MODES
-@EACH
+@pytest.mark.parametrize("kind", some(PreActivationProjected, Beside, Network, Across))
 def test_the_backend_of_torch_compile(kind: type[nn.Module], training: bool) -> None:
     """The same in Dynamo's graph, for any number of images; a pooling behind a chain is left to the compiler."""
     torch._dynamo.reset()
