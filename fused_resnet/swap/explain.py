@@ -17,6 +17,9 @@ from .recognise import analysis, fused_forward
 from .region import FusedRegion, usable
 from .replace import stands_for
 
+#: How the reasons of :mod:`.tracing` begin that are about what a forward does; Dynamo follows more of that than torch.fx.
+_ABOUT_A_FORWARD = ("its forward ", "the forward of its ", "the control flow of its forward ")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -84,6 +87,8 @@ class Explanation:
         if backward:
             runs = ", ".join(f"{count} launches on {name}" for name, count in sorted(backward.items()))
             text.append(f"backward of the fused rows, if all gradients are wanted: {runs}")
+        if any(row.note.startswith(_ABOUT_A_FORWARD) for row in self.left_alone):
+            text.append('torch.compile(model, backend="fused_resnet") may find chains in forwards that cannot be traced here')
         return "\n".join(text)
 
 
