@@ -334,6 +334,14 @@ def _filters_as_images(w: Tensor) -> Tensor:
     return derived("as an image", [w], lambda: as_image(w.detach()))
 
 
+def _as_images(reading: Reading) -> list[Tensor]:
+    """The parameters of a chain, filters as images."""
+    if reading.dimensions == 4:
+        return reading.parameters
+    slots = zip(cast(Chain, reading.chain).parameter_slots, reading.parameters, strict=True)
+    return [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
+
+
 def _as_it_came(out: Tensor, dimensions: int) -> Tensor:
     """What a chain made of :func:`as_image`, with as many dimensions as its input had."""
     return out if dimensions == 4 else out.flatten(1) if dimensions == 2 else out.squeeze(2)
@@ -360,8 +368,8 @@ def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor
         return None
     running.append(cast(Chain, reading.chain))
     try:
-        out: Tensor = ready.run(*[_channels_last(tensor) for tensor in ((x,) if skip is None else (x, skip))])
-        return out
+        given = (x,) if skip is None else (x, skip)
+        return _as_it_came(ready.run(*[_channels_last(as_image(tensor)) for tensor in given]), x.dim())
     finally:
         running.pop()
 
@@ -369,7 +377,7 @@ def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor
 def prepare(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> None:
     """:func:`read_chain` has run for inputs of that kind. The second time the plan is prepared for it."""
     spec = reading.chain
-    if spec is None or kind in reading.ready or x.dim() != 4:
+    if spec is None or kind in reading.ready or x.dim() != reading.dimensions:
         return
     if max(len(reading.met), len(reading.ready)) >= READY:
         reading.met.clear()
@@ -378,9 +386,10 @@ def prepare(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> None
         reading.met.add(kind)
         return
     _, dtype, _, donate, name, _ = kind
-    operands = reading.parameters if skip is None else (skip, *reading.parameters)
-    plan, _, _ = _planned(spec, _size(spec, x, operands), dtype, frozenset(), donate, False)
-    tensors = dict(zip(spec.parameter_slots, reading.parameters, strict=True))
+    parameters = _as_images(reading)
+    operands = parameters if skip is None else (as_image(skip), *parameters)
+    plan, _, _ = _planned(spec, _size(spec, as_image(x), operands), dtype, frozenset(), donate, False)
+    tensors = dict(zip(spec.parameter_slots, parameters, strict=True))
     reading.ready[kind] = backends.Ready.of(plan, name, spec.inputs, tensors)
 
 
@@ -402,8 +411,7 @@ def read_chain(
     if reading.dimensions == 4:
         fitting = None if torch.compiler.is_compiling() else reading.fitting
         return _chain(x, reading.parameters, reading.chain, backend, skip, donate, drop, fitting)
-    slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
-    parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
+    parameters = _as_images(reading)
     second = None if skip is None else as_image(skip)
     out = chain(as_image(x), parameters, reading.chain, backend, skip=second, donate=donate)
     return _as_it_came(out, reading.dimensions)

@@ -401,3 +401,33 @@ def test_lazy_layers_are_fused_when_they_are_none_any_more() -> None:
         actual = model(x)
     assert len(log) == 2
     assert relative_error(actual, unfuse(model)(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [Rows, Beside, PreActivationProjected, Waves, Network], ids=lambda kind: kind.__name__)
+def test_prepared_chains_follow_their_parameters(kind: type[nn.Module]) -> None:
+    """Without gradients, inputs that come again, of two sizes in turn; then other parameters, in place and exchanged."""
+    plain = randomise(kind()).eval()
+    fused = fuse(copy.deepcopy(plain))
+    shape = MODULES[kind][0]
+    inputs = [torch.randn(shape), torch.randn(shape[0] + 2, *shape[1:])]
+
+    def agree() -> None:
+        for x in inputs * 3:
+            given = x.clone()
+            assert relative_error(fused(given), plain(x)) < 1e-5 and torch.equal(given, x)
+
+    with torch.no_grad():
+        agree()
+        for model in (plain, fused):
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        agree()
+        for model in (plain, fused):
+            for module in model.modules():
+                if isinstance(module, (nn.Linear, nn.Conv1d)):
+                    module.weight = nn.Parameter(module.weight * -0.5)
+        agree()
+        for model in (plain, fused):
+            for parameter in model.parameters():
+                parameter.data = parameter.data * 0.75
+        agree()
