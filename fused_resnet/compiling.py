@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from .chain import Chain, Layer
 from .describe import activation_name
 from .functional import traced
+from .inputs import as_image
 from .swap.nodes import function_activation
 from .swap.patterns import EntryPlace, Joined, LayerPlace, Match, Matcher
 
@@ -45,9 +46,20 @@ def _arguments(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> di
     return {**defaults, **dict(zip(names, node.args)), **node.kwargs}
 
 
+#: Functions that are convolutions, or a Linear -> dimensions of the input that they take.
+_CONVOLUTIONS: dict[Any, int] = {torch.conv2d: 4, F.conv2d: 4, torch.conv1d: 3, F.conv1d: 3, F.linear: 2}
+
+
 def _convolution(node: Node) -> dict[str, Any]:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     return _arguments(node, names, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+
+
+def _windows(node: Node) -> dict[str, Any]:
+    """Stride, padding and dilation of a convolution as one of images has them; None where they are no numbers."""
+    found, along = _convolution(node), _CONVOLUTIONS[node.target] - 2
+    none = {"stride": 1, "padding": 0, "dilation": 1}
+    return {name: _pair(found[name] if along else across, along, across) for name, across in none.items()}
 
 
 def _norm(node: Node) -> dict[str, Any]:
@@ -55,10 +67,13 @@ def _norm(node: Node) -> dict[str, Any]:
     return _arguments(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    values = values * 2 if len(values) == 1 else values
-    return values if len(values) == 2 and all(type(part) is int for part in values) else None
+def _pair(value: Any, along: int, across: int) -> tuple[int, int] | None:
+    """Numbers for rows and columns, of a function with ``along`` of them; ``across``: of dimensions that it does not have."""
+    values = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    values = values * along if len(values) == 1 and along else values
+    if len(values) != max(along, 1) or any(type(part) is not int for part in values):
+        return None
+    return values if along == 2 else (across, values[0])
 
 
 def _optional(value: Any) -> bool:
@@ -79,14 +94,21 @@ class _Functions(Matcher):
         self.by_name = {node.name: node for node in self.nodes}
 
     def is_conv(self, node: Node) -> bool:
-        if node.op != "call_function" or node.target not in (torch.conv2d, F.conv2d):
+        if node.op != "call_function" or node.target not in _CONVOLUTIONS:
             return False
         found = _convolution(node)
-        numbers = all(_pair(found[name]) is not None for name in ("stride", "padding", "dilation"))
+        numbers = None not in _windows(node).values()
         x, weight = _example(found["input"]), _example(found["weight"])
         if x is None or weight is None or not numbers or type(found["groups"]) is not int or not _optional(found["bias"]):
             return False
-        return x.dim() == 4 and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        fits = x.dim() == _CONVOLUTIONS[node.target] and weight.dim() == x.dim()
+        return fits and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+    def fits(self, conv: Node, node: Node) -> bool:
+        return True  # between the two no dimension comes or goes
+
+    def dimensions(self, place: LayerPlace) -> int:
+        return _CONVOLUTIONS[self.by_name[place.conv].target]
 
     def is_norm(self, node: Node) -> bool:
         if node.op != "call_function" or node.target is not F.batch_norm:
@@ -112,7 +134,7 @@ class _Functions(Matcher):
             return True  # a BatchNorm counts its batches
         if (
             node.op == "call_function"
-            and node.target not in (torch.conv2d, F.batch_norm)
+            and node.target not in (*_CONVOLUTIONS, F.batch_norm)
             and any(argument is True for argument in node.args)
         ):
             return False  # inplace, perhaps
@@ -164,12 +186,12 @@ class _Functions(Matcher):
         found = _convolution(self.by_name[place.conv])
         weight: Any = _example(found["weight"])
         tensors = [found["weight"], *([found["bias"]] if found["bias"] is not None else [])]
-        windows: dict[str, Any] = {name: _pair(found[name]) for name in ("stride", "padding", "dilation")}
+        windows = _windows(self.by_name[place.conv])
         norm: dict[str, Any] = {}
         if place.norm is not None:
             norm, vectors = self.described_norm(place.norm)
             tensors += vectors
-        K, C, R, S = (int(size) for size in weight.shape)
+        K, C, R, S = (int(size) for size in as_image(weight).shape)
         ends: dict[str, Any] = {"bias": found["bias"] is not None, **_activated(place), **norm}
         return Layer(place.conv, K, C * found["groups"], (R, S), groups=found["groups"], **windows, **ends), tensors
 
@@ -233,7 +255,8 @@ def fuse_graph(gm: fx.GraphModule) -> int:
             gm.graph.erase_node(node)
     for call in made.values():
         value = _example(call)
-        free = all(getattr(user.target, "__name__", str(user.target)) in _ANY_LAYOUT for user in call.users)
+        known = _ANY_LAYOUT if value is not None and value.dim() == 4 else ("run_chain",)
+        free = all(getattr(user.target, "__name__", str(user.target)) in known for user in call.users)
         call.update_arg(3, not free and value is not None and value.is_contiguous())
     gm.graph.lint()
     gm.recompile()

@@ -41,6 +41,11 @@ def is_convolution(module: nn.Module) -> bool:
     return type(module) in _CONVOLUTIONS
 
 
+def dimensions_of(conv: nn.Module) -> int:
+    """Dimensions of what :func:`is_convolution`'s modules take: 4 for images, 3 for sequences [N, C, L], 2 for rows [N, C]."""
+    return _CONVOLUTIONS[type(conv)]
+
+
 def is_norm(module: nn.Module) -> bool:
     """BatchNorm over channels, a frozen one, or timm's with an activation of its own."""
     if type(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module):
@@ -53,7 +58,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def follows(conv: nn.Module, module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm, or a max-pooling, of inputs with as many dimensions as ``conv`` gives."""
-    dimensions = _CONVOLUTIONS[type(conv)]
+    dimensions = dimensions_of(conv)
     if is_norm(module):
         of_images = _is_frozen_norm(module) or _is(module, _NORMS_WITH_ACTIVATION)
         return type(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (of_images and dimensions == 4)
@@ -262,7 +267,7 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
 def _refuse_norm(place: str, conv: Any, norm: Any) -> str | None:
     """``place``: ``behind conv1``."""
     if not (is_norm(norm) and follows(conv, norm)):
-        expected = _NORMS[_CONVOLUTIONS[type(conv)]].__name__
+        expected = _NORMS[dimensions_of(conv)].__name__
         return f"the normalisation {place} is a {type(norm).__name__}, not a {expected}"
     if (norm.weight is None) != (norm.bias is None):
         return f"the BatchNorm {place} has only one of weight and bias"
@@ -303,6 +308,14 @@ def _refuse_activation(place: str, norm: nn.Module | None, activation: nn.Module
     return None
 
 
+def layer_refusal(layer: WeightLayer) -> str | None:
+    """Why no chain can have this layer in it, or None."""
+    reason = _refuse_convolution(layer.name, layer.conv)
+    if reason is None and layer.norm is not None:
+        reason = _refuse_norm(f"behind {layer.name}", layer.conv, layer.norm)
+    return reason or _refuse_activation(f"behind {layer.name}", layer.norm, layer.activation)
+
+
 def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     """Why these modules cannot run as one chain now, or None.
 
@@ -314,11 +327,7 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     for layer in parts.weight_layers:
         if type(layer.conv) is ZeroPad and layer.norm is layer.activation is None:
             continue
-        reason = _refuse_convolution(layer.name, layer.conv)
-        if reason is None and layer.norm is not None:
-            reason = _refuse_norm(f"behind {layer.name}", layer.conv, layer.norm)
-        if reason is None:
-            reason = _refuse_activation(f"behind {layer.name}", layer.norm, layer.activation)
+        reason = layer_refusal(layer)
         if reason is not None:
             return reason
     reason = _refuse_mixture(parts) or _refuse_entry(parts)
@@ -485,7 +494,7 @@ def read(parts: Parts, memory: str = "default") -> Reading:
     projection = None if parts.projection is None else _read_layer(parts.projection, parameters)
     gate = None if parts.gate is None else _read_layer(parts.gate, parameters)
     pool: Any = parts.pool
-    dimensions = _CONVOLUTIONS[type(parts.layers[0].conv)]
+    dimensions = dimensions_of(parts.layers[0].conv)
     window = None
     if pool is not None:
         window = tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))

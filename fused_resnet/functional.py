@@ -20,7 +20,7 @@ from . import backends
 from .backends.derived import derived
 from .chain import BUFFERS, Chain
 from .describe import Reading
-from .inputs import Fitting, autocasts, check
+from .inputs import Fitting, as_image, autocasts, check
 from .launch import accumulation_dtype
 from .plan import Plan, backward_plan, droppable, forward_plan, kept_slots, rebuild_plan, remembered_slots, saved_slots
 
@@ -278,12 +278,16 @@ _chain_op.register_autograd(_op_backward, setup_context=_setup_context)
 def traced(x: Tensor, operands: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
     """As :func:`chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs.
 
-    ``operands``: by :attr:`.Chain.operand_slots`.
+    ``operands``: by :attr:`.Chain.operand_slots`. Sequences and rows run as in :func:`read_chain`.
     """
+    dimensions = x.dim()
+    if dimensions != 4:
+        x, named = as_image(x), zip(spec.operand_slots, operands, strict=True)
+        operands = [as_image(tensor) if slot == "skip" or slot.endswith(".w") else tensor for slot, tensor in named]
     wanted = list(_flags(spec, x, operands)) if torch.is_grad_enabled() else [False] * (1 + len(operands))
     outputs = torch.ops.fused_resnet.chain(x, list(operands), spec.token, backend or "", wanted)
     _write_back(spec, operands, outputs)
-    return outputs[0]
+    return _as_it_came(outputs[0], dimensions)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -323,16 +327,24 @@ def _write_back(spec: Chain, operands: Sequence[Tensor], outputs: Sequence[Tenso
             slots[slot].copy_(value)
 
 
-def _as_image(tensor: Tensor) -> Tensor:
-    """[N, C] as [N, C, 1, 1], [N, C, L] as [N, C, 1, L]; filters likewise."""
-    return tensor[:, :, None, None] if tensor.dim() == 2 else tensor.unsqueeze(2)
-
-
 def _filters_as_images(w: Tensor) -> Tensor:
     """Where no gradient goes through it the same view at every call, so that what is derived from it is found again."""
     if torch.compiler.is_compiling() or (w.requires_grad and torch.is_grad_enabled()):
-        return _as_image(w)
-    return derived("as an image", [w], lambda: _as_image(w.detach()))
+        return as_image(w)
+    return derived("as an image", [w], lambda: as_image(w.detach()))
+
+
+def _as_images(reading: Reading) -> list[Tensor]:
+    """The parameters of a chain, filters as images."""
+    if reading.dimensions == 4:
+        return reading.parameters
+    slots = zip(cast(Chain, reading.chain).parameter_slots, reading.parameters, strict=True)
+    return [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
+
+
+def _as_it_came(out: Tensor, dimensions: int) -> Tensor:
+    """What a chain made of :func:`as_image`, with as many dimensions as its input had."""
+    return out if dimensions == 4 else out.flatten(1) if dimensions == 2 else out.squeeze(2)
 
 
 #: For how many kinds of inputs a chain is kept prepared.
@@ -356,8 +368,8 @@ def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor
         return None
     running.append(cast(Chain, reading.chain))
     try:
-        out: Tensor = ready.run(*[_channels_last(tensor) for tensor in ((x,) if skip is None else (x, skip))])
-        return out
+        given = (x,) if skip is None else (x, skip)
+        return _as_it_came(ready.run(*[_channels_last(as_image(tensor)) for tensor in given]), x.dim())
     finally:
         running.pop()
 
@@ -365,7 +377,7 @@ def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor
 def prepare(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> None:
     """:func:`read_chain` has run for inputs of that kind. The second time the plan is prepared for it."""
     spec = reading.chain
-    if spec is None or kind in reading.ready or x.dim() != 4:
+    if spec is None or kind in reading.ready or x.dim() != reading.dimensions:
         return
     if max(len(reading.met), len(reading.ready)) >= READY:
         reading.met.clear()
@@ -374,9 +386,10 @@ def prepare(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> None
         reading.met.add(kind)
         return
     _, dtype, _, donate, name, _ = kind
-    operands = reading.parameters if skip is None else (skip, *reading.parameters)
-    plan, _, _ = _planned(spec, _size(spec, x, operands), dtype, frozenset(), donate, False)
-    tensors = dict(zip(spec.parameter_slots, reading.parameters, strict=True))
+    parameters = _as_images(reading)
+    operands = parameters if skip is None else (as_image(skip), *parameters)
+    plan, _, _ = _planned(spec, _size(spec, as_image(x), operands), dtype, frozenset(), donate, False)
+    tensors = dict(zip(spec.parameter_slots, parameters, strict=True))
     reading.ready[kind] = backends.Ready.of(plan, name, spec.inputs, tensors)
 
 
@@ -398,10 +411,10 @@ def read_chain(
     if reading.dimensions == 4:
         fitting = None if torch.compiler.is_compiling() else reading.fitting
         return _chain(x, reading.parameters, reading.chain, backend, skip, donate, drop, fitting)
-    slots = zip(reading.chain.parameter_slots, reading.parameters, strict=True)
-    parameters = [_filters_as_images(tensor) if slot.endswith(".w") else tensor for slot, tensor in slots]
-    out = chain(_as_image(x), parameters, reading.chain, backend, donate=donate)
-    return out.flatten(1) if reading.dimensions == 2 else out.squeeze(2)
+    parameters = _as_images(reading)
+    second = None if skip is None else as_image(skip)
+    out = chain(as_image(x), parameters, reading.chain, backend, skip=second, donate=donate)
+    return _as_it_came(out, reading.dimensions)
 
 
 def chain(

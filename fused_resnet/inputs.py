@@ -67,6 +67,13 @@ def _check_skip(chain: Chain, x: Tensor, skip: Tensor | None) -> None:
         raise RuntimeError(f"skip of shape {list(skip.shape)} does not match the block's output: expected {behind}")
 
 
+def as_image(tensor: Tensor) -> Tensor:
+    """[N, C] as [N, C, 1, 1], [N, C, L] as [N, C, 1, L]; filters likewise. Images are images."""
+    if tensor.dim() == 4:
+        return tensor
+    return tensor[:, :, None, None] if tensor.dim() == 2 else tensor.unsqueeze(2)
+
+
 def skip_fits(chain: Chain, x: Tensor, skip: Tensor) -> bool:
     """Whether a second input, behind the projection if there is one, has the shape of what it is added to."""
     made, side = shape_behind(chain.layers, x.shape[0], *x.shape[2:]), chain.projection
@@ -145,9 +152,13 @@ def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
     empty = reading.batch and dimensions == reading.dimensions and x.shape[0] == 0
     if empty and not any(layer.group for layer in spec.weight_layers):
         return True
-    own = spec.residual and not spec.skip and dimensions == 4 and not torch.compiler.is_compiling()
-    if own and _broadcasts(spec, x.shape[2], x.shape[3]):
+    own = spec.residual and not spec.skip and dimensions in (2, 3, 4) and not torch.compiler.is_compiling()
+    if own and _broadcasts(spec, *(1,) * (4 - dimensions), *x.shape[2:]):
         return True
+    if spec.skip and reading.dimensions != 4:
+        if not isinstance(skip, Tensor) or skip.dim() != reading.dimensions:
+            return True
+        return _skip_unfit(spec, as_image(x), as_image(skip)) or promotes(reading, x)
     return (spec.skip and _skip_unfit(spec, x, skip)) or promotes(reading, x)
 
 

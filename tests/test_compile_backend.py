@@ -15,7 +15,7 @@ from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from fused_resnet import count_launches
+from fused_resnet import count_launches, explain, fuse
 from fused_resnet.compiling import fused_resnet as backend
 
 if sys.version_info >= (3, 11):
@@ -158,6 +158,57 @@ def test_a_batch_norm_that_is_called_in_between() -> None:
     assert relative_error(actual, plain(x)) < 1e-11
     assert relative_error(same.bn.running_mean, plain.bn.running_mean) < 1e-12
     assert relative_error(same.bn.running_var, plain.bn.running_var) < 1e-12
+
+
+class Layer(nn.Module):
+    """A convolution and its BatchNorm, for forwards that torch.fx cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.calls = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), 0
+
+    def layer(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class OnData(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y if y.mean() > 0 else -y
+
+
+class Counts(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+class Makes(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * torch.tensor([2.0])
+
+
+class AnyNumber(Layer):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.layer(inputs[0])
+
+
+@pytest.mark.filterwarnings("ignore:fuse found no")
+@pytest.mark.parametrize("kind", [OnData, Counts, Makes, AnyNumber, Net], ids=lambda kind: kind.__name__)
+def test_explain_names_it_where_torch_fx_sees_less(kind: type[nn.Module]) -> None:
+    plain = randomise(kind()).eval()
+    told = explain(fuse(copy.deepcopy(plain)), show=False)
+    named = 'torch.compile(model, backend="fused_resnet") may find chains' in str(told)
+    assert named == (kind is not Net)
+    if kind is Net:
+        return
+    assert told.left_alone == told.rows, "nothing is fused"
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(plain), backend=backend, options={"inner": "aot_eager"})
+    x = torch.randn(2, 4, 9, 8)
+    with torch.no_grad(), count_launches() as log:
+        actual = compiled(x)
+    assert len(log) == 1 and relative_error(actual, plain(x)) < 1e-5
 
 
 def test_a_mode_is_refused() -> None:

@@ -5,8 +5,8 @@ Inference is in :mod:`.cpu_inference`.
 Training: a convolution here reads memory, so what a GPU computes on load is written first and forgotten after its last use. It
 is shared by the launches of a plan that need it: the activation behind a BatchNorm by wgrad and by the mask of dgrad, the
 gradient in front of one by wgrad and dgrad (PyTorch makes it together with its sums). Gradients of filters are matrix products
-where oneDNN's own are slow (:mod:`.cpu_wgrad`). What is kept between forward and backward is what the plan keeps on every
-backend.
+where oneDNN's own are slow (:mod:`.cpu_wgrad`), and so is all of a Linear (:func:`.cpu_inference.is_rows`). What is kept
+between forward and backward is what the plan keeps on every backend.
 """
 
 from __future__ import annotations
@@ -140,8 +140,11 @@ def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shar
     x = _input(launch, operands, shared)
     alone = launch.epilogue in ("store", "bias", "stats")  # the others add the bias themselves
     bias = operands.get("bias") if alone else None
-    y = torch.conv2d(x, operands["w"], bias, g.stride, g.padding, g.dilation, g.groups)
-    y = y.contiguous(memory_format=torch.channels_last)
+    if cpu_inference.is_rows(g, launch.dtype):
+        y = cpu_inference.product(x, operands["w"], bias)
+    else:
+        y = torch.conv2d(x, operands["w"], bias, g.stride, g.padding, g.dilation, g.groups)
+        y = y.contiguous(memory_format=torch.channels_last)
     if launch.epilogue == "stats":
         return y, *_statistics(launch, operands, y)
     if not alone:
@@ -283,6 +286,9 @@ def _through_norm(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
 def _convolution_gradient(launch: Launch, dy: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
     g = launch.geometry
     assert isinstance(g, Geometry)
+    if cpu_inference.is_rows(g, launch.dtype):
+        first, second = (dy.flatten(1), w.flatten(1)) if which == 0 else (dy.flatten(1).t(), x.flatten(1))
+        return (first @ second)[:, :, None, None]
     mask = [which == 0, which == 1, False]
     stride = g.stride
     if which == 1:
@@ -363,7 +369,7 @@ def join(first: Launch, second: Launch) -> Callable[..., Any] | None:
     if not fits or g != second.geometry or {first.gradient, second.gradient} != {"bn_backward"} or "x" not in first.roles:
         return None
     assert isinstance(g, Geometry)
-    apart = cpu_wgrad.suits(g, first.dtype) or reference.skips_pixels(g)
+    apart = cpu_wgrad.suits(g, first.dtype) or reference.skips_pixels(g) or cpu_inference.is_rows(g, first.dtype)
     return None if apart else _gradients
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..blocks import Fused
 from ..chain import shape_behind
-from ..describe import convolutions
+from ..describe import convolutions, dimensions_of
 from .arguments import Structure
 from .guards import Guard, descend, signature
 from .layout import to_reshape
@@ -283,8 +283,13 @@ def _size_of(site: Site) -> Callable[..., Tensor]:
     """What has the size of a chain's sum, and no elements, for those who ask in front of it."""
 
     def fused_size(module: Any, x: Tensor) -> Tensor:
-        shape = shape_behind(convolutions(site.parts(module)), x.shape[0] if x.dim() == 4 else 1, *x.shape[-2:])
-        return x.new_empty(()).expand(shape[-x.dim() :])
+        parts = site.parts(module)
+        layers, dimensions = convolutions(parts), dimensions_of(parts.layers[0].conv)
+        if dimensions == 2:  # a Linear takes any number
+            return x.new_empty(()).expand(*x.shape[:-1], layers[-1].filters)
+        batch = x.shape[0] if x.dim() == dimensions else 1
+        n, k, *sizes = shape_behind(layers, batch, *(1,) * (4 - dimensions), *x.shape[2 - dimensions :])
+        return x.new_empty(()).expand((n, k, *sizes[4 - dimensions :])[-x.dim() :])
 
     return fused_size
 

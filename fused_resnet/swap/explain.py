@@ -17,6 +17,9 @@ from .recognise import analysis, fused_forward
 from .region import WAITING, FusedRegion, current
 from .replace import stands_for
 
+#: How the reasons of :mod:`.tracing` begin that are about what a forward does; Dynamo follows more of that than torch.fx.
+_ABOUT_A_FORWARD = ("its forward ", "the forward of its ", "the control flow of its forward ")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -84,6 +87,8 @@ class Explanation:
         if backward:
             runs = ", ".join(f"{count} launches on {name}" for name, count in sorted(backward.items()))
             text.append(f"backward of the fused rows, if all gradients are wanted: {runs}")
+        if any(row.note.startswith(_ABOUT_A_FORWARD) for row in self.left_alone):
+            text.append('torch.compile(model, backend="fused_resnet") may find chains in forwards that cannot be traced here')
         return "\n".join(text)
 
 
@@ -126,6 +131,8 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
     alone = [a.name for a, b in layers if isinstance(a.norm, nn.SyncBatchNorm) and a.norm.training and not b.group]
     if alone:
         notes.append(f"SyncBatchNorm of {', '.join(alone)}: no other ranks, an ordinary BatchNorm, as in PyTorch")
+    if reading.dimensions != 4:
+        notes.append(f"takes {'[N, C, L]' if reading.dimensions == 3 else '[N, C]'}, other inputs run unfused")
     gradients = trainable_slots(reading.chain)
     backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
     runners = Counter(backends.assign(launch, chosen)[0] for launch in backward.launches)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..describe import is_activation, is_norm
+from ..describe import follows, is_activation, is_convolution, is_norm
 
 Node = fx.Node
 
@@ -74,13 +74,18 @@ class Nodes:
         return node.args[0] if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node) else None
 
     def is_conv(self, node: Node) -> bool:
+        """A convolution of images or sequences, or a Linear."""
         module = self.module(node)
-        return type(module) is nn.Conv2d and self._one(node) is not None
+        return module is not None and is_convolution(module) and self._one(node) is not None
 
     def is_norm(self, node: Node) -> bool:
         module = self.module(node)
-        images = module is not None and is_norm(module) and type(module) is not nn.BatchNorm1d
-        return images and self._one(node) is not None
+        return module is not None and is_norm(module) and self._one(node) is not None
+
+    def fits(self, conv: Node, node: Node) -> bool:
+        """Whether a BatchNorm or a max-pooling is of inputs with as many dimensions as a convolution's."""
+        first, second = self.module(conv), self.module(node)
+        return first is not None and second is not None and follows(first, second)
 
     def is_activation(self, node: Node) -> bool:
         """As a module or a function that is known."""
@@ -101,7 +106,8 @@ class Nodes:
     def is_pool(self, node: Node) -> bool:
         """A max-pooling that can be launched."""
         pool: Any = self.module(node)
-        return type(pool) is nn.MaxPool2d and self._one(node) is not None and not (pool.ceil_mode or pool.return_indices)
+        known = type(pool) in (nn.MaxPool2d, nn.MaxPool1d) and self._one(node) is not None
+        return known and not (pool.ceil_mode or pool.return_indices)
 
     def added(self, node: Node) -> tuple[Node, Node, bool] | None:
         """The two tensors that a node adds, and whether into the first."""
@@ -156,4 +162,4 @@ _IN_PLACE = (
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.delitem,
 )  # fmt: skip
-_POOLING = ("mean", "adaptive_avg_pool2d")
+_POOLING = ("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d")

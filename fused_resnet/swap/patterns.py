@@ -5,6 +5,8 @@ A chain in a graph is ``conv [BatchNorm] [activation]``, once or more, ``[+ shor
 of the first convolution there may be ``BatchNorm [activation]``, the chain's *entry*. The rules:
 
 * a weight layer is a convolution with something behind it, a bias at least; without that it has nothing to be fused with;
+* a Linear is a convolution too, with a BatchNorm; one without is in a chain only behind an entry or in front of a sum;
+* all convolutions of a chain take inputs of as many dimensions, and so do its BatchNorms and its pooling;
 * layers follow each other into one chain while the same frame holds them, or a shortcut spans them;
 * the shortcut is the chain's input, or a convolution and BatchNorm of it; else any other tensor (``skip``) that is made for the
   sum, or a convolution and BatchNorm of one. The sum may be in place only in what the chain itself made;
@@ -20,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
-from ..describe import Parts, WeightLayer, activation_of, is_norm, refusal
+from ..describe import Parts, WeightLayer, activation_of, dimensions_of, is_norm, layer_refusal, refusal
 from .nodes import Node, Nodes
 
 
@@ -71,6 +73,10 @@ class Matcher(Nodes):
         graph: its graph.
     """
 
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph)
+        self.cut: dict[Node, Match] = {}  # what a run with a bare Linear behind it hands on -> the run without
+
     # ---- walking
 
     def follow(self, node: Node, passed: list[Node]) -> Node | None:
@@ -89,7 +95,7 @@ class Matcher(Nodes):
         norm: nn.Module | None = None
         passed: list[Node] = []
         following = self.follow(conv, passed)
-        if following is not None and self.is_norm(following):
+        if following is not None and self.is_norm(following) and self.fits(conv, following):
             nodes += [*passed, following]
             norm = self.module(following)
             place = replace(place, norm=str(following.target))
@@ -115,6 +121,9 @@ class Matcher(Nodes):
             pair = self.added(node)
             if pair is not None:
                 self._join(node, pair, by_out)
+        for out, before in self.cut.items():
+            if by_out.pop(out, None) is not None:  # no sum behind it
+                by_out[before.out] = before
         taken = {node for match in by_out.values() for node in match.nodes}
         for match in by_out.values():
             self._enter(match, taken)
@@ -135,9 +144,9 @@ class Matcher(Nodes):
                 refused = refusal(Parts([WeightLayer(place, module)]), structure_only=True)
                 self.reasons.setdefault(place, refused or self._behind(node))
             elif is_norm(module):
-                self.reasons.setdefault(place, "no convolution has it to itself, in front of it or behind it")
+                self.reasons.setdefault(place, "no convolution of its dimensions has it to itself, in front of it or behind it")
             elif isinstance(module, nn.modules.batchnorm._NormBase):
-                self.reasons.setdefault(place, f"a {type(module).__name__} is no BatchNorm2d")
+                self.reasons.setdefault(place, f"a {type(module).__name__} is no BatchNorm2d or BatchNorm1d")
 
     def _behind(self, node: Node) -> str:
         """What keeps a convolution alone."""
@@ -162,14 +171,24 @@ class Matcher(Nodes):
             x: Any = node.args[0]
             match = Match([place], nodes, x, nodes[-1])
             before = self._before(match, by_out)
-            if before is not None and same(before.nodes[-1], node):
+            if before is not None and same(before.nodes[-1], node) and not self.is_bare(before):
+                if self.is_bare(match):
+                    self.cut[match.out] = before
                 match = self._appended(before, match, by_out)
             by_out[match.out] = match
         return by_out
 
     def refused(self, place: LayerPlace) -> str | None:
         """Why a layer cannot be launched, or None."""
-        return refusal(Parts([self.weight_layer(place)]), structure_only=True)
+        return layer_refusal(self.weight_layer(place))
+
+    def dimensions(self, place: LayerPlace) -> int:
+        """Of a layer's input."""
+        return dimensions_of(self.modules[place.conv])
+
+    def is_bare(self, match: Match) -> bool:
+        """Whether a run ends with a Linear without a BatchNorm, with which nothing is fused but a sum or an entry."""
+        return self.dimensions(match.layers[0]) == 2 and match.layers[-1].norm is None
 
     def has_bias(self, place: LayerPlace) -> bool:
         """Whether a convolution adds a bias, which on a GPU is a kernel of its own."""
@@ -194,6 +213,8 @@ class Matcher(Nodes):
         if before is None or before.residual or any(len(node.users) != 1 for node in (source, *passed)):
             return None
         last = before.layers[-1]
+        if self.dimensions(last) != self.dimensions(match.layers[0]):
+            return None
         known = {name for layer in before.layers for name in self.names(layer)}
         twice = any(known & self.names(layer) for layer in match.layers)
         return before if not twice and (last.norm is not None or last.activation is not None) else None
@@ -225,7 +246,7 @@ class Matcher(Nodes):
                 if len(self.readers(out)) != 1 or any(len(part.users) != 1 for part in passed):
                     continue
                 projection = by_out.get(shortcut)
-                if projection is match or (projection is not None and not self._projects(projection, side_passed)):
+                if projection is match or (projection is not None and not self._projects(projection, match, side_passed)):
                     projection = None
                 written = pair[2] and side == 0 and projection is None  # += would write into what is not the chain's
                 found = None if written else how(match, projection, given, by_out)
@@ -259,13 +280,14 @@ class Matcher(Nodes):
     def _beside(self, match: Match, projection: Match | None, shortcut: Node, by_out: dict[Node, Match]) -> Joined | None:
         """A run, and another tensor; not one that the sum would surely broadcast."""
         source, _ = self.strip(shortcut)
-        return None if source.op == "get_attr" or self.is_pooled(source) else ([match], None, shortcut)
+        broadcast = source.op == "get_attr" or (self.is_pooled(source) and self.dimensions(match.layers[0]) > 2)
+        return None if broadcast else ([match], None, shortcut)
 
-    @staticmethod
-    def _projects(run: Match, passed: list[Node]) -> bool:
-        """Whether a run can be a projection shortcut: one layer, without an activation, for the sum alone."""
+    def _projects(self, run: Match, match: Match, passed: list[Node]) -> bool:
+        """Whether a run can be the projection shortcut of another: one layer, without an activation, for the sum alone."""
         alone = all(len(node.users) == 1 for node in (run.out, *passed))
-        return len(run.layers) == 1 and run.layers[0].activation is None and not run.residual and alone
+        alike = self.dimensions(run.layers[0]) == self.dimensions(match.layers[0])
+        return len(run.layers) == 1 and run.layers[0].activation is None and not run.residual and alone and alike
 
     def _twice(self, runs: list[Match]) -> bool:
         """Whether a module is in several layers."""
@@ -344,6 +366,10 @@ class Matcher(Nodes):
             activation = f"{norm.target}.act"
         return EntryPlace(self.place(norm), activation), [norm, *nodes], cast(Node, norm.args[0])
 
+    def _first(self, match: Match) -> Node:
+        """The node of a convolution."""
+        return next(node for node in match.nodes if self.is_conv(node))
+
     def place(self, node: Node) -> str:
         """What stands for a module."""
         return str(node.target)
@@ -358,6 +384,8 @@ class Matcher(Nodes):
         if found is None or not taken.isdisjoint(found[1]):
             return
         place, nodes, x = found
+        if not self.fits(self._first(match), nodes[0]):
+            return
         skip, passed = (None, []) if match.skip is None else self.strip(match.skip)
         beside = match.residual and match.projection is None and match.skip is None  # the shortcut starts behind it
         readers = {user for node in nodes for user in node.users}
@@ -375,14 +403,21 @@ class Matcher(Nodes):
         """Take the max-pooling behind a chain into it."""
         behind: list[Node] = []
         following = self.follow(match.out, behind)
-        if following is not None and self.is_pool(following) and not match.residual:
+        if match.residual or following is None or not self.is_pool(following):
+            return
+        if self.fits(self._first(match), following):
             match.pool = str(following.target)
             match.nodes += [*behind, following]
             match.out = following
 
     def _worth(self, match: Match) -> bool:
         """Whether there is something to fuse, of which something is gained."""
-        if match.residual or match.entry is not None or any(layer.norm is not None for layer in match.layers):
+        layers = [*match.layers, *(() if match.projection is None else (match.projection,))]
+        if match.entry is not None or any(layer.norm is not None for layer in layers):
+            return True
+        if self.dimensions(match.layers[0]) == 2:
+            return False
+        if match.residual:
             return True
         if not any(layer.activation is not None or self.has_bias(layer) for layer in match.layers):
             return False

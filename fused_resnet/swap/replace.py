@@ -157,8 +157,8 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
     """Swap fused blocks into a model, without changing a parameter, a buffer or a name.
 
     Found by what a forward does, in modules of any class: convolutions with what is behind them (a bias, a BatchNorm, an
-    activation, a sum with a shortcut or another tensor, a max-pooling), torchvision's ResNet blocks, and ``Sequential``s, also
-    of Conv1d or Linear with BatchNorm1d. What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with
+    activation, a sum with a shortcut or another tensor, a max-pooling), torchvision's ResNet blocks, and ``Sequential``s; also
+    Conv1d or Linear with BatchNorm1d. What is not understood stays as it is: :func:`fused_resnet.explain` lists it, with
     the reason.
 
     Parameters and buffers stay the same objects, so optimizers, state_dicts, ``.to()``, copies, pickles and hooks go on
