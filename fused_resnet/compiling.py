@@ -24,10 +24,10 @@ from .swap.patterns import EntryPlace, Joined, LayerPlace, Match, Matcher
 Node = fx.Node
 
 _POOLS = ("adaptive_avg_pool2d", "max_pool2d", "avg_pool2d", "interpolate")
-#: What reads a tensor in any layout. Behind others a chain's output gets the layout that eager PyTorch would give it.
-_ANY_LAYOUT = frozenset(
-    (*_POOLS, "conv2d", "batch_norm", "relu", "relu_", "add", "iadd", "mul", "flatten", "mean", "run_chain")
-)
+#: What reads a tensor in any layout and hands the layout on; and what does not. In front of others a chain's output gets the
+#: layout that eager PyTorch would give it.
+_HANDS_ON = frozenset((*_POOLS, "conv2d", "batch_norm", "relu", "relu_", "add", "iadd", "mul"))
+_ENDS = frozenset(("flatten", "mean", "run_chain"))
 
 
 def _example(node: Any) -> Tensor | None:
@@ -39,6 +39,28 @@ def _alike(first: Node, second: Node) -> bool:
     """Whether two tensors are surely of one shape and type."""
     a, b = _example(first), _example(second)
     return a is not None and b is not None and a.dtype == b.dtype and str(a.shape) == str(b.shape)
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _any_layout(node: Node, known: dict[Node, bool]) -> bool:
+    """Whether nobody counts on the layout of a tensor of images, nor of what is made of it in the same layout.
+
+    One pixel an image has all layouts at once.
+    """
+    for user in node.users:
+        if user in known or _name(user) in _ENDS:
+            free = known.get(user, True)
+        else:
+            value = _example(user)
+            pixel = value is not None and value.dim() == 4 and tuple(value.shape[2:]) == (1, 1)
+            free = _name(user) in _HANDS_ON and (pixel or _any_layout(user, known))
+            known[user] = free
+        if not free:
+            return False
+    return True
 
 
 def _arguments(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -255,8 +277,11 @@ def fuse_graph(gm: fx.GraphModule) -> int:
             gm.graph.erase_node(node)
     for call in made.values():
         value = _example(call)
-        known = _ANY_LAYOUT if value is not None and value.dim() == 4 else ("run_chain",)
-        free = all(getattr(user.target, "__name__", str(user.target)) in known for user in call.users)
+        free = (
+            _any_layout(call, {})
+            if value is not None and value.dim() == 4
+            else all(_name(user) == "run_chain" for user in call.users)
+        )
         call.update_arg(3, not free and value is not None and value.is_contiguous())
     gm.graph.lint()
     gm.recompile()

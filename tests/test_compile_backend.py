@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from fused_resnet import count_launches, explain, fuse
+from fused_resnet import compiling, count_launches, explain, fuse
 from fused_resnet.compiling import fused_resnet as backend
 
 if sys.version_info >= (3, 11):
@@ -62,6 +63,44 @@ def test_it_computes_what_eager_does(training: bool, inner: str) -> None:
             assert float((b.grad - a.grad).norm()) < 1e-3 * float(a.grad.norm()) + 1e-4, key  # a bias in front of BatchNorm: 0
         for (key, a), (_, b) in zip(plain.named_buffers(), same.named_buffers()):
             assert relative_error(b.double(), a.double()) < 1e-5, key
+
+
+class Viewed(nn.Module):
+    """A chain, something that hands its layout on, and a view that counts on eager's."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.between = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(F.relu(self.bn(self.conv(x))))
+        return x.view(x.shape[0], -1)
+
+
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "nothing": (lambda x: x, True),
+    "mul": (lambda x: x * 2.0, True),
+    "pool and add": (lambda x: F.max_pool2d(x, 2) + 1.0, True),
+    "one pixel": (lambda x: F.adaptive_avg_pool2d(x, 1), False),
+    "flatten": (lambda x: torch.flatten(x, 1), False),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_view_behind_what_hands_the_layout_on(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of contiguous tensors, as in eager PyTorch; a copy is made only where somebody counts on that."""
+    torch._dynamo.reset()
+    function, copied = BETWEEN[between]
+    plain = randomise(Viewed(function)).eval()
+    x = torch.randn(2, 3, 9, 8)
+    graphs: list[torch.fx.GraphModule] = []
+    rewrite = compiling.fuse_graph
+    monkeypatch.setattr(compiling, "fuse_graph", lambda gm: graphs.append(gm) or rewrite(gm))
+    with torch.no_grad():
+        actual = torch.compile(copy.deepcopy(plain), backend=backend, options={"inner": "aot_eager"}, fullgraph=True)(x)
+    assert relative_error(actual, plain(x)) < 1e-5
+    calls = [node for node in graphs[0].graph.nodes if getattr(node.target, "__name__", "") == "run_chain"]
+    assert [call.args[3] for call in calls] == [copied]
 
 
 def test_without_gradients_and_under_autocast() -> None:

@@ -125,8 +125,8 @@ def entry_of(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], A
         return entry
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be saved for a backward later
 
-        def forget(_: ReferenceType[Tensor]) -> None:  # with the tensor gone its id may become another's
-            _cache.pop(key, None)
+        def forget(_: ReferenceType[Tensor], cache: Any = _cache) -> None:  # with the tensor gone its id may become another's
+            cache.pop(key, None)  # a name of the module is gone first at the interpreter's end
 
         entry = Entry(sources, forget)
         entry.value = build()
