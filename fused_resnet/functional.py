@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived
+from .backends.workspace import nothing_kept
 from .chain import BUFFERS, Chain
 from .describe import Reading
 from .inputs import Fitting, as_image, autocasts, check
@@ -213,7 +214,8 @@ def _chain_op(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, f
     updated = set(spec.buffer_slots)
     named = list(zip(spec.operand_slots, operands, strict=True))
     given = [tensor.clone() if slot in updated else tensor for slot, tensor in named]
-    outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, _needs(spec, flags))
+    with nothing_kept():
+        outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, _needs(spec, flags))
     return [*outputs, *(tensor for (slot, _), tensor in zip(named, given, strict=True) if slot in updated)]
 
 
@@ -233,7 +235,8 @@ def _chain_backward_op(
 ) -> list[Tensor]:
     spec = Chain.parse(chain)
     name = backends.resolve(backend or backends.context_of_backward(), dout.device)
-    return backward(spec, name, _needs(spec, flags), size, dout, saved)
+    with nothing_kept():
+        return backward(spec, name, _needs(spec, flags), size, dout, saved)
 
 
 @_chain_backward_op.register_fake

@@ -18,6 +18,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from .workspace import keeps_nothing
+
 #: Values kept for one tensor (batch sizes, types); the oldest goes first.
 ENTRIES = 4
 
@@ -107,11 +109,11 @@ def derived(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], An
         build: makes the value, under no_grad.
 
     Nothing is kept where a change could not be seen (inference tensors on a GPU), nor while a CUDA graph is captured: the graph
-    makes its own, at each replay. A value belongs to the stream it was made on.
+    makes its own, at each replay; nor in :func:`.workspace.nothing_kept`. A value belongs to the stream it was made on.
     """
     stream = 0
     if sources[0].is_cuda:
-        if torch.cuda.is_current_stream_capturing() or any(source.is_inference() for source in sources):
+        if keeps_nothing() or any(source.is_inference() for source in sources):
             return build()
         stream = torch.cuda.current_stream(sources[0].device).cuda_stream
     return entry_of(purpose, sources, build, stream).value
