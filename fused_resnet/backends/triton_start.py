@@ -77,7 +77,8 @@ class Start:
 class Meeting:
     """What the programs of a convolution's launch need to finish together: for its tiles' shares, and behind its tiles.
 
-    In the workspace the sums' counters and partials come first, behind them those of the shares.
+    In the workspace the sums' counters and partials come first, behind them those of the shares, at a whole line of the caches:
+    the compiler is told that pointers are multiples of 16 bytes.
 
     Attributes:
         splits: programs that share the sum of a tile.
@@ -95,17 +96,17 @@ class Meeting:
     @property
     def all_counters(self) -> int:
         """Of both."""
-        return self.counters + (self.tiles if self.splits > 1 else 0)
+        return whole_lines(self.counters) + self.tiles if self.splits > 1 else self.counters
 
     @property
     def all_partials(self) -> int:
-        """Of both; the second ones start at a whole line of the caches."""
+        """Of both."""
         return whole_lines(self.partials) + self.splits * self.tiles * self.size if self.splits > 1 else self.partials
 
     def numbers(self) -> dict[str, int]:
         """For :attr:`Start.numbers`; :func:`shares_of` reads them."""
         names = {"shares": self.splits, "tiles": self.tiles}
-        return names | {"counters_behind": self.counters, "partials_behind": whole_lines(self.partials)}
+        return names | {"counters_behind": whole_lines(self.counters), "partials_behind": whole_lines(self.partials)}
 
 
 def whole_lines(elements: int) -> int:

@@ -27,7 +27,7 @@ from .launches import arch_of, facts, key_of, one_of_each, timed
 from .results import Row, Time
 from .stage import Stage, describe
 from .timing import Call, interleaved, rotating, touched
-from .warm import Warm
+from .warm import Item, Warm
 
 TABLE = "tuning.json"
 DEFAULT = "as chosen"
@@ -103,7 +103,7 @@ def run(stage: Stage) -> None:
         def tune(entry: tuple[str, Use]) -> Row:
             nonlocal place
             for following in todo[place : todo.index(entry) + 1 + AHEAD]:
-                warm.add((following[1].launch, way.tile, False) for way in tried[following[1].launch] if way.how == "fused")
+                warm.add(Item(following[1].launch, way.tile) for way in tried[following[1].launch] if way.how == "fused")
                 warm.add(_cores(following[1].launch, tried[following[1].launch]))
             place = todo.index(entry)
             row, found = _tuned(entry, tried[entry[1].launch], stage, warm)
@@ -137,12 +137,12 @@ def _ways(launch: Launch, arch: str | None, gpu: str, most: int) -> list[Way]:
     return ways(launch, "sm_90", most, choose(launch, "interpreter"))
 
 
-def _cores(launch: Launch, found: Sequence[Way]) -> Iterator[tuple[Launch, Any, bool]]:
+def _cores(launch: Launch, found: Sequence[Way]) -> Iterator[Item]:
     parts = pieces(launch, "apart")
     if parts is not None:
         for way in found:
             if way.how == "apart":
-                yield (parts.core, way.tile, False)
+                yield Item(parts.core, way.tile)
 
 
 def _tuned(entry: tuple[str, Use], tried: Sequence[Way], stage: Stage, warm: Warm) -> tuple[Row, Entry | None]:
@@ -152,7 +152,7 @@ def _tuned(entry: tuple[str, Use], tried: Sequence[Way], stage: Stage, warm: War
     expected = operands.truth(launch, given)
     right, problems, wrong = [], {}, False
     for way in tried:
-        late = warm.wait((launch, way.tile, False), max(1.0, stage.left())) if way.how == "fused" else ""
+        late = warm.wait(Item(launch, way.tile), max(1.0, stage.left())) if way.how == "fused" else ""
         problem, off = (late, False) if late else _problem(launch, way, given, expected, device)
         if problem:
             problems[way.name], wrong = problem, wrong or off
