@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -190,6 +191,33 @@ def test_measured_choices_come_first(cache: Path) -> None:
     )
     choice.forget()
     assert choose(launch, "sm_90", gpu="Some GPU").tile == tile
+
+
+def test_what_was_measured_as_tf32_is_not_chosen_for_exact_fp32(cache: Path) -> None:
+    """Files of schema 1 said fp32 of both; what they measured was PyTorch's default, tf32 but for AMD's GPUs."""
+    launch = next(launch for launch in launches("infer") if launch.kind == "conv")
+    launch = replace(launch, dtype=torch.float32)
+    path = measured.user_path("Some GPU")
+    entry = {"how": "vendor", "tile": None, "seconds": 1e-5}
+
+    def both(schema: int, key: str, version: str = "2.11.0") -> tuple[bool, bool]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"schema": schema, "gpu": "", "torch": version, "triton": "", "date": "", "entries": {key: entry}})
+        )
+        choice.forget()
+        how = [choose(launch, "sm_90", tf32, "Some GPU").how for tf32 in (False, True)]
+        return how[0] == "vendor", how[1] == "vendor"
+
+    exact, tf32 = measured.key_of(launch), measured.key_of(launch, True)
+    assert exact == launch.signature and tf32.startswith("conv tf32 N")
+    assert both(2, exact) == (True, False) and both(2, tf32) == (False, True)
+    assert both(1, exact) == (False, True) and both(1, exact, "2.11.0+rocm6.4") == (True, False)
+    table = measured.read(path)
+    assert table is not None
+    measured.write(path, table)
+    assert measured.read(path) == table
+    assert measured.key_of(replace(launch, dtype=torch.bfloat16), True).startswith("conv bf16 ")
 
 
 @pytest.mark.parametrize("how", ["fused", "apart"])

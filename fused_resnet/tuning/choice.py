@@ -144,7 +144,7 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
         gpu: the device's name, to look for measurements.
         whole_only: the launch will run as one kernel: which tile?
     """
-    entry = measured.find(launch, gpu)
+    entry = measured.find(launch, gpu, tf32)
     if entry is not None and not _runs(launch, entry):
         chosen = _by_model(launch, arch, tf32, whole_only)
         return replace(chosen, reason=f"{chosen.reason}; what was measured on {gpu}, {entry.how}, does not run: tune again")
