@@ -3,7 +3,8 @@
 An entry is used only while every source is the same tensor object, at the same address, with the same version counter. PyTorch
 does not count writes through ``.data`` or NumPy views, so on the CPU the sources' contents are looked at as well: vectors
 whole, filters at :data:`SAMPLES` places spread over their memory. (On a GPU that look would stall the host; version
-counters decide there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all.)
+counters decide there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all:
+filters that are not channels_last. A training step copies those itself, and drops what was kept: :func:`forget`.)
 """
 
 from __future__ import annotations
@@ -139,6 +140,11 @@ def entry_of(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], A
             entries.pop(next(iter(entries)))
         entries[detail] = entry
     return entry
+
+
+def forget(source: Tensor) -> None:
+    """Drop what was derived from a tensor alone, or first: it may be written where that is not seen."""
+    _cache.pop(id(source), None)
 
 
 def channels_last_filters(w: Tensor) -> Tensor:
