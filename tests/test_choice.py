@@ -193,6 +193,23 @@ def test_measured_choices_come_first(cache: Path) -> None:
     assert choose(launch, "sm_90", gpu="Some GPU").tile == tile
 
 
+def test_a_smaller_device_of_an_architecture_is_not_the_typical_one() -> None:
+    """An H100 with PCIe has 114 multiprocessors, a part of a GPU fewer; without a device it is the typical one's."""
+    there = [launch for launch in launches("train", 4) if launch.kind in ("conv", "dgrad", "wgrad")]
+    device = typical("sm_90")
+    assert device is not None
+    differ = 0
+    for launch in there:
+        assumed = choose(launch, "sm_90", whole_only=True)
+        same = choose(launch, "sm_90", whole_only=True, multiprocessors=device.multiprocessors)
+        small = choose(launch, "sm_90", whole_only=True, multiprocessors=16)
+        assert assumed == same
+        assert small.tile == choice.ranked(launch, replace(device, multiprocessors=16))[0][1]
+        assert small.tile in choice.candidates(launch, "sm_90", multiprocessors=16)
+        differ += small.tile != assumed.tile
+    assert differ > len(there) // 4
+
+
 def test_what_was_measured_as_tf32_is_not_chosen_for_exact_fp32(cache: Path) -> None:
     """Files of schema 1 said fp32 of both; what they measured was PyTorch's default, tf32 but for AMD's GPUs."""
     launch = next(launch for launch in launches("infer") if launch.kind == "conv")

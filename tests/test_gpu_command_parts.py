@@ -356,6 +356,6 @@ def test_what_a_bf16_models_kernels_are_given() -> None:
     affine = weightless_operands(launch_of("conv", "infer", epilogue="affine"), torch.bfloat16)
     assert affine["mean"].dtype == affine["var"].dtype == torch.bfloat16
     cells = [replace(scope.toy().cells[0], precision=precision) for precision in ("bf16", "autocast")]
-    assert [{item.parameters for item in warm.chosen_of(cell, 16, "sm_90", "")} for cell in cells] == [
+    assert [{item.parameters for item in warm.chosen_of(cell, 16, "sm_90", "", 132)} for cell in cells] == [
         {torch.bfloat16}, {torch.float32},
     ]  # fmt: skip

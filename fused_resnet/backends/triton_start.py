@@ -216,6 +216,14 @@ def gpu_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" and not triton.knobs.runtime.interpret else ""
 
 
+@lru_cache(maxsize=64)
+def multiprocessors_of(device: torch.device) -> int:
+    """How many the GPU has; 0 for the interpreter."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def slope_of(launch: Launch) -> float | None:
     """What an activation's function is given beside z: a LeakyReLU's slope."""
     return float(launch.slope) if launch.activation == "leaky_relu" else None

@@ -23,7 +23,7 @@ from ..tuning.choice import Choice, candidates, choose
 from ..tuning.measured import Entry, Table
 from ..tuning.pieces import pieces
 from . import operands
-from .launches import arch_of, facts, key_of, one_of_each, timed
+from .launches import arch_of, facts, key_of, multiprocessors_of, one_of_each, timed
 from .results import Row, Time
 from .stage import Stage, describe
 from .timing import Call, interleaved, rotating, touched
@@ -53,13 +53,13 @@ class Way:
         return f"{self.how} " + " ".join(f"{name}={value}" for name, value in asdict(self.tile).items())
 
 
-def ways(launch: Launch, arch: str, most: int, default: Choice, tf32: bool = False) -> list[Way]:
+def ways(launch: Launch, arch: str, most: int, default: Choice, tf32: bool = False, multiprocessors: int = 0) -> list[Way]:
     """What is tried: the default first, at most ``most`` tiles of the fused kernel, then the launch in pieces."""
     found = [Way(default.how, default.tile)]
-    found += [Way("fused", tile) for tile in candidates(launch, arch, tf32)[:most]]
+    found += [Way("fused", tile) for tile in candidates(launch, arch, tf32, multiprocessors)[:most]]
     apart = pieces(launch, "apart")
     if apart is not None:
-        found += [Way("apart", tile) for tile in candidates(apart.core, arch, tf32)[:APART]]
+        found += [Way("apart", tile) for tile in candidates(apart.core, arch, tf32, multiprocessors)[:APART]]
     if pieces(launch, "vendor") is not None:
         found.append(Way("vendor"))
     return list(dict.fromkeys(found))
@@ -84,7 +84,8 @@ def cost(entry: tuple[str, Use], stage: Stage) -> float:
     time = (row or {}).get("times", {}).get("fused")
     if row and time:
         return float(use.times * (time["median"] - (row["roofline"] or 0.0)))
-    predicted = choose(use.launch, arch_of(stage.device) or "interpreter").seconds
+    count = multiprocessors_of(stage.device)
+    predicted = choose(use.launch, arch_of(stage.device) or "interpreter", multiprocessors=count).seconds
     return use.times * (predicted if predicted is not None else use.launch.bytes / 1e12)
 
 
@@ -106,8 +107,7 @@ def run(stage: Stage) -> None:
     if stage.dry:
         todo = one_of_each(todo)
     tried = {
-        launch: _ways(launch, arch, gpu, stage.scope.candidates, tf32_of(launch, stage.device))
-        for launch in (entry[1].launch for entry in todo)
+        launch: _ways(launch, arch, gpu, stage.scope.candidates, stage.device) for launch in (entry[1].launch for entry in todo)
     }
     with Warm(arch, gpu) as warm:
         place = 0
@@ -143,9 +143,11 @@ def _write(path: Path, table: Table, dry: bool) -> None:
         measured.write(measured.user_path(table.gpu), table)
 
 
-def _ways(launch: Launch, arch: str | None, gpu: str, most: int, tf32: bool) -> list[Way]:
+def _ways(launch: Launch, arch: str | None, gpu: str, most: int, device: torch.device) -> list[Way]:
     if arch is not None:
-        return ways(launch, arch, most, choose(launch, arch, tf32, gpu), tf32)
+        tf32, count = tf32_of(launch, device), multiprocessors_of(device)
+        default = choose(launch, arch, tf32, gpu, multiprocessors=count)
+        return ways(launch, arch, most, default, tf32, count)
     # The interpreter: tiles that a GPU would get, in pieces too.
     return ways(launch, "sm_90", most, choose(launch, "interpreter"))
 

@@ -73,25 +73,27 @@ def compile_one(item: Item, arch: str) -> tuple[float, str]:
     return time.perf_counter() - began, ""
 
 
-def chosen(launch: Launch, arch: str, gpu: str, parameters: torch.dtype = torch.float32) -> list[Item]:
+def chosen(
+    launch: Launch, arch: str, gpu: str, multiprocessors: int = 0, parameters: torch.dtype = torch.float32
+) -> list[Item]:
     """What a launch will run, as it is chosen for it; pieces that take little to compile are left."""
     from ..tuning.choice import choose
     from ..tuning.pieces import pieces
 
-    choice = choose(launch, arch, gpu=gpu)
+    choice = choose(launch, arch, gpu=gpu, multiprocessors=multiprocessors)
     parts = pieces(launch, choice.how) if choice.how == "apart" else None
     if parts is not None:
         return [Item(parts.core, choice.tile, parameters=parameters)]
     return [Item(launch, choice.tile, parameters=parameters)] if choice.how == "fused" else []
 
 
-def chosen_of(cell: Cell, size: int, arch: str, gpu: str) -> list[Item]:
+def chosen_of(cell: Cell, size: int, arch: str, gpu: str, multiprocessors: int = 0) -> list[Item]:
     """What a network will launch, in its order."""
     items = []
     parameters = cell.parameters
     for memory in ("default", "low")[: 2 if cell.mode == "train" else 1]:
         for use in networks.uses(cell.network, cell.batch, size, torch.bfloat16, cell.mode, memory):
-            items += chosen(use.launch, arch, gpu, parameters)
+            items += chosen(use.launch, arch, gpu, multiprocessors, parameters)
     return items
 
 
@@ -106,6 +108,7 @@ class Warm:
 
     arch: str | None
     gpu: str = ""
+    multiprocessors: int = 0
     workers: int = 0
     pool: ProcessPoolExecutor | None = None
     waiting: dict[Any, Future[tuple[float, str]]] = field(default_factory=dict)
@@ -144,18 +147,18 @@ class Warm:
         """Compile what these launches will run."""
         if self.arch is not None:
             for launch in launches:
-                self.add(chosen(launch, self.arch, self.gpu))
+                self.add(chosen(launch, self.arch, self.gpu, self.multiprocessors))
 
     def add_cell(self, cell: Cell, size: int) -> None:
         """Compile what a network will run; a worker finds out what that is."""
-        future = self._submit(chosen_of, cell, size, self.arch, self.gpu)
+        future = self._submit(chosen_of, cell, size, self.arch, self.gpu, self.multiprocessors)
         if future is not None:
             future.add_done_callback(lambda done: self.add(() if done.cancelled() or done.exception() else done.result()))
 
     def wait_chosen(self, launch: Launch, seconds: float) -> None:
         """Wait for what a launch will run. An error comes again where it is launched."""
         if self.arch is not None:
-            for item in chosen(launch, self.arch, self.gpu):
+            for item in chosen(launch, self.arch, self.gpu, self.multiprocessors):
                 self.wait(item, seconds)
 
     def wait(self, item: Item, seconds: float) -> str:
