@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .backends.derived import derived
+from .backends.derived import derived, forget
+from .backends.workspace import nothing_kept
 from .chain import BUFFERS, Chain
 from .describe import Reading
 from .inputs import Fitting, as_image, autocasts, check
@@ -38,6 +39,23 @@ def _images_channels_last(slots: dict[str, Tensor]) -> dict[str, Tensor]:
         slot: _channels_last(tensor) if tensor.dim() == 4 and not slot.endswith(".w") else tensor
         for slot, tensor in slots.items()
     }
+
+
+def _unseen(tensor: Tensor) -> bool:
+    """Whether writes through ``.data``, which some optimizers use, are not seen: see :mod:`.backends.derived`."""
+    return tensor.is_cuda
+
+
+def _turned(slots: dict[str, Tensor], needs: frozenset[str]) -> dict[str, Tensor]:
+    """Filters that are trained on a GPU and are not channels_last, copied for one step: for its forward and its backward."""
+    made = {}
+    for slot, tensor in slots.items():
+        if not slot.endswith(".w") or slot not in needs or not _unseen(tensor):
+            continue
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            forget(tensor)
+            made[slot] = _channels_last(tensor.detach())
+    return made
 
 
 def _needs(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
@@ -146,7 +164,7 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
     if ctx.source is not None:
         slots["x"] = _slots_of(ctx.source)["out"]
     if ctx.drop:
-        given = _images_channels_last(slots)
+        given = _images_channels_last({**slots, **ctx.turned})
         n, h, w, *skip = ctx.size
         plan = rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype, tuple(skip) or None)
         slots.update(backends.execute(plan, given, ctx.backend))
@@ -168,7 +186,9 @@ class ChainFunction(torch.autograd.Function):
         ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], drop: bool, x: Tensor, *operands: Tensor
     ) -> Tensor:
         needs = _needs(chain, flags)
-        outputs = forward(chain, backend, x, operands, needs, drop=drop)
+        ctx.turned = _turned(dict(zip(chain.operand_slots, operands, strict=True)), needs)
+        given = [ctx.turned.get(slot, tensor) for slot, tensor in zip(chain.operand_slots, operands, strict=True)]
+        outputs = forward(chain, backend, x, given, needs, drop=drop)
         ctx.source, ctx.made, ctx.drop, ctx.version = _dropped(x), None, drop, outputs[0]._version
         slots = {"x": x, **dict(zip(chain.operand_slots, operands, strict=True)), "out": outputs[0]}
         slots.update(zip(kept_slots(chain, needs, drop), outputs[1:], strict=True))
@@ -184,7 +204,7 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         # What was made again with the output is there: it is not made a second time.
         spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain
-        slots = _slots_of(ctx)
+        slots = {**_slots_of(ctx), **ctx.turned}
         saved = [slots[slot] for slot in saved_slots(spec, ctx.needs)]
         del slots
         ctx.made = None
@@ -213,7 +233,8 @@ def _chain_op(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, f
     updated = set(spec.buffer_slots)
     named = list(zip(spec.operand_slots, operands, strict=True))
     given = [tensor.clone() if slot in updated else tensor for slot, tensor in named]
-    outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, _needs(spec, flags))
+    with nothing_kept():
+        outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, _needs(spec, flags))
     return [*outputs, *(tensor for (slot, _), tensor in zip(named, given, strict=True) if slot in updated)]
 
 
@@ -233,7 +254,8 @@ def _chain_backward_op(
 ) -> list[Tensor]:
     spec = Chain.parse(chain)
     name = backends.resolve(backend or backends.context_of_backward(), dout.device)
-    return backward(spec, name, _needs(spec, flags), size, dout, saved)
+    with nothing_kept():
+        return backward(spec, name, _needs(spec, flags), size, dout, saved)
 
 
 @_chain_backward_op.register_fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,25 +17,39 @@ REASONS = 32
 
 
 class _Recording:
-    """A forward that was recorded, its input and its output in memory of their own."""
+    """A forward that was recorded, its input and its output in memory of their own. One thread at a time may call it."""
 
     @torch.inference_mode(False)  # tensors made in that mode could not be written by a call outside of it
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.x = example.clone(memory_format=torch.preserve_format)
-        side = torch.cuda.Stream(example.device)
-        side.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(side), torch.no_grad():
-            for _ in range(3):  # what is compiled, chosen or cached at the first call is none of the recording's business
-                model(self.x)
-        torch.cuda.current_stream(example.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), torch.no_grad():
-            self.out = model(self.x)
+        device = example.device
+        # Where no stream is given, torch.cuda.graph records on one a process, of the device that was current at first.
+        with torch.cuda.device(device):
+            self.x = example.clone(memory_format=torch.preserve_format)
+            here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            side.wait_stream(here)
+            # Around the recording too: where the model raises, torch.cuda.graph may leave its stream the current one.
+            with torch.cuda.stream(side), torch.no_grad():
+                for _ in range(3):  # what is compiled, chosen or cached at the first call is none of the recording's business
+                    model(self.x)
+                self.graph = torch.cuda.CUDAGraph()
+                # Other threads may allocate and synchronise meanwhile.
+                with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                    self.out = model(self.x)
+            here.wait_stream(side)
+        self.last = here
+        self.behind = torch.cuda.Event()
 
     def __call__(self, x: Tensor) -> Any:
-        self.x.copy_(x)
-        self.graph.replay()
-        return tree_map_only(Tensor, Tensor.clone, self.out)  # the next replay writes over the recording's own
+        stream = torch.cuda.current_stream(self.x.device)
+        if stream != self.last:  # the input and the output are the previous call's until its copies are through
+            stream.wait_event(self.behind)
+        try:
+            self.x.copy_(x)
+            self.graph.replay()
+            return tree_map_only(Tensor, Tensor.clone, self.out)  # the next replay writes over the recording's own
+        finally:
+            self.behind.record(stream)
+            self.last = stream
 
 
 def _check(model: Any, example: Any) -> None:
@@ -71,7 +86,9 @@ class Graphed(nn.Module):
         self._like = (tuple(example.shape), example.stride(), example.dtype, example.device)
         self._example = example.detach()
         self._recording: Any = None
+        self._failed: str | None = None
         self._places: tuple[int, ...] = ()
+        self._lock = Lock()
         self.training = module.training  # not by train(), which would bring frozen parts of the model into its mode
 
     def _state(self) -> tuple[int, ...]:
@@ -99,27 +116,48 @@ class Graphed(nn.Module):
             return "it is being compiled or recorded itself"
         if hooks_everywhere() or any(hooked(module) for module in self.module.modules()):
             return "a hook looks into the model, which a replay does not call"
+        if self._failed is not None and self._places == self._state():
+            return self._failed
         return None
+
+    def _record(self) -> str | None:
+        """See that there is a recording that reads the parameters where they are now; why there is none, or None."""
+        places = self._state()
+        if places != self._places or (self._recording is None and self._failed is None):
+            self._recording, self._failed, self._places = None, None, places
+            try:
+                self._recording = _Recording(self.module, self._example)
+            except Exception as error:
+                cause = error.__context__ or error  # behind an error of the model there is one of the recording's end
+                first = next(iter(str(cause).splitlines()), "")
+                self._failed = f"it could not be recorded: {type(cause).__name__}: {first}"
+        return self._failed
 
     def forward(self, x: Tensor) -> Any:
         """As the model's: replayed for inputs like the example, else the model itself. What comes back is the caller's own."""
         reason = self.reason(x)
-        what = reason or "replayed"
-        self.calls[what if reason is None or what in self.calls or len(self.calls) < REASONS else "another reason"] += 1
-        if reason is not None:
-            return self.module(x)
-        places = self._state()
-        if self._recording is None or places != self._places:  # parameters were moved or replaced: read them where they are
-            self._recording = None
-            self._recording, self._places = _Recording(self.module, self._example), places
-        return self._recording(x)
+        with self._lock:
+            reason = reason or self._record()
+            what = reason or "replayed"
+            known = reason is None or what in self.calls or len(self.calls) < REASONS
+            self.calls[what if known else "another reason"] += 1
+            if reason is None:
+                return self._recording(x)
+        return self.module(x)
 
     def explain(self) -> str:
         """How often calls were replayed, and why others were not."""
         return "\n".join(f"{count} x {what}" for what, count in self.calls.most_common()) or "not called yet"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recording": None}  # a copy, or what comes out of a pickle, records anew
+        # A copy, or what comes out of a pickle, records anew.
+        state = {**self.__dict__, "_recording": None, "_failed": None}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = Lock()
 
 
 def graphed(model: nn.Module, example: Tensor) -> Graphed:
@@ -129,7 +167,9 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     example's shape, strides, type and device, the model is in eval mode and no gradient is wanted; any other runs the model
     itself, and :meth:`Graphed.explain` tells why. Parameters may change in place (``load_state_dict``, ``optimizer.step``);
     where they were moved or replaced, the next call records anew. The recording happens at the first call that can be replayed,
-    and holds the activations' memory. Host code in the model (prints, random choices) is not run in a replay.
+    and holds the activations' memory. Host code in the model (prints, random choices) is not run in a replay. A model that
+    cannot be recorded (the host waits for the device in it) is called itself, and ``explain`` tells the error; it is tried
+    again once parameters were moved. Threads and streams may share it: their replays follow one another.
 
     Args:
         model: fused or not, on a GPU.

@@ -28,6 +28,7 @@ from fused_resnet.backends import record_kernel, workspace
 pytest.importorskip("triton")
 from fused_resnet.backends import triton as executor
 from fused_resnet.backends import triton_apart, triton_gradients, triton_start
+from fused_resnet.backends.derived import channels_last_filters
 
 GPU = torch.device("meta")
 Step = Callable[[nn.Module, Tensor], None]
@@ -230,3 +231,34 @@ def test_counters_of_a_captured_launch_are_its_own(monkeypatch: pytest.MonkeyPat
         first, second = (workspace.counters(torch.device("cuda", 0), 40) for _ in range(2))
     assert seen.ran == ["zeros"] * 2 and first is not second and not workspace._COUNTERS
     assert first.device.type == "cuda" and first.numel() == 40
+
+
+def test_what_a_compiler_calls_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor warms its graphs up in their pool with no capture under way: counters are allocated each time."""
+    monkeypatch.setattr(workspace, "_COUNTERS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    asked: list[bool] = []
+    real = workspace.counters
+
+    def counters(device: torch.device, count: int) -> Tensor:
+        asked.append(workspace.keeps_nothing())
+        return real(device, count)
+
+    monkeypatch.setattr(workspace, "counters", counters)
+    model = fuse(TinyNet().basic, backend="triton").train()
+    x = torch.randn(1, 8, 7, 5, requires_grad=True)
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        loss = model(x).sum()
+    forward = len(asked)
+    loss.backward()
+    assert len(asked) > forward > 0 and all(asked) and not workspace.keeps_nothing()
+    asked.clear()
+    model(x).sum().backward()
+    assert asked and not any(asked), "an eager call keeps its counters"
+    with FakeTensorMode(), workspace.nothing_kept():
+        workspace._COUNTERS.clear()
+        first, second = (workspace.counters(torch.device("cuda", 0), 40) for _ in range(2))
+        w = torch.empty(4, 3, 3, 3, device="cuda")
+        turned = [channels_last_filters(w) for _ in range(2)]
+    assert first is not second and not workspace._COUNTERS and turned[0] is not turned[1]

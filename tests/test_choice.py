@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -190,6 +191,50 @@ def test_measured_choices_come_first(cache: Path) -> None:
     )
     choice.forget()
     assert choose(launch, "sm_90", gpu="Some GPU").tile == tile
+
+
+def test_a_smaller_device_of_an_architecture_is_not_the_typical_one() -> None:
+    """An H100 with PCIe has 114 multiprocessors, a part of a GPU fewer; without a device it is the typical one's."""
+    there = [launch for launch in launches("train", 4) if launch.kind in ("conv", "dgrad", "wgrad")]
+    device = typical("sm_90")
+    assert device is not None
+    differ = 0
+    for launch in there:
+        assumed = choose(launch, "sm_90", whole_only=True)
+        same = choose(launch, "sm_90", whole_only=True, multiprocessors=device.multiprocessors)
+        small = choose(launch, "sm_90", whole_only=True, multiprocessors=16)
+        assert assumed == same
+        assert small.tile == choice.ranked(launch, replace(device, multiprocessors=16))[0][1]
+        assert small.tile in choice.candidates(launch, "sm_90", multiprocessors=16)
+        differ += small.tile != assumed.tile
+    assert differ > len(there) // 4
+
+
+def test_what_was_measured_as_tf32_is_not_chosen_for_exact_fp32(cache: Path) -> None:
+    """Files of schema 1 said fp32 of both; what they measured was PyTorch's default, tf32 but for AMD's GPUs."""
+    launch = next(launch for launch in launches("infer") if launch.kind == "conv")
+    launch = replace(launch, dtype=torch.float32)
+    path = measured.user_path("Some GPU")
+    entry = {"how": "vendor", "tile": None, "seconds": 1e-5}
+
+    def both(schema: int, key: str, version: str = "2.11.0") -> tuple[bool, bool]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"schema": schema, "gpu": "", "torch": version, "triton": "", "date": "", "entries": {key: entry}})
+        )
+        choice.forget()
+        how = [choose(launch, "sm_90", tf32, "Some GPU").how for tf32 in (False, True)]
+        return how[0] == "vendor", how[1] == "vendor"
+
+    exact, tf32 = measured.key_of(launch), measured.key_of(launch, True)
+    assert exact == launch.signature and tf32.startswith("conv tf32 N")
+    assert both(2, exact) == (True, False) and both(2, tf32) == (False, True)
+    assert both(1, exact) == (False, True) and both(1, exact, "2.11.0+rocm6.4") == (True, False)
+    table = measured.read(path)
+    assert table is not None
+    measured.write(path, table)
+    assert measured.read(path) == table
+    assert measured.key_of(replace(launch, dtype=torch.bfloat16), True).startswith("conv bf16 ")
 
 
 @pytest.mark.parametrize("how", ["fused", "apart"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
+from nets import TinyNet, randomise
+from tolerances import assert_close, assert_no_worse, distance
 from torch import Tensor
 
+from fused_resnet import functional, fuse
+from fused_resnet.backends import derived as module
 from fused_resnet.backends.derived import channels_last_filters, derived
 
 
@@ -121,3 +126,27 @@ def test_channels_last_filters() -> None:
     assert channels_last_filters(turned) is turned, "already so: no copy"
     w.mul_(2)
     assert torch.equal(channels_last_filters(w), w)
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_an_optimizer_that_writes_through_data_is_seen(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where contents are not looked at: steps copy the filters of an NCHW model anew, once, and so does eval."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(module, "_look", lambda source: None)
+    monkeypatch.setattr(functional, "_unseen", lambda tensor: True)
+    eager = TinyNet()
+    randomise(eager)
+    fused, exact = fuse(copy.deepcopy(eager), backend="triton", memory=memory), copy.deepcopy(eager).double()
+    x = torch.randn(2, 3, 17, 19)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(fused.eval()(x), exact.eval()(x.double()), 9 * 16, layers=9)
+        for net, given in ((fused, x), (eager, x), (exact, x.double())):
+            net.train().zero_grad()
+            net(given).square().sum().backward()
+        ours, plain, right = ([p.grad for p in net.parameters()] for net in (fused, eager, exact))
+        assert_no_worse(distance(list(zip(ours, right))), distance(list(zip(plain, right))), "gradients", floor=1e-5)
+        for three in zip(fused.parameters(), eager.parameters(), exact.parameters(), strict=True):
+            change = torch.randn_like(three[0]) * 0.1
+            for parameter in three:
+                parameter.data.add_(change)

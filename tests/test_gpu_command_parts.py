@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fused_resnet.gpu import networks, operands, profile, scope, suite, summary, timing
+from fused_resnet.backends.triton_compile import weightless_operands
+from fused_resnet.gpu import networks, operands, profile, scope, suite, summary, timing, warm
 from fused_resnet.gpu.results import empty
 from fused_resnet.launch import Launch
 from fused_resnet.network import Use
@@ -275,16 +277,17 @@ from fused_resnet.gpu import networks, operands, warm
 from fused_resnet.backends import triton, triton_start
 warm._begin("sm_90")
 launch = next(u.launch for u in networks.uses("toy", 2, 16, torch.bfloat16, "train") if u.launch.kind == "bn_add_relu")
-seconds, error = warm.compile_one((launch, None, False), "sm_90")
+seconds, error = warm.compile_one(warm.Item(launch, parameters=torch.bfloat16), "sm_90")
 assert not error, error
 given = operands.random_operands(launch, torch.device("cpu"), 1)
+given |= {role: given[role].bfloat16() for role in ("gamma", "beta")}
 start = triton.plan_start(launch, "sm_90")
 outputs = triton_start.outputs_of(launch, torch.device("cpu"))
 arguments = triton.bind(start, launch, given, outputs, start.workspace(torch.device("cpu")))
 assert len(start.kernel.device_caches[0][0]) == 1
 start.kernel.warmup(grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages)
 assert len(start.kernel.device_caches[0][0]) == 1, "tensors with memory make another key"
-_, error = warm.compile_one((launch, "no tile", False), "sm_90")
+_, error = warm.compile_one(warm.Item(launch, "no tile"), "sm_90")
 assert error, "an error is told"
 print("same")
 """
@@ -342,3 +345,17 @@ def test_the_scope_fits_the_memory() -> None:
     assert len({cell.key for cell in large.cells}) == len(large.cells)
     narrow = scope.narrowed(large, {"batch": 8, "layers": [["resnet18", "infer"]], "dtype": "fp16"})
     assert (narrow.batch, narrow.layers, narrow.dtype, narrow.size) == (8, (("resnet18", "infer"),), torch.float16, 224)
+
+
+def test_what_a_bf16_models_kernels_are_given() -> None:
+    """BatchNorm's own vectors are bf16, the batch's statistics are fp32, in the backward too."""
+    wgrad = launch_of("wgrad", prologue="bn_relu", gradient="bn_backward")
+    types = {role: tensor.dtype for role, tensor in weightless_operands(wgrad, torch.bfloat16).items() if tensor.dim() == 1}
+    assert {role for role in types if types[role] == torch.bfloat16} == {"gamma", "x_gamma", "x_beta"}
+    assert {"mean", "invstd", "x_mean", "x_invstd", "sum", "dot"} <= types.keys()
+    affine = weightless_operands(launch_of("conv", "infer", epilogue="affine"), torch.bfloat16)
+    assert affine["mean"].dtype == affine["var"].dtype == torch.bfloat16
+    cells = [replace(scope.toy().cells[0], precision=precision) for precision in ("bf16", "autocast")]
+    assert [{item.parameters for item in warm.chosen_of(cell, 16, "sm_90", "", 132)} for cell in cells] == [
+        {torch.bfloat16}, {torch.float32},
+    ]  # fmt: skip

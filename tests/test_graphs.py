@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +139,118 @@ def test_a_copy_records_for_itself(anywhere: None) -> None:
         assert torch.equal(other(x), net(x)) and FakeRecording.made == 2
     assert list(net.state_dict()) == [f"module.{key}" for key in net.module.state_dict()]
     assert not net.training and net.train().module.training
+
+
+def test_what_cannot_be_recorded_runs_itself_and_says_why(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def fails(model: nn.Module, example: Tensor) -> None:
+        tries.append(model)
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        finally:
+            raise ValueError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(graphs, "_Recording", fails)
+    model = fuse(tiny())
+    net = fused_resnet.graphed(model, x := torch.randn(1, 3, 33, 35))
+    why = "it could not be recorded: RuntimeError: operation not permitted when stream is capturing"
+    with torch.no_grad():
+        assert net.reason(x) is None
+        for _ in range(3):
+            assert torch.equal(net(x), model(x))
+        assert net.reason(x) == why and dict(net.calls) == {why: 3} and len(tries) == 1
+        model.fc.weight = nn.Parameter(torch.randn_like(model.fc.weight))
+        monkeypatch.setattr(graphs, "_Recording", FakeRecording)
+        assert torch.equal(net(x), model(x)) and net.calls["replayed"] == 1, "parameters were moved: tried again"
+
+
+def test_threads_share_one_recording(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = [0], [0]
+
+    class Slow(FakeRecording):
+        def __call__(self, x: Tensor) -> Any:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.01)
+            inside[0] -= 1
+            return super().__call__(x)
+
+    monkeypatch.setattr(graphs, "_Recording", Slow)
+    net = fused_resnet.graphed(nn.ReLU().eval(), torch.empty(1, 3))
+    threads = [threading.Thread(target=net, args=(torch.randn(1, 3),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and FakeRecording.made == 1 and net.calls["replayed"] == 6
+
+
+def test_out_of_a_pickle(anywhere: None) -> None:
+    net = fused_resnet.graphed(nn.ReLU().eval(), x := torch.randn(1, 3))
+    net(x)
+    other = pickle.loads(pickle.dumps(net))
+    assert torch.equal(other(x), x.relu()) and FakeRecording.made == 2 and other.calls["replayed"] == 2
+
+
+def test_where_it_is_recorded_and_what_another_stream_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch is asked for, in order; stand-ins for its streams and graphs write it down."""
+    said: list[Any] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            said.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event: Any) -> None:
+            said.append((self.name, "waits for", event.at))
+
+    class Event:
+        at = None
+
+        def record(self, stream: Any) -> None:
+            self.at = f"a call on {stream.name}"
+
+    @contextmanager
+    def noted(*given: Any, **named: Any) -> Any:
+        said.append((*(getattr(one, "name", str(one)) for one in given), *named.items()))
+        yield
+        said.append("out")
+
+    here, there = Stream("here"), Stream("there")
+    current = [here]
+    graph = SimpleNamespace(name="graph", replay=lambda: said.append("replay"))
+    stands = {
+        "device": noted, "stream": noted, "graph": noted, "Event": Event, "CUDAGraph": lambda: graph,
+        "Stream": lambda device: side, "current_stream": lambda device: current[0],
+    }  # fmt: skip
+    side = Stream("side")
+    for name, stand in stands.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    recording = graphs._Recording(nn.ReLU(), torch.randn(3))
+    capture = ("graph", ("stream", side), ("capture_error_mode", "thread_local"))
+    assert said == [
+        ("cpu",),
+        ("side", "waits for", "here"),
+        ("side",),
+        capture,
+        "out",
+        "out",
+        ("here", "waits for", "side"),
+        "out",
+    ]
+    said.clear()
+    recording(torch.randn(3))
+    assert said == ["replay"], "the same stream has nothing to wait for"
+    current[0] = there
+    recording(torch.randn(3))
+    current[0] = here
+    recording(torch.randn(3))
+    assert said[1:] == [
+        ("there", "waits for", "a call on here"), "replay", ("here", "waits for", "a call on there"), "replay",
+    ]  # fmt: skip
 
 
 @ON_GPU

@@ -3,7 +3,8 @@
 An entry is used only while every source is the same tensor object, at the same address, with the same version counter. PyTorch
 does not count writes through ``.data`` or NumPy views, so on the CPU the sources' contents are looked at as well: vectors
 whole, filters at :data:`SAMPLES` places spread over their memory. (On a GPU that look would stall the host; version
-counters decide there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all.)
+counters decide there, and the kernels fold BatchNorm from its parameters at each launch, so that little is derived at all:
+filters that are not channels_last. A training step copies those itself, and drops what was kept: :func:`forget`.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+
+from .workspace import keeps_nothing
 
 #: Values kept for one tensor (batch sizes, types); the oldest goes first.
 ENTRIES = 4
@@ -107,11 +110,11 @@ def derived(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], An
         build: makes the value, under no_grad.
 
     Nothing is kept where a change could not be seen (inference tensors on a GPU), nor while a CUDA graph is captured: the graph
-    makes its own, at each replay. A value belongs to the stream it was made on.
+    makes its own, at each replay; nor in :func:`.workspace.nothing_kept`. A value belongs to the stream it was made on.
     """
     stream = 0
     if sources[0].is_cuda:
-        if torch.cuda.is_current_stream_capturing() or any(source.is_inference() for source in sources):
+        if keeps_nothing() or any(source.is_inference() for source in sources):
             return build()
         stream = torch.cuda.current_stream(sources[0].device).cuda_stream
     return entry_of(purpose, sources, build, stream).value
@@ -137,6 +140,11 @@ def entry_of(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], A
             entries.pop(next(iter(entries)))
         entries[detail] = entry
     return entry
+
+
+def forget(source: Tensor) -> None:
+    """Drop what was derived from a tensor alone, or first: it may be written where that is not seen."""
+    _cache.pop(id(source), None)
 
 
 def channels_last_filters(w: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .triton_start import (
     arch_of,
     begin_updating,
     gpu_of,
+    multiprocessors_of,
     needs_wide_offsets,
     numbers_of,
     outputs_of,
@@ -125,7 +126,8 @@ def run(
         elif shared and launch.kind == "dgrad" and "y" in launch.roles and dy_slot(launch) in shared:
             how = "apart"  # its layer's wgrad has left the dy
         else:
-            chosen = choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu_of(device))
+            tf32, count = tf32_allowed(launch.dtype, device), multiprocessors_of(device)
+            chosen = choose(launch, arch_of(device), tf32, gpu_of(device), multiprocessors=count)
             how = chosen.how
             tile = chosen.tile if how == "apart" else None
     if how != "fused":
@@ -148,7 +150,8 @@ def run(
     else:
         aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands)
         tf32 = tf32_allowed(launch.dtype, device)
-        tile = tile or choose(launch, arch_of(device), tf32, gpu_of(device), whole_only=True).tile
+        count = multiprocessors_of(device)
+        tile = tile or choose(launch, arch_of(device), tf32, gpu_of(device), whole_only=True, multiprocessors=count).tile
         start = plan_start(launch, arch_of(device), tile, aligned, tf32, wide)
         begin_updating(start, bind, launch, operands, outputs, device, shared)
     results = tuple(outputs[role] for role, _ in launch.outputs)
@@ -158,7 +161,10 @@ def run(
 def reason(launch: Launch, device: torch.device) -> str:
     """How a launch runs on ``device`` and why, for people; empty where nothing is chosen (the interpreter)."""
     gpu = gpu_of(device)
-    return choose(launch, arch_of(device), tf32_allowed(launch.dtype, device), gpu).reason if gpu else ""
+    if not gpu:
+        return ""
+    tf32, count = tf32_allowed(launch.dtype, device), multiprocessors_of(device)
+    return choose(launch, arch_of(device), tf32, gpu, multiprocessors=count).reason
 
 
 def tf32_allowed(dtype: torch.dtype, device: torch.device) -> bool:

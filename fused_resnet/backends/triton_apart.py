@@ -104,13 +104,13 @@ def _around_vendor(
     else:
         which = 0 if core.kind == "dgrad" else 1
         # Of the operand whose gradient is asked for only the sizes matter.
-        x = given.get("x") if which else None
-        like = torch.empty(g.x_shape, dtype=core.dtype, device=given["dz"].device, memory_format=torch.channels_last)
-        w = given["w"] if which == 0 else torch.empty(g.w_shape, dtype=core.dtype, device=like.device)
-        w = w.contiguous(memory_format=torch.channels_last)
+        role, shape = ("x", g.x_shape) if which == 0 else ("w", g.w_shape)
+        sized = torch.empty(shape, dtype=core.dtype, device=given["dz"].device, memory_format=torch.channels_last)
+        both = {**given, role: sized}
+        w = both["w"].contiguous(memory_format=torch.channels_last)
         mask = [which == 0, which == 1, False]
         raw = torch.ops.aten.convolution_backward(
-            given["dz"], like if x is None else x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
+            given["dz"], both["x"], w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
         )[which]
     raw = raw.contiguous(memory_format=torch.channels_last)
     main = {"conv": "y", "dgrad": "dx", "wgrad": "dw"}[core.kind]

@@ -280,7 +280,8 @@ def weightless_operands(launch: Launch, parameters: torch.dtype) -> dict[str, Te
         if role in ("batches", "count"):
             return torch.empty(1, dtype=torch.int64 if role == "batches" else torch.float32, device="meta")
         channels = g.C if role.startswith("x_") else g.y_shape[1]
-        made_here = role.endswith(("invstd", "sum", "dot")) or role in ("x_mean", "shortcut_mean")
+        # A mean beside its invstd is of the batch; beside a variance it is a BatchNorm's own.
+        made_here = role.endswith(("invstd", "sum", "dot")) or f"{role.removesuffix('mean')}invstd" in launch.roles
         return torch.empty(channels, dtype=torch.float32 if made_here else parameters, device="meta")
 
     return {role: weightless_operand(role) for role in launch.roles}

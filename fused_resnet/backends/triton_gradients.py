@@ -28,6 +28,7 @@ from .triton_start import (
     arch_of,
     begin,
     gpu_of,
+    multiprocessors_of,
     needs_wide_offsets,
     numbers_of,
     shares_of,
@@ -97,7 +98,8 @@ def run(
     aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("dz", "y", "x", "w") if role in operands)
     tf32 = tf32_allowed(launch.dtype, dz.device)
     if tile is None and not _vectors_only(launch):
-        chosen = choose(launch, arch_of(dz.device), tf32, gpu_of(dz.device), whole_only=True).tile
+        count = multiprocessors_of(dz.device)
+        chosen = choose(launch, arch_of(dz.device), tf32, gpu_of(dz.device), whole_only=True, multiprocessors=count).tile
         assert isinstance(chosen, Tile)
         tile = chosen
     start = plan_start(launch, arch_of(dz.device), tile, aligned, tf32, wide)

@@ -77,7 +77,8 @@ class Start:
 class Meeting:
     """What the programs of a convolution's launch need to finish together: for its tiles' shares, and behind its tiles.
 
-    In the workspace the sums' counters and partials come first, behind them those of the shares.
+    In the workspace the sums' counters and partials come first, behind them those of the shares, at a whole line of the caches:
+    the compiler is told that pointers are multiples of 16 bytes.
 
     Attributes:
         splits: programs that share the sum of a tile.
@@ -95,17 +96,17 @@ class Meeting:
     @property
     def all_counters(self) -> int:
         """Of both."""
-        return self.counters + (self.tiles if self.splits > 1 else 0)
+        return whole_lines(self.counters) + self.tiles if self.splits > 1 else self.counters
 
     @property
     def all_partials(self) -> int:
-        """Of both; the second ones start at a whole line of the caches."""
+        """Of both."""
         return whole_lines(self.partials) + self.splits * self.tiles * self.size if self.splits > 1 else self.partials
 
     def numbers(self) -> dict[str, int]:
         """For :attr:`Start.numbers`; :func:`shares_of` reads them."""
         names = {"shares": self.splits, "tiles": self.tiles}
-        return names | {"counters_behind": self.counters, "partials_behind": whole_lines(self.partials)}
+        return names | {"counters_behind": whole_lines(self.counters), "partials_behind": whole_lines(self.partials)}
 
 
 def whole_lines(elements: int) -> int:
@@ -213,6 +214,14 @@ def arch_of(device: torch.device) -> str:
 def gpu_of(device: torch.device) -> str:
     """The GPU's name, for which measured choices are looked up; empty for the interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" and not triton.knobs.runtime.interpret else ""
+
+
+@lru_cache(maxsize=64)
+def multiprocessors_of(device: torch.device) -> int:
+    """How many the GPU has; 0 for the interpreter."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def slope_of(launch: Launch) -> float | None:

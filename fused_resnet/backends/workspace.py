@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import ceil, isqrt
 
 import torch
@@ -15,6 +18,27 @@ _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
 #: Smallest allocation: most launches of a network need fewer, and growing means zeroing again.
 _LEAST = 4096
+
+_NOTHING_KEPT: ContextVar[bool] = ContextVar("fused_resnet_nothing_kept", default=False)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Around what a compiler calls: nothing allocated on a GPU in here is kept for later launches.
+
+    ``torch.compile(mode="reduce-overhead")`` warms up with allocations from its graphs' pool, while no capture is under way,
+    and PyTorch refuses memory of that pool that outlives the call.
+    """
+    token = _NOTHING_KEPT.set(True)
+    try:
+        yield
+    finally:
+        _NOTHING_KEPT.reset(token)
+
+
+def keeps_nothing() -> bool:
+    """Whether what is allocated on a GPU now is not to be kept: in :func:`nothing_kept`, or while a graph is captured."""
+    return _NOTHING_KEPT.get() or torch.cuda.is_current_stream_capturing()
 
 
 def counters(device: torch.device, count: int) -> Tensor:
@@ -27,11 +51,11 @@ def counters(device: torch.device, count: int) -> Tensor:
     zeroing is recorded, not run, and its memory belongs to the graph's pool, which goes with the graph (and which the capture,
     or another graph that shares the pool, gives to other tensors once this one is freed). So each captured launch allocates its
     own from the pool, which lives as long as the graph, and the graph carries the zeroing (a memset node of a few hundred
-    bytes) in front of it: right for every replay, wherever and after whatever it runs.
+    bytes) in front of it: right for every replay, wherever and after whatever it runs. So do launches in :func:`nothing_kept`.
     """
     stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        if keeps_nothing():
             return torch.zeros(count, dtype=torch.int32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
     key = (device, stream)

@@ -37,8 +37,8 @@ class Contender:
         self.name, self.cell, self.device = name, cell, device
         self.training = cell.mode == "train"
         layout = torch.contiguous_format if name == CONTIGUOUS else torch.channels_last
-        stored = torch.bfloat16 if cell.precision == "bf16" else torch.float32
-        module = copy.deepcopy(eager).to(device, stored).to(memory_format=layout).train(self.training)
+        dtype = cell.parameters
+        module = copy.deepcopy(eager).to(device, dtype).to(memory_format=layout).train(self.training)
         if name in (FUSED, LOW):
             module = fuse(module, memory="low" if name == LOW else "default")
         self.module: Any = module
@@ -52,7 +52,7 @@ class Contender:
             else:
                 self.module = torch.compile(module)
         self.inputs: Iterator[Tensor] = measure.rotation(
-            lambda: networks.images(cell.batch, size, device, stored, layout == torch.channels_last), device
+            lambda: networks.images(cell.batch, size, device, dtype, layout == torch.channels_last), device
         )
         # So slow that weights stay as they are, however many rounds there are.
         self.optimizer = torch.optim.SGD(module.parameters(), lr=1e-9, momentum=0.9) if self.training else None

@@ -20,7 +20,7 @@ import torch
 from ..network import Use
 from ..tuning.choice import choose
 from . import networks, operands, small, suite
-from .launches import arch_of, one_of_each
+from .launches import arch_of, multiprocessors_of, one_of_each
 from .results import Row, finite
 from .scope import Scope
 from .stage import Stage
@@ -53,7 +53,7 @@ def run(stage: Stage) -> None:
     whole = stage.left()
     ends = stage.ends
     gpu = stage.results.data["machine"].get("gpu") or ""
-    with Warm(arch_of(stage.device), gpu) as warm:
+    with Warm(arch_of(stage.device), gpu, multiprocessors_of(stage.device)) as warm:
         entries = list(checked(stage.scope))
         if stage.dry:
             entries = one_of_each(entries)
@@ -86,7 +86,7 @@ def _check(use: Use, device: torch.device, seed: int, gpu: str) -> Row:
         first, second = (operands.run(launch, given) for _ in range(2))
     verdict = operands.compare(launch, first, operands.truth(launch, given))
     unequal = [role for role in first if not _same(first[role], second[role])]
-    how = choose(launch, arch_of(device) or "interpreter", gpu=gpu).how
+    how = choose(launch, arch_of(device) or "interpreter", gpu=gpu, multiprocessors=multiprocessors_of(device)).how
     problems = list(verdict.wrong)
     if how != "vendor":  # whose sums may come in any order
         problems += [f"{role} differs from run to run" for role in unequal]

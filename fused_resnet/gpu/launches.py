@@ -26,6 +26,11 @@ def arch_of(device: torch.device) -> str | None:
     return of(device)
 
 
+def multiprocessors_of(device: torch.device) -> int:
+    """How many the GPU has, for choices; 0 where kernels are interpreted."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0
+
+
 def timed(stage: Stage) -> list[tuple[str, Use]]:
     """The launches of the scope's networks, with network and mode."""
     scope = stage.scope

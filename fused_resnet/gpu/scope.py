@@ -37,6 +37,11 @@ class Cell:
         """``resnet50 infer b1 autocast graph``."""
         return " ".join([self.network, self.mode, f"b{self.batch}", self.precision, *["graph"] * self.graph])
 
+    @property
+    def parameters(self) -> torch.dtype:
+        """Their type in the model."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 @dataclass(frozen=True)
 class Scope:

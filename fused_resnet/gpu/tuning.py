@@ -23,11 +23,11 @@ from ..tuning.choice import Choice, candidates, choose
 from ..tuning.measured import Entry, Table
 from ..tuning.pieces import pieces
 from . import operands
-from .launches import arch_of, facts, key_of, one_of_each, timed
+from .launches import arch_of, facts, key_of, multiprocessors_of, one_of_each, timed
 from .results import Row, Time
 from .stage import Stage, describe
 from .timing import Call, interleaved, rotating, touched
-from .warm import Warm
+from .warm import Item, Warm
 
 TABLE = "tuning.json"
 DEFAULT = "as chosen"
@@ -53,16 +53,25 @@ class Way:
         return f"{self.how} " + " ".join(f"{name}={value}" for name, value in asdict(self.tile).items())
 
 
-def ways(launch: Launch, arch: str, most: int, default: Choice) -> list[Way]:
+def ways(launch: Launch, arch: str, most: int, default: Choice, tf32: bool = False, multiprocessors: int = 0) -> list[Way]:
     """What is tried: the default first, at most ``most`` tiles of the fused kernel, then the launch in pieces."""
     found = [Way(default.how, default.tile)]
-    found += [Way("fused", tile) for tile in candidates(launch, arch)[:most]]
+    found += [Way("fused", tile) for tile in candidates(launch, arch, tf32, multiprocessors)[:most]]
     apart = pieces(launch, "apart")
     if apart is not None:
-        found += [Way("apart", tile) for tile in candidates(apart.core, arch)[:APART]]
+        found += [Way("apart", tile) for tile in candidates(apart.core, arch, tf32, multiprocessors)[:APART]]
     if pieces(launch, "vendor") is not None:
         found.append(Way("vendor"))
     return list(dict.fromkeys(found))
+
+
+def tf32_of(launch: Launch, device: torch.device) -> bool:
+    """Whether the launch is multiplied as tf32 here, by PyTorch's settings."""
+    if device.type != "cuda":
+        return False
+    from ..backends.triton import tf32_allowed
+
+    return tf32_allowed(launch.dtype, device)
 
 
 def cost(entry: tuple[str, Use], stage: Stage) -> float:
@@ -75,13 +84,14 @@ def cost(entry: tuple[str, Use], stage: Stage) -> float:
     time = (row or {}).get("times", {}).get("fused")
     if row and time:
         return float(use.times * (time["median"] - (row["roofline"] or 0.0)))
-    predicted = choose(use.launch, arch_of(stage.device) or "interpreter").seconds
+    count = multiprocessors_of(stage.device)
+    predicted = choose(use.launch, arch_of(stage.device) or "interpreter", multiprocessors=count).seconds
     return use.times * (predicted if predicted is not None else use.launch.bytes / 1e12)
 
 
 def run(stage: Stage) -> None:
     """A row for each launch, the costliest first, and the table anew behind each."""
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = False  # as it is where the choice is followed: the vendor is not faster here than there
     arch = arch_of(stage.device)
     gpu = stage.results.data["machine"].get("gpu") or ("" if stage.dry else torch.cuda.get_device_name(stage.device))
     path = Path(stage.results.data.get("wanted", {}).get("table") or stage.folder / TABLE)
@@ -92,23 +102,26 @@ def run(stage: Stage) -> None:
     todo = [
         entry
         for entry in sorted(by_signature.values(), key=lambda entry: -cost(entry, stage))
-        if entry[1].launch.signature not in table.entries
+        if measured.key_of(entry[1].launch, tf32_of(entry[1].launch, stage.device)) not in table.entries
     ]
     if stage.dry:
         todo = one_of_each(todo)
-    tried = {entry[1].launch: _ways(entry[1].launch, arch, gpu, stage.scope.candidates) for entry in todo}
+    tried = {
+        launch: _ways(launch, arch, gpu, stage.scope.candidates, stage.device) for launch in (entry[1].launch for entry in todo)
+    }
     with Warm(arch, gpu) as warm:
         place = 0
 
         def tune(entry: tuple[str, Use]) -> Row:
             nonlocal place
             for following in todo[place : todo.index(entry) + 1 + AHEAD]:
-                warm.add((following[1].launch, way.tile, False) for way in tried[following[1].launch] if way.how == "fused")
-                warm.add(_cores(following[1].launch, tried[following[1].launch]))
+                launch = following[1].launch
+                warm.add(_items(launch, tried[launch], tf32_of(launch, stage.device)))
             place = todo.index(entry)
             row, found = _tuned(entry, tried[entry[1].launch], stage, warm)
             if found is not None:
-                table.entries[entry[1].launch.signature] = found  # type: ignore[index]
+                launch = entry[1].launch
+                table.entries[measured.key_of(launch, tf32_of(launch, stage.device))] = found  # type: ignore[index]
                 _write(path, table, stage.dry)
             return row
 
@@ -130,29 +143,34 @@ def _write(path: Path, table: Table, dry: bool) -> None:
         measured.write(measured.user_path(table.gpu), table)
 
 
-def _ways(launch: Launch, arch: str | None, gpu: str, most: int) -> list[Way]:
+def _ways(launch: Launch, arch: str | None, gpu: str, most: int, device: torch.device) -> list[Way]:
     if arch is not None:
-        return ways(launch, arch, most, choose(launch, arch, gpu=gpu))
+        tf32, count = tf32_of(launch, device), multiprocessors_of(device)
+        default = choose(launch, arch, tf32, gpu, multiprocessors=count)
+        return ways(launch, arch, most, default, tf32, count)
     # The interpreter: tiles that a GPU would get, in pieces too.
     return ways(launch, "sm_90", most, choose(launch, "interpreter"))
 
 
-def _cores(launch: Launch, found: Sequence[Way]) -> Iterator[tuple[Launch, Any, bool]]:
+def _items(launch: Launch, found: Sequence[Way], tf32: bool) -> Iterator[Item]:
+    """What is compiled for the ways of a launch: first the fused kernels, then the convolutions that are left apart."""
+    yield from (Item(launch, way.tile, tf32) for way in found if way.how == "fused")
     parts = pieces(launch, "apart")
     if parts is not None:
         for way in found:
             if way.how == "apart":
-                yield (parts.core, way.tile, False)
+                yield Item(parts.core, way.tile, tf32)
 
 
 def _tuned(entry: tuple[str, Use], tried: Sequence[Way], stage: Stage, warm: Warm) -> tuple[Row, Entry | None]:
     where, use = entry
     launch, device = use.launch, stage.device
+    tf32 = tf32_of(launch, device)
     given = operands.random_operands(launch, device, 0)
     expected = operands.truth(launch, given)
     right, problems, wrong = [], {}, False
     for way in tried:
-        late = warm.wait((launch, way.tile, False), max(1.0, stage.left())) if way.how == "fused" else ""
+        late = warm.wait(Item(launch, way.tile, tf32), max(1.0, stage.left())) if way.how == "fused" else ""
         problem, off = (late, False) if late else _problem(launch, way, given, expected, device)
         if problem:
             problems[way.name], wrong = problem, wrong or off

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +22,14 @@ from ..launch import Launch
 from . import networks
 from .scope import Cell
 
-#: What is compiled: a launch, its tile (None is the rule's) and whether fp32 may be tf32.
-Item = tuple[Launch, Any, bool]
+
+class Item(NamedTuple):
+    """What is compiled: a launch, its tile (None is the rule's), whether fp32 may be tf32, the type of BatchNorm's vectors."""
+
+    launch: Launch
+    tile: Any = None
+    tf32: bool = False
+    parameters: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,8 @@ def compile_one(item: Item, arch: str) -> tuple[float, str]:
     from ..backends.triton_compile import _start_of
 
     began = time.perf_counter()
-    launch, tile, tf32 = item
     try:
-        start, arguments = _start_of(launch, arch, tile, tf32, torch.float32)
+        start, arguments = _start_of(item.launch, arch, item.tile, item.tf32, item.parameters)
         start.kernel.warmup(grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages)
     except Exception as error:
         text = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -68,31 +73,33 @@ def compile_one(item: Item, arch: str) -> tuple[float, str]:
     return time.perf_counter() - began, ""
 
 
-def chosen(launch: Launch, arch: str, gpu: str) -> list[Item]:
+def chosen(
+    launch: Launch, arch: str, gpu: str, multiprocessors: int = 0, parameters: torch.dtype = torch.float32
+) -> list[Item]:
     """What a launch will run, as it is chosen for it; pieces that take little to compile are left."""
     from ..tuning.choice import choose
     from ..tuning.pieces import pieces
 
-    choice = choose(launch, arch, gpu=gpu)
+    choice = choose(launch, arch, gpu=gpu, multiprocessors=multiprocessors)
     parts = pieces(launch, choice.how) if choice.how == "apart" else None
     if parts is not None:
-        return [(parts.core, choice.tile, False)]
-    return [(launch, choice.tile, False)] if choice.how == "fused" else []
+        return [Item(parts.core, choice.tile, parameters=parameters)]
+    return [Item(launch, choice.tile, parameters=parameters)] if choice.how == "fused" else []
 
 
-def chosen_of(cell: Cell, size: int, arch: str, gpu: str) -> list[Item]:
+def chosen_of(cell: Cell, size: int, arch: str, gpu: str, multiprocessors: int = 0) -> list[Item]:
     """What a network will launch, in its order."""
     items = []
+    parameters = cell.parameters
     for memory in ("default", "low")[: 2 if cell.mode == "train" else 1]:
         for use in networks.uses(cell.network, cell.batch, size, torch.bfloat16, cell.mode, memory):
-            items += chosen(use.launch, arch, gpu)
+            items += chosen(use.launch, arch, gpu, multiprocessors, parameters)
     return items
 
 
 def _key(item: Item) -> Any:
     """Launches of one signature are one kernel, whatever layer they are of."""
-    launch, tile, tf32 = item
-    return launch.signature, tile, tf32
+    return (item.launch.signature, *item[1:])
 
 
 @dataclass
@@ -101,6 +108,7 @@ class Warm:
 
     arch: str | None
     gpu: str = ""
+    multiprocessors: int = 0
     workers: int = 0
     pool: ProcessPoolExecutor | None = None
     waiting: dict[Any, Future[tuple[float, str]]] = field(default_factory=dict)
@@ -139,18 +147,18 @@ class Warm:
         """Compile what these launches will run."""
         if self.arch is not None:
             for launch in launches:
-                self.add(chosen(launch, self.arch, self.gpu))
+                self.add(chosen(launch, self.arch, self.gpu, self.multiprocessors))
 
     def add_cell(self, cell: Cell, size: int) -> None:
         """Compile what a network will run; a worker finds out what that is."""
-        future = self._submit(chosen_of, cell, size, self.arch, self.gpu)
+        future = self._submit(chosen_of, cell, size, self.arch, self.gpu, self.multiprocessors)
         if future is not None:
             future.add_done_callback(lambda done: self.add(() if done.cancelled() or done.exception() else done.result()))
 
     def wait_chosen(self, launch: Launch, seconds: float) -> None:
         """Wait for what a launch will run. An error comes again where it is launched."""
         if self.arch is not None:
-            for item in chosen(launch, self.arch, self.gpu):
+            for item in chosen(launch, self.arch, self.gpu, self.multiprocessors):
                 self.wait(item, seconds)
 
     def wait(self, item: Item, seconds: float) -> str:

@@ -124,9 +124,15 @@ def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[flo
     return sorted(found, key=order)
 
 
-def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Strip]:
-    """Tiles of a launch for ``arch``, best first by the model; the rule's own is among them."""
+def _device(arch: str, multiprocessors: int) -> Device | None:
+    """The typical one, with as many multiprocessors as there are: some models have fewer, and so has a part of one."""
     device = typical(arch)
+    return replace(device, multiprocessors=multiprocessors) if device is not None and multiprocessors else device
+
+
+def candidates(launch: Launch, arch: str, tf32: bool = False, multiprocessors: int = 0) -> list[Tile | Strip]:
+    """Tiles of a launch for ``arch``, best first by the model; the rule's own is among them. Arguments: as :func:`choose`."""
+    device = _device(arch, multiprocessors)
     rule = by_rule(launch, arch, tf32)
     if device is None:
         return [rule]
@@ -134,7 +140,9 @@ def candidates(launch: Launch, arch: str, tf32: bool = False) -> list[Tile | Str
 
 
 @lru_cache(maxsize=8192)
-def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_only: bool = False) -> Choice:
+def choose(
+    launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_only: bool = False, multiprocessors: int = 0
+) -> Choice:
     """How a launch runs.
 
     Args:
@@ -143,17 +151,18 @@ def choose(launch: Launch, arch: str, tf32: bool = False, gpu: str = "", whole_o
         tf32: whether fp32 may be multiplied as tf32.
         gpu: the device's name, to look for measurements.
         whole_only: the launch will run as one kernel: which tile?
+        multiprocessors: how many the device has; 0 where no device is at hand: as the typical one of ``arch``.
     """
-    entry = measured.find(launch, gpu)
+    entry = measured.find(launch, gpu, tf32)
     if entry is not None and not _runs(launch, entry):
-        chosen = _by_model(launch, arch, tf32, whole_only)
+        chosen = _by_model(launch, _device(arch, multiprocessors), arch, tf32, whole_only)
         return replace(chosen, reason=f"{chosen.reason}; what was measured on {gpu}, {entry.how}, does not run: tune again")
     if entry is not None and not (whole_only and entry.how != "fused"):
         others = "".join(f", {how} {seconds * 1e6:.1f} us" for how, seconds in entry.alternatives.items())
         return Choice(
             entry.how, entry.tile, entry.seconds, f"measured on {gpu}: {entry.how} {entry.seconds * 1e6:.1f} us{others}"
         )
-    return _by_model(launch, arch, tf32, whole_only)
+    return _by_model(launch, _device(arch, multiprocessors), arch, tf32, whole_only)
 
 
 def _runs(launch: Launch, entry: measured.Entry) -> bool:
@@ -161,9 +170,8 @@ def _runs(launch: Launch, entry: measured.Entry) -> bool:
     return isinstance(entry.tile, type(by_rule(launch, ""))) if entry.how == "fused" else pieces(launch, entry.how) is not None
 
 
-def _by_model(launch: Launch, arch: str, tf32: bool, whole_only: bool) -> Choice:
+def _by_model(launch: Launch, device: Device | None, arch: str, tf32: bool, whole_only: bool) -> Choice:
     """What is not measured: by the model, or the rule where that knows nothing of the device."""
-    device = typical(arch)
     if device is None:
         return Choice("fused", by_rule(launch, arch, tf32), None, "by rule: no data about this device")
     best, tile = ranked(launch, device, tf32)[0]

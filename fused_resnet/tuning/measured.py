@@ -3,9 +3,12 @@
 ``fused_resnet/tuning/<gpu>.json`` comes with the package. A user's own, written by ``fused-resnet tune``, lies in the cache
 folder (``$XDG_CACHE_HOME/fused_resnet/tuning/``, by default ``~/.cache/fused_resnet/tuning/``) and wins entry by entry::
 
-    {"schema": 1, "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-25",
-     "entries": {"<Launch.signature>": {"how": "fused", "tile": {"images": 1, ...}, "seconds": 7.5e-05,
-                                        "alternatives": {"vendor": 9.1e-05}}}}
+    {"schema": 2, "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-25",
+     "entries": {"<key>": {"how": "fused", "tile": {"images": 1, ...}, "seconds": 7.5e-05,
+                           "alternatives": {"vendor": 9.1e-05}}}}
+
+The key is :func:`key_of`: a launch's signature, in which fp32 multiplied as tf32 is another type. Files of schema 1 did not
+tell the two apart. They are read: what they say of fp32 was measured under PyTorch's default, which is tf32 on NVIDIA's GPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from ..launch import Launch
 from ..whole_file import write_whole
 from .tile import Strip, Tile
 
-SCHEMA = 1
+SCHEMA = 2
 
 #: How a launch can run: as one kernel; with what it does on load written first, by a launch of its own ("apart"); or with
 #: PyTorch's convolution between launches for its two ends ("vendor").
@@ -53,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured on one GPU: its name as PyTorch gives it, versions, the date, entries by :attr:`Launch.signature`."""
+    """What was measured on one GPU: its name as PyTorch gives it, versions, the date, entries by :func:`key_of`."""
 
     gpu: str
     torch: str
@@ -98,9 +101,10 @@ def read(path: Path) -> Table | None:
         warnings.warn(f"tuning file {path} is ignored: {error}", stacklevel=2)
         return None
     try:
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']!r}, expected {SCHEMA}")
-        entries = {signature: _entry(entry) for signature, entry in data["entries"].items()}
+        if data["schema"] not in (1, SCHEMA):
+            raise ValueError(f"schema {data['schema']!r}, expected 1 or {SCHEMA}")
+        tf32 = data["schema"] == 1 and "rocm" not in data["torch"]
+        entries = {_key(key, tf32): _entry(entry) for key, entry in data["entries"].items()}
         return Table(data["gpu"], data["torch"], data["triton"], data["date"], entries)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         warnings.warn(f"tuning file {path} is ignored: {type(error).__name__}: {error}", stacklevel=2)
@@ -115,25 +119,34 @@ def write(path: Path, table: Table) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {"schema": SCHEMA, "gpu": table.gpu, "torch": table.torch, "triton": table.triton, "date": table.date}
-    entries = {signature: asdict(entry) for signature, entry in sorted(table.entries.items())}
+    entries = {key: asdict(entry) for key, entry in sorted(table.entries.items())}
     text = json.dumps({**data, "entries": entries}, indent=1)
     write_whole(path, f"{text}\n".encode())
 
 
-def _without_batch(signature: str) -> tuple[str, int]:
-    match = re.search(r" N(\d+) ", signature)
-    assert match, signature
-    return signature.replace(match[0], " ", 1), int(match[1])
+def key_of(launch: Launch, tf32: bool = False) -> str:
+    """What a launch's entries are found by: its signature, with ``tf32`` in the place of ``fp32`` where it is multiplied so."""
+    return _key(launch.signature, tf32)
+
+
+def _key(signature: str, tf32: bool) -> str:
+    return signature.replace(" fp32 ", " tf32 ", 1) if tf32 else signature
+
+
+def _without_batch(key: str) -> tuple[str, int]:
+    match = re.search(r" N(\d+) ", key)
+    assert match, key
+    return key.replace(match[0], " ", 1), int(match[1])
 
 
 @cache
 def _known(gpu: str) -> dict[str, dict[int, Entry]]:
-    """Entries of a GPU by signature without the batch, then by batch."""
+    """Entries of a GPU by key without the batch, then by batch."""
     found: dict[str, dict[int, Entry]] = {}
     for path in (package_path(gpu), user_path(gpu)):
         table = read(path)
-        for signature, entry in (table.entries if table else {}).items():
-            rest, batch = _without_batch(signature)
+        for key, entry in (table.entries if table else {}).items():
+            rest, batch = _without_batch(key)
             found.setdefault(rest, {})[batch] = entry
     return found
 
@@ -143,11 +156,11 @@ def forget() -> None:
     _known.cache_clear()
 
 
-def find(launch: Launch, gpu: str) -> Entry | None:
+def find(launch: Launch, gpu: str, tf32: bool = False) -> Entry | None:
     """What was measured for a launch on ``gpu``: at its own batch, else at the nearest within a factor of :data:`NEAR`."""
     if not gpu:
         return None
-    rest, batch = _without_batch(launch.signature)
+    rest, batch = _without_batch(key_of(launch, tf32))
     batches = _known(gpu).get(rest)
     if not batches:
         return None

@@ -15,7 +15,7 @@ from launches import DEVICE, conv, operands_of, run_all, run_poisoned
 from tolerances import assert_close
 
 from fused_resnet.backends import triton, triton_gradients
-from fused_resnet.backends.triton_start import arch_of
+from fused_resnet.backends.triton_start import arch_of, shares_of
 from fused_resnet.launch import DGRAD_EPILOGUES, EPILOGUES, GRADIENTS, Launch
 from fused_resnet.tuning import Tile
 
@@ -143,3 +143,17 @@ def test_it_is_one_launch_and_its_memory_is_the_shares() -> None:
     assert whole.partials == 0 and whole.counters == 0
     assert {key: value for key, value in start.constants.items()} == dict(whole.constants)
     assert_close(run_poisoned(launch, made := operands_of(launch), tile), test_conv.expected(launch, made), 9 * 64)
+
+
+def test_the_shares_memory_starts_at_a_whole_line() -> None:
+    """Kernels are compiled ahead for pointers at multiples of 16 bytes, behind however many counters there are."""
+    launch = test_stats.conv(2, 13, 11, 16, 24, 3, 3, epilogue="stats")
+    start = triton.plan_start(launch, arch_of(DEVICE), Tile(1, 4, 4, 16, 16, splits=2))
+    space = start.workspace(DEVICE)
+    shares = shares_of(start, space)
+    assert shares is not None and space.counters is not None and space.partials is not None
+    offsets = [behind.storage_offset() for behind in (shares.counters, shares.partials)]
+    assert all(offset > 0 and offset % 32 == 0 for offset in offsets) and offsets == [
+        start.numbers["counters_behind"], start.numbers["partials_behind"],
+    ]  # fmt: skip
+    assert offsets[0] + start.numbers["tiles"] <= start.counters <= space.counters.numel()
