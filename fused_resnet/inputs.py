@@ -152,7 +152,7 @@ def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
     empty = reading.batch and dimensions == reading.dimensions and x.shape[0] == 0
     if empty and not any(layer.group for layer in spec.weight_layers):
         return True
-    own = spec.residual and not spec.skip and dimensions in (2, 3, 4) and not torch.compiler.is_compiling()
+    own = spec.residual and not spec.skip and dimensions == reading.dimensions and not torch.compiler.is_compiling()
     if own and _broadcasts(spec, *(1,) * (4 - dimensions), *x.shape[2:]):
         return True
     if spec.skip and reading.dimensions != 4:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fused_resnet import count_launches, explain
+from fused_resnet import count_launches, explain, fuse
 
 
 class Base(nn.Module):
@@ -136,6 +138,15 @@ def same(found: Any, wanted: Any, bound: float = CLOSE) -> None:
             same(one, other, bound)
     else:
         assert found == wanted
+
+
+def before_and_behind_a_call(plain: nn.Module, args: Any) -> Iterator[tuple[nn.Module, bool]]:
+    """A fused copy that has not been called, and one that has, so that it is traced; and whether it has."""
+    for called in (False, True):
+        fused = fuse(copy.deepcopy(plain))
+        if called:
+            fused(args)
+        yield fused, called
 
 
 def launches(model: nn.Module, *args: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lists import KINDS, Head, OnFlag, launches, levels, rebuilt, same, step
+from lists import KINDS, Head, OnFlag, before_and_behind_a_call, launches, levels, rebuilt, same, step
 from nets import randomise
 from tolerances import relative_error
 from torch import Tensor, distributed, nn
@@ -34,10 +34,7 @@ def test_attributes_are_read_again_at_each_call() -> None:
 def test_copies_pickles_and_state_dicts() -> None:
     plain = randomise(Head()).eval()
     args = levels()
-    for called in (False, True):
-        fused = fuse(copy.deepcopy(plain))
-        if called:
-            fused(args)
+    for fused, called in before_and_behind_a_call(plain, args):
         unpickled = pickle.loads(pickle.dumps(fused))
         for other in (copy.deepcopy(fused), unpickled, copy.copy(fused)):
             waiting = {row.note for row in explain(other, show=False).left_alone}
@@ -134,10 +131,7 @@ def test_torch_compile_takes_what_was_traced_and_traces_nothing() -> None:
     plain = randomise(Head()).eval()
     args = levels()
     with torch.no_grad():
-        for called in (False, True):
-            fused = fuse(copy.deepcopy(plain))
-            if called:
-                fused(args)
+        for fused, called in before_and_behind_a_call(plain, args):
             torch._dynamo.reset()
             compiled = torch.compile(fused, backend="eager")
             same(compiled(args), plain(args))
@@ -148,10 +142,7 @@ def test_torch_compile_takes_what_was_traced_and_traces_nothing() -> None:
 def test_export_gives_what_the_modules_compute() -> None:
     plain = randomise(Head()).eval()
     args = levels()
-    for called in (False, True):
-        fused = fuse(copy.deepcopy(plain))
-        if called:
-            fused(args)
+    for fused, _ in before_and_behind_a_call(plain, args):
         program = torch.export.export(fused, (args,))
         same(program.module()(args), plain(args))
         assert not [node for node in program.graph.nodes if "fused_resnet" in str(node.target)], "standard operators"

@@ -10,8 +10,9 @@ tensors; ``donated`` names the roles whose memory nobody reads afterwards. A mod
 argument, a dict that lives as long as the plan runs: what its launches leave for each other, and under :func:`before_slot`
 what the running statistics were that a launch has updated (fp32 [2, K]: mean, variance). One with a function
 ``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see :class:`Ready`; one
-with ``join(first, second)`` names what runs two neighbouring launches as one, or None. A launch the chosen executor does not
-support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says so.
+with ``join(first, second)`` gives what runs two neighbouring launches as one, ``(first, second, operands, donated, shared)``,
+or None. A launch the chosen executor does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says
+so.
 """
 
 from __future__ import annotations

@@ -128,10 +128,10 @@ def entry_of(purpose: Hashable, sources: Sequence[Tensor], build: Callable[[], A
         return entry
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be saved for a backward later
 
-        def forget(_: ReferenceType[Tensor], cache: Any = _cache) -> None:  # with the tensor gone its id may become another's
+        def gone(_: ReferenceType[Tensor], cache: Any = _cache) -> None:  # with the tensor gone its id may become another's
             cache.pop(key, None)  # a name of the module is gone first at the interpreter's end
 
-        entry = Entry(sources, forget)
+        entry = Entry(sources, gone)
         entry.value = build()
     with _lock:
         entries = _cache.setdefault(key, {})

@@ -28,7 +28,11 @@ def arch_of(device: torch.device) -> str | None:
 
 def multiprocessors_of(device: torch.device) -> int:
     """How many the GPU has, for choices; 0 where kernels are interpreted."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    from ..backends.triton_start import multiprocessors_of as of
+
+    return of(device)
 
 
 def timed(stage: Stage) -> list[tuple[str, Use]]:
