@@ -352,8 +352,14 @@ def test_gradients_through_batch_statistics_on_both_sides(name: str, affine: boo
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("g", POOLS, ids=str)
 def test_pooling_of_what_it_normalises(g: PoolGeometry, activation: str) -> None:
-    """``max_pool(act(bn(y)))`` with the place of each maximum, in a byte if that can; with ties, at the first, as in eager."""
-    x = (torch.randn(g.x_shape, dtype=F64) * 2).round() / 2
+    """``max_pool(act(bn(y)))`` with the place of each maximum, in a byte if that can; with ties, at the first, as in eager.
+
+    Ties only where the activation is exact: PyTorch's exponential gives the same input another last bit at the end of a tensor
+    (AVX-512), and the end is elsewhere in another layout.
+    """
+    x = torch.randn(g.x_shape, dtype=F64) * 2
+    if from_output(activation, 0.0):
+        x = x.round() / 2
     vectors = statistics(x, 1e-3, "x_")
     z = batch_norm(x, vectors, "x_", 1e-3).requires_grad_()
     expected = F.max_pool2d(PLAIN_ACTIVATIONS[activation](z * 1, 0.0), g.kernel, g.stride, g.padding, g.dilation)

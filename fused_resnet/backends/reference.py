@@ -180,13 +180,12 @@ def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | T
     factor: float | Tensor = momentum if momentum is not None else 0.0
     if momentum is None and "batches" in operands:
         factor = 1.0 / operands["batches"].to(mean.dtype)
-    unbiased = var * (count / (count - 1))
-    for role, new in (("running_mean", mean), ("running_var", unbiased)):
-        old = operands[role]
-        if old.dtype == new.dtype and isinstance(factor, float):
-            old.mul_(1 - factor).add_(new, alpha=factor)  # not lerp_, which makes NaN of an infinity
+    for role, new, unbiased in (("running_mean", mean, 1.0), ("running_var", var, count / (count - 1))):
+        old, share = operands[role], factor * unbiased
+        if old.dtype == new.dtype and isinstance(factor, float) and isinstance(share, float):
+            old.mul_(1 - factor).add_(new, alpha=share)  # not lerp_, which makes NaN of an infinity
         else:
-            old.copy_((1 - factor) * old.to(new.dtype) + factor * new)
+            old.copy_((1 - factor) * old.to(new.dtype) + share * new)
 
 
 def bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
@@ -278,34 +277,50 @@ def pooled(launch: Launch, g: PoolGeometry, x: Tensor) -> Tensor | tuple[Tensor,
     if len(launch.outputs) == 1:
         return F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation)
     y, flat = F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation, return_indices=True)
-    flat = flat.to(torch.int32)
-    row, column = _window_starts(g, x.device)
-    # In which row of its window: comparisons instead of a division, which is slow. A row in the padding is below every index.
-    places = index_dtype(g.kernel)
-    r = sum((flat >= (row + i * g.dilation[0]) * g.W).to(places) for i in range(1, g.kernel[0]))
-    s = flat.sub_(row * g.W + column)
-    if g.kernel[0] > 1:
-        s.sub_(r, alpha=g.dilation[0] * g.W)
+    rows, columns = (starts.to(_within(g)) for starts in _window_starts(g, x.device))
+    # Counted from the start of the window's first row: exact in few bits, since both wrap around alike.
+    place, distance = flat.to(rows.dtype).sub_(rows), g.dilation[0] * g.W
+    r = _steps(place, distance, g.kernel[0])
+    if r is not None:
+        place.sub_(r, alpha=distance)
+    place.sub_(columns)
     if g.dilation[1] > 1:
-        s = s // g.dilation[1]
-    return y, s.to(places).add_(r, alpha=g.kernel[1])
+        place = place // g.dilation[1]
+    if r is not None:
+        place.add_(r, alpha=g.kernel[1])
+    return y, place.to(index_dtype(g.kernel))
+
+
+def _within(g: PoolGeometry) -> torch.dtype:
+    """For distances within the rows that a window meets, though not within an image."""
+    return torch.int16 if ((g.kernel[0] - 1) * g.dilation[0] + 1) * g.W < 2**15 else torch.int32
 
 
 def _window_starts(g: PoolGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Input row of the first tap for each output row, as a column; input column for each output column. int32."""
+    """Flat index of the start of each window's first row, as a column; its first column. Negative in the padding. int32."""
     rows = torch.arange(g.P, device=device, dtype=torch.int32) * g.stride[0] - g.padding[0]
     columns = torch.arange(g.Q, device=device, dtype=torch.int32) * g.stride[1] - g.padding[1]
-    return rows.view(-1, 1), columns
+    return rows.view(-1, 1) * g.W, columns
+
+
+def _steps(index: Tensor, length: int, count: int) -> Tensor | None:
+    """``index // length``, below ``count``; None for zeros. By clamps: a CPU takes long over division and comparison."""
+    steps = None
+    for start in range(length, count * length, length):
+        step = index.clamp(start - 1, start).sub_(start - 1)
+        steps = step if steps is None else steps.add_(step)
+    return steps
 
 
 def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Gradient of the pooling's input from the places of :func:`pooled`. Of ``x`` only shape and type matter."""
-    row, column = _window_starts(g, x.device)
-    r = sum((indices >= i * g.kernel[1]).to(indices.dtype) for i in range(1, g.kernel[0]))
-    flat = (row * g.W + column).add(indices, alpha=g.dilation[1])
-    if g.kernel[0] > 1:  # indices is r * S + s: the rest of a row's distance
-        flat.add_(r, alpha=g.dilation[0] * g.W - g.dilation[1] * g.kernel[1])
-    flat = flat.to(torch.int64, memory_format=torch.channels_last)
+    rows, columns = _window_starts(g, x.device)
+    place, r = indices.to(_within(g)), _steps(indices, g.kernel[1], g.kernel[0])
+    if g.dilation[1] > 1:
+        place.mul_(g.dilation[1])
+    if r is not None:  # indices is r * S + s
+        place.add_(r, alpha=g.dilation[0] * g.W - g.dilation[1] * g.kernel[1])
+    flat = place.to(torch.int32).add_(rows + columns).to(torch.int64, memory_format=torch.channels_last)
     dy = dy.contiguous(memory_format=torch.channels_last)
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, g.kernel, g.stride, g.padding, g.dilation, False, flat)
 
