@@ -26,6 +26,11 @@ from .derived import Entry, entry_of
 REPEATS = 3
 #: Elements of an input up to which PyTorch 2.11 to 2.14 takes its own convolution.
 SMALL = 20480
+#: Multiplications, elements of the filters, and of the pixels a tap meets each, up to which it is the faster one. *Measured* on 2
+#: threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, medians of 60: 1x1 64 to 64 at 16x16 (1.0 M multiplications)
+#: 18 us (oneDNN, laid out, 37), 80 to 480 at 7x7 (1.9 M) 33 (44), 160 to 960 (7.5 M) 112 (97); 3x3, of 2.4 M each, 64 at 8x8 37
+#: (46), 32 at 16x16 40 (47), but 16 at 32x32 59 (49), and 512 at 1x1, whose filters come from memory, 156 (36).
+LEAST_WORK, LEAST_FILTERS, LEAST_READ = 5 * 2**19, 2**18, 2**17
 
 
 def dilation(g: Geometry) -> tuple[int, int]:
@@ -66,7 +71,7 @@ class Inference:
         assert isinstance(g, Geometry)
         self.where = (g.padding, g.stride, dilation(g), g.groups)
         self.rows = is_rows(g, launch.dtype)
-        self.native = self.rows or (launch.dtype == torch.float32 and is_small(g) and "shortcut" not in roles)
+        self.native = self.rows or (launch.dtype == torch.float32 and is_small(g))
         # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
         kind = ("cpu", g.N == 1, self.native, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles))
         self.purpose = repr(kind)
@@ -79,8 +84,11 @@ inference = lru_cache(maxsize=4096)(Inference)
 
 
 def is_small(g: Geometry) -> bool:
-    """Whether PyTorch would not call oneDNN, each of whose calls costs some 60 us; its own, of one pixel, takes 10."""
-    return g.N == 1 and g.groups == 1 and min(g.R, g.S) <= 3 and g.C * g.H * g.W <= SMALL
+    """Whether PyTorch would not call oneDNN, each of whose calls costs some 30 us, and is done sooner."""
+    if g.N != 1 or g.groups != 1 or min(g.R, g.S) > 3 or g.C * g.H * g.W > SMALL:
+        return False
+    read = g.C * g.R * g.S
+    return read * g.K <= LEAST_FILTERS and read * g.P * g.Q <= LEAST_READ and read * g.P * g.Q * g.K <= LEAST_WORK
 
 
 class Packed:
@@ -143,13 +151,14 @@ def _folded(launch: Launch, g: Geometry, operands: Mapping[str, Tensor]) -> Entr
 def _convolve(known: Inference, g: Geometry, packed: Packed, x: Tensor, shortcut: Tensor | None, in_place: bool) -> Tensor:
     """``in_place``: nobody reads the shortcut afterwards, the convolution adds to it where it is."""
     weight, shift = packed.weight(g), packed.shift
-    if known.rows:
-        y = product(x, weight, shift)
+    if known.native:
+        if known.rows:
+            y = product(x, weight, shift)
+        else:
+            padding, stride, spread, groups = known.where
+            y = torch.conv2d(x, weight, shift, stride, padding, spread, groups).contiguous(memory_format=torch.channels_last)
         if shortcut is not None:
             y.add_(shortcut)
-    elif known.native:
-        padding, stride, spread, groups = known.where
-        y = torch.conv2d(x, weight, shift, stride, padding, spread, groups).contiguous(memory_format=torch.channels_last)
     elif shortcut is not None and (in_place or x.dtype != torch.float32):  # a sum of its own would round fp16 and bf16 twice
         y = shortcut if in_place else shortcut.clone(memory_format=torch.channels_last)
         torch.ops.mkldnn._convolution_pointwise_.binary(y, x, weight, shift, *known.where, "add", 1.0, None, [], None)
@@ -188,6 +197,10 @@ def _pooled(g: PoolGeometry, x: Tensor, shortcut: Tensor | None) -> Tensor:
     return F.max_pool2d(x, g.kernel, g.stride, g.padding, g.dilation)
 
 
+def _padded(launch: Launch, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    return reference.zero_pad(launch, {"x": x})
+
+
 def prepare(
     launch: Launch, parameters: Mapping[str, Tensor], donated: frozenset[str]
 ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
@@ -206,6 +219,8 @@ def prepare(
         return None
     if launch.kind == "max_pool" and isinstance(g, PoolGeometry):
         return partial(_pooled, g)
+    if launch.kind == "zero_pad":
+        return partial(_padded, launch)
     if launch.kind == "conv" and launch.epilogue != "stats" and isinstance(g, Geometry):
         return _Prepared(launch, g, parameters, donated)
     return None
