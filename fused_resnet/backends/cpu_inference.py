@@ -26,7 +26,7 @@ from .derived import Entry, entry_of
 REPEATS = 3
 #: Elements of an input up to which PyTorch 2.11 to 2.14 takes its own convolution.
 SMALL = 20480
-#: Multiplications, elements of the filters, and of the pixels a tap meets each, up to which it is the faster one. *Measured* on 2
+#: Multiplications, elements of the filters, and pixels times taps times channels, up to which it is faster. *Measured* on 2
 #: threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, medians of 60: 1x1 64 to 64 at 16x16 (1.0 M multiplications)
 #: 18 us (oneDNN, laid out, 37), 80 to 480 at 7x7 (1.9 M) 33 (44), 160 to 960 (7.5 M) 112 (97); 3x3, of 2.4 M each, 64 at 8x8 37
 #: (46), 32 at 16x16 40 (47), but 16 at 32x32 59 (49), and 512 at 1x1, whose filters come from memory, 156 (36).

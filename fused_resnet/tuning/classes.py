@@ -33,8 +33,8 @@ SHAPES: tuple[tuple[int, int, int], ...] = (
     (128, 256, 8),
 )
 
-#: Architectures whose compiles stand for others of the same instructions.
-STANDS_FOR = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}
+#: Architectures whose compiles stand for others of the same instructions, or nearly: sm_120 has TMA too, gfx950 longer MFMA.
+STANDS_FOR = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100", "sm_120": "sm_80", "gfx950": "gfx942"}
 
 
 def class_of(launch: Launch) -> str | None:
