@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,35 @@ def _check(model: Any, example: Any) -> None:
             raise RuntimeError(f"{name} of model is on {tensor.device}, and example is on {example.device}: expected one GPU")
 
 
+class _Seen(NamedTuple):
+    """What a call asks of a model's parts. ``places``: where parameters and buffers lie, since a recording reads there."""
+
+    training: bool
+    wants_gradients: bool
+    hooked: bool
+    places: tuple[int, ...]
+
+
+def _see(model: nn.Module) -> _Seen:
+    """Look at a model once. PyTorch's own iterators would take ten times as long, and each would do it anew."""
+    training = wants_gradients = found = False
+    places = []
+    parts, seen = [model], {model}
+    for part in parts:
+        training = training or part.training
+        found = found or hooked(part)
+        for tensor in part._parameters.values():
+            if tensor is not None:
+                wants_gradients = wants_gradients or tensor.requires_grad
+                places.append(tensor.data_ptr())
+        places += [tensor.data_ptr() for tensor in part._buffers.values() if tensor is not None]
+        for child in part._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                parts.append(child)
+    return _Seen(training, wants_gradients, found, tuple(places))
+
+
 class Graphed(nn.Module):
     """A model whose forward is replayed where that is what a call would do; made by :func:`graphed`.
 
@@ -91,12 +120,11 @@ class Graphed(nn.Module):
         self._lock = Lock()
         self.training = module.training  # not by train(), which would bring frozen parts of the model into its mode
 
-    def _state(self) -> tuple[int, ...]:
-        """Where the parameters and buffers lie: a recording reads there, whatever is written there since."""
-        return tuple(tensor.data_ptr() for tensor in (*self.module.parameters(), *self.module.buffers()))
-
     def reason(self, x: Any) -> str | None:
         """Why a call with ``x`` would run the model itself now; None if it would be replayed."""
+        return self._reason(x, _see(self.module))
+
+    def _reason(self, x: Any, seen: _Seen) -> str | None:
         if not isinstance(x, Tensor):
             return f"the input is a {type(x).__name__}"
         like = (tuple(x.shape), x.stride(), x.dtype, x.device)
@@ -105,24 +133,22 @@ class Graphed(nn.Module):
             differs = next(name for name, a, b in zip(names, like, self._like) if a != b)
             index = names.index(differs)
             return f"another {differs} than the example's: {like[index]}, not {self._like[index]}"
-        if any(module.training for module in self.module.modules()):
+        if seen.training:
             return "the model, or a part of it, is in training mode"
-        wanted = x.requires_grad or any(parameter.requires_grad for parameter in self.module.parameters())
-        if torch.is_grad_enabled() and wanted:
+        if torch.is_grad_enabled() and (x.requires_grad or seen.wants_gradients):
             return "gradients are wanted: call it under torch.no_grad() or torch.inference_mode()"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on: convert the model instead"
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return "it is being compiled or recorded itself"
-        if hooks_everywhere() or any(hooked(module) for module in self.module.modules()):
+        if hooks_everywhere() or seen.hooked:
             return "a hook looks into the model, which a replay does not call"
-        if self._failed is not None and self._places == self._state():
+        if self._failed is not None and self._places == seen.places:
             return self._failed
         return None
 
-    def _record(self) -> str | None:
+    def _record(self, places: tuple[int, ...]) -> str | None:
         """See that there is a recording that reads the parameters where they are now; why there is none, or None."""
-        places = self._state()
         if places != self._places or (self._recording is None and self._failed is None):
             self._recording, self._failed, self._places = None, None, places
             try:
@@ -135,9 +161,10 @@ class Graphed(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """As the model's: replayed for inputs like the example, else the model itself. What comes back is the caller's own."""
-        reason = self.reason(x)
+        seen = _see(self.module)
+        reason = self._reason(x, seen)
         with self._lock:
-            reason = reason or self._record()
+            reason = reason or self._record(seen.places)
             what = reason or "replayed"
             known = reason is None or what in self.calls or len(self.calls) < REASONS
             self.calls[what if known else "another reason"] += 1

@@ -9,7 +9,7 @@ tests/test_gpu.py does it on a GPU.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -26,9 +26,12 @@ from fused_resnet import count_launches, fuse
 from fused_resnet.backends import record_kernel, workspace
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from fused_resnet.backends import triton as executor
 from fused_resnet.backends import triton_apart, triton_gradients, triton_start
 from fused_resnet.backends.derived import channels_last_filters
+from fused_resnet.backends.triton_arguments import View
 
 GPU = torch.device("meta")
 Step = Callable[[nn.Module, Tensor], None]
@@ -93,7 +96,7 @@ def on_the_host(value: Any) -> list[str]:
 
     A tensor's descriptor is made by Triton's launcher and handed over among the kernel's parameters: nothing is copied.
     """
-    if isinstance(value, triton_start.TensorDescriptor):
+    if isinstance(value, TensorDescriptor):
         value = value.base
     if isinstance(value, Tensor):
         return [] if value.device == GPU else [f"a tensor on {value.device}"]
@@ -108,12 +111,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """As on an H100 that captures; its kernels are not started."""
     found = Seen()
 
-    def begin(start: triton_start.Start, arguments: Mapping[str, Any], device: torch.device) -> None:
+    def begin(start: triton_start.Start, _: Sequence[Tensor], arguments: Sequence[Any], device: torch.device) -> None:
         assert device == GPU
         found.kernels += 1
         found.ran.append(start.kernel.__name__)
         found.forbidden += [
-            f"{name} of {start.kernel.__name__}: {what}" for name in arguments for what in on_the_host(arguments[name])
+            f"{name} of {start.kernel.__name__}: {what}"
+            for name, value in zip(start.kernel.arg_names, arguments, strict=True)
+            for what in on_the_host(value)
         ]
         record_kernel(start.kernel.__name__)
 
@@ -215,7 +220,7 @@ def test_what_is_forbidden_is_seen(
 
 
 def test_what_a_kernel_is_given_is_looked_into() -> None:
-    view = triton_start.View((4, 4), (4, 1), (2, 2))
+    view = View((4, 4), (4, 1), (2, 2))
     on_gpu, here = torch.empty(16, device=GPU), torch.empty(16)
     assert not on_the_host((on_gpu, None, 3, 0.5, (view.of(on_gpu), "ieee"), on_the_host))
     assert on_the_host((on_gpu, (1, here))) == ["a tensor on cpu"] == on_the_host(view.of(here))

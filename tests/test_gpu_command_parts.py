@@ -283,7 +283,7 @@ given = operands.random_operands(launch, torch.device("cpu"), 1)
 given |= {role: given[role].bfloat16() for role in ("gamma", "beta")}
 start = triton.plan_start(launch, "sm_90")
 outputs = triton_start.outputs_of(launch, torch.device("cpu"))
-arguments = triton.bind(start, launch, given, outputs, start.workspace(torch.device("cpu")))
+arguments = start.bind(start, launch, given, outputs, start.workspace(torch.device("cpu")))
 assert len(start.kernel.device_caches[0][0]) == 1
 start.kernel.warmup(grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages)
 assert len(start.kernel.device_caches[0][0]) == 1, "tensors with memory make another key"

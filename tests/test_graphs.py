@@ -110,6 +110,27 @@ def test_replayed_or_why_not(anywhere: None) -> None:
     assert FakeRecording.made == 1 and "2 x replayed" in net.explain()
 
 
+def test_all_parts_are_looked_at_once() -> None:
+    """As PyTorch's iterators find them: parts that are shared, absent, or below others; what only one of them has shows."""
+    shared = nn.Linear(3, 3)
+    net = nn.Sequential(shared, nn.Sequential(nn.BatchNorm1d(3), shared, nn.Sequential(nn.Linear(3, 3, bias=False))))
+    net.register_module("absent", None)
+    net.requires_grad_(False).eval()
+    seen = graphs._see(net)
+    assert seen[:3] == (False, False, False)
+    assert sorted(seen.places) == sorted(tensor.data_ptr() for tensor in (*net.parameters(), *net.buffers()))
+    last = net[1][2][0]
+    last.train()
+    assert graphs._see(net)[:3] == (True, False, False)
+    last.eval().weight.requires_grad_()
+    assert graphs._see(net)[:3] == (False, True, False)
+    last.weight.requires_grad_(False)
+    last.register_forward_pre_hook(lambda *_: None)
+    assert graphs._see(net)[:3] == (False, False, True) and graphs._see(net).places == seen.places
+    last.weight.data = last.weight.data.clone()
+    assert graphs._see(net).places != seen.places
+
+
 def test_modes_of_parts_stay_as_they_are(anywhere: None) -> None:
     model = fuse(tiny()).train()
     model.basic.bn1.eval()  # frozen statistics in a model that trains

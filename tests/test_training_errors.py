@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -191,11 +192,12 @@ def test_a_kernel_that_cannot_start_leaves_the_statistics(
     before, changed = state_of(net), []
     begin, choose = start.begin, triton.choose
 
-    def failing(what: Start, arguments: dict[str, object], device: torch.device) -> None:
-        if what.kernel.__name__ == "bn_add_relu" and arguments["shortcut"] is not None:
+    def failing(what: Start, tensors: Sequence[Tensor], arguments: Sequence[object], device: torch.device) -> None:
+        named = dict(zip(what.kernel.arg_names, arguments, strict=True))
+        if what.kernel.__name__ == "bn_add_relu" and named["shortcut"] is not None:
             changed.extend(key for key, value in net.state_dict().items() if not torch.equal(value, before[key]))
             raise RuntimeError("out of resources")
-        begin(what, arguments, device)
+        begin(what, tensors, arguments, device)
 
     def chosen(launch: Launch, *rest: object, **options: object) -> Choice:
         return replace(choose(launch, *rest, **options), how=how if launch.kind == "conv" else "fused")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil
 from typing import Any
 
@@ -18,24 +18,25 @@ from torch import Tensor
 
 from ..kernels import activations, boxes, conv, epilogues, prologues
 from ..launch import Geometry, Launch
-from ..tuning import Tile, choose
+from ..tuning import Choice, Tile, choose
 from ..tuning.pieces import dy_slot
 from ..tuning.tile import Strip
 from . import triton_elementwise, workspace
-from .derived import channels_last_filters
+from .triton_arguments import View
 from .triton_start import (
     Meeting,
     Space,
     Start,
-    View,
     arch_of,
-    begin_updating,
+    channels_last,
+    emptiness,
     gpu_of,
     multiprocessors_of,
     needs_wide_offsets,
     numbers_of,
     outputs_of,
     shares_of,
+    start_on,
     updates,
 )
 
@@ -78,11 +79,20 @@ def supports(launch: Launch) -> str | None:
     return None
 
 
+@cache
 def _gradients() -> Any:
     """Imported when first needed: inference needs no backward."""
     from . import triton_gradients
 
     return triton_gradients
+
+
+@cache
+def _apart() -> Any:
+    """Imported when first needed: it imports this module."""
+    from . import triton_apart
+
+    return triton_apart
 
 
 def run(
@@ -113,58 +123,53 @@ def run(
     Returns:
         The outputs in the launch's order, a tuple if there are several. Activations are channels_last.
     """
+    result: Tensor | tuple[Tensor, ...]
     device = next(iter(operands.values())).device
     if launch.kind in STRIPS:
-        from . import triton_apart
-
         assert tile is None or isinstance(tile, Strip)
-        return triton_apart.run_strip(launch, operands, shared, tile, out, wide)
+        result = _apart().run_strip(launch, operands, shared, tile, out, wide)
+        return result
+    nothing_read, nothing_made = emptiness(launch)
     if how is None:
-        empty = not all(tensor.numel() for tensor in operands.values())
-        if tile is not None or empty:
+        if tile is not None or nothing_read:
             how = "fused"
-        elif shared and launch.kind == "dgrad" and "y" in launch.roles and dy_slot(launch) in shared:
+        elif shared and launch.kind == "dgrad" and "y" in operands and dy_slot(launch) in shared:
             how = "apart"  # its layer's wgrad has left the dy
         else:
-            tf32, count = tf32_allowed(launch.dtype, device), multiprocessors_of(device)
-            chosen = choose(launch, arch_of(device), tf32, gpu_of(device), multiprocessors=count)
-            how = chosen.how
-            tile = chosen.tile if how == "apart" else None
+            chosen = _chosen(launch, device)
+            how, tile = chosen.how, chosen.tile
     if how != "fused":
-        from . import triton_apart
-
         assert tile is None or isinstance(tile, Tile)
-        return triton_apart.run(launch, how, operands, shared, tile=tile, out=out)
-    if launch.kind in GRADIENTS:
-        result: Tensor | tuple[Tensor, ...] = _gradients().run(launch, operands, donated, tile=tile, out=out, wide=wide)
+        result = _apart().run(launch, how, operands, shared, tile=tile, out=out)
         return result
-    if "w" in operands:
-        operands = {**operands, "w": channels_last_filters(operands["w"])}
-    for role in ("dout", "dy"):  # these may come from outside as they are; the others are ours
-        if role in operands:
-            operands = {**operands, role: operands[role].contiguous(memory_format=torch.channels_last)}
-    outputs = dict(out or outputs_of(launch, device))
-    if not all(tensor.numel() for tensor in outputs.values()):
+    if launch.kind in GRADIENTS:
+        result = _gradients().run(launch, operands, donated, tile=tile, out=out, wide=wide)
+        return result
+    operands = channels_last(operands, "w", "dout", "dy")  # these may come from outside as they are; the others are ours
+    outputs = out or outputs_of(launch, device)
+    if nothing_made:
         for tensor in outputs.values():
             tensor.zero_()
     else:
-        aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands)
-        tf32 = tf32_allowed(launch.dtype, device)
-        count = multiprocessors_of(device)
-        tile = tile or choose(launch, arch_of(device), tf32, gpu_of(device), whole_only=True, multiprocessors=count).tile
-        start = plan_start(launch, arch_of(device), tile, aligned, tf32, wide)
-        begin_updating(start, bind, launch, operands, outputs, device, shared)
-    results = tuple(outputs[role] for role, _ in launch.outputs)
+        aligned = all([operands[role].data_ptr() % 16 == 0 for role in ("x", "w") if role in operands])
+        tile = tile or _chosen(launch, device, whole_only=True).tile
+        start = plan_start(launch, arch_of(device), tile, aligned, tf32_allowed(launch.dtype, device), wide)
+        start_on(start, operands, outputs, device, shared)
+    results = tuple([outputs[role] for role, _ in launch.outputs])
     return results if len(results) > 1 else results[0]
 
 
 def reason(launch: Launch, device: torch.device) -> str:
     """How a launch runs on ``device`` and why, for people; empty where nothing is chosen (the interpreter)."""
-    gpu = gpu_of(device)
-    if not gpu:
+    if not gpu_of(device):
         return ""
+    return _chosen(launch, device).reason
+
+
+def _chosen(launch: Launch, device: torch.device, whole_only: bool = False) -> Choice:
+    """:func:`choose` for ``device`` and PyTorch's settings now."""
     tf32, count = tf32_allowed(launch.dtype, device), multiprocessors_of(device)
-    return choose(launch, arch_of(device), tf32, gpu, multiprocessors=count).reason
+    return choose(launch, arch_of(device), tf32, gpu_of(device), whole_only=whole_only, multiprocessors=count)
 
 
 def tf32_allowed(dtype: torch.dtype, device: torch.device) -> bool:
@@ -301,6 +306,8 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         meeting = replace(meeting, counters=counters, partials=pixel_tiles * (2 * g.K + filter_tiles))
     return Start(
         conv.conv_forward,
+        launch,
+        bind,
         meeting.tiles * meeting.splits,
         constants,
         sizes,
@@ -313,6 +320,8 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
         group,
         updates(launch),
         meeting.numbers(),
+        meeting.counters_behind,
+        meeting.partials_behind,
     )
 
 
@@ -324,14 +333,8 @@ def bind(
     space: Space,
 ) -> dict[str, Any]:
     """A kernel's arguments by name. ``space``: of :meth:`.triton_start.Start.workspace`."""
-    if launch.kind in triton_elementwise.KINDS:
-        return triton_elementwise.bind(start, launch, operands, outputs, space)
     x, w = operands["x"], operands["w"]
-    named: dict[str, Any] = {
-        role: tensor.contiguous() if tensor.dim() == 1 and role not in epilogues.IN_PLACE else tensor
-        for role, tensor in operands.items()
-    }
-    named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
+    named: dict[str, Any] = {**operands, **{role: tensor for role, tensor in outputs.items() if role != "y"}}
     named |= {**numbers_of(launch), "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
     named |= {"counters": space.counters, "partials": space.partials, "before": space.before, "group": start.group}
     constants = start.constants

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -14,7 +15,18 @@ from ..launch import Geometry, Launch
 from ..tuning.pieces import Pieces, pieces
 from ..tuning.tile import Strip, Tile, choose_strip
 from . import triton, workspace
-from .triton_start import Space, Start, arch_of, begin_updating, needs_wide_offsets, numbers_of, updates
+from .triton_start import (
+    Space,
+    Start,
+    arch_of,
+    channels_last,
+    emptiness,
+    needs_wide_offsets,
+    numbers_of,
+    outputs_of,
+    start_on,
+    updates,
+)
 
 #: Kinds of launches that are strips: the pieces, and what stands by itself around a chain's entry.
 KINDS = ("statistics", "output_gradient", "conv_end", "dgrad_end")
@@ -51,15 +63,14 @@ def run(
     Raises:
         ValueError: the launch does not run so, see :func:`supports`.
     """
-    reason = supports(launch, how)
     parts = pieces(launch, how)
-    if reason is not None or parts is None:
-        raise ValueError(f"how={how!r}: {reason}")
+    if parts is None:
+        raise ValueError(f"how={how!r}: {supports(launch, how)}")
     given = dict(operands)
     for first in parts.first:
         role = "x" if first.kind == "bn_add_relu" else "dz"
         given[role] = _made(first, operands, shared)
-    given = {role: given[role] for role in parts.core.roles}
+    given = {role: given[role] for role, _ in parts.core.operands}
     wanted = None if out is None else {role: out[role] for role, _ in parts.core.outputs}
     if how == "apart":
         result = triton.run(parts.core, given, (), shared, tile=tile, out=wanted, how="fused")
@@ -83,11 +94,11 @@ def _made(first: Launch, operands: Mapping[str, Tensor], shared: Shared | None) 
     if shared is not None and slot in shared:
         return shared.pop(slot)  # a layer's wgrad and dgrad are its only two readers
     if first.kind == "bn_add_relu":
-        renamed = {name: operands["x" if name == "y" else f"x_{name}"] for name in first.roles}
+        renamed = {name: operands["x" if name == "y" else f"x_{name}"] for name, _ in first.operands}
         made = triton.run(first, renamed, how="fused")
         assert isinstance(made, Tensor)
         return made
-    (made,) = _strip(first, {name: operands[name] for name in first.roles}, None, None).values()
+    (made,) = _strip(first, {name: operands[name] for name, _ in first.operands}, None, None).values()
     if shared is not None:
         shared[slot] = made
     return made
@@ -116,12 +127,14 @@ def _around_vendor(
     main = {"conv": "y", "dgrad": "dx", "wgrad": "dw"}[core.kind]
     made = {main: raw}
     if parts.last is not None:
-        made = _strip(parts.last, {**given, "raw": raw}, out, shared)
+        given["raw"] = raw
+        made = _strip(parts.last, {role: given[role] for role, _ in parts.last.operands}, out, shared)
     elif out is not None:
         made = {main: out[main].copy_(raw)}
     return made
 
 
+@lru_cache(maxsize=4096)
 def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool | None = None) -> Start:
     """How one of :data:`KINDS` is started on ``arch``."""
     g = launch.geometry
@@ -151,7 +164,7 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
     kernel = _KERNELS.get(launch.kind) or getattr(ends, launch.kind)
     programs = strips * channel_tiles
     sizes = (counters, partials, group, updates(launch))
-    return Start(kernel, programs, constants, None, None, None, strip.num_warps, 1, *sizes)
+    return Start(kernel, launch, bind, programs, constants, None, None, None, strip.num_warps, 1, *sizes)
 
 
 def _epilogue(launch: Launch) -> str:
@@ -169,10 +182,7 @@ def bind(
     g = launch.geometry
     assert isinstance(g, Geometry)
     count = g.N * g.P * g.Q
-    named: dict[str, Any] = {
-        role: tensor.contiguous() if tensor.dim() == 1 and role not in epilogues.IN_PLACE else tensor
-        for role, tensor in operands.items()
-    }
+    named: dict[str, Any] = dict(operands)
     sized = {"pixels": count, "K": g.K, **start.constants}
     named |= {**numbers_of(launch), "K": g.K, "m": float(count), "momentum": launch.momentum}
     if launch.kind == "output_gradient":
@@ -228,26 +238,13 @@ def _strip(
 ) -> dict[str, Tensor]:
     """Run one of :data:`KINDS`."""
     device = next(iter(operands.values())).device
-    g = launch.geometry
-    assert isinstance(g, Geometry)
-    if out is None:
-
-        def new(role: str) -> Tensor:
-            if role not in ("y", "dx", "dy"):
-                return torch.empty(g.K, dtype=torch.float32, device=device)
-            return torch.empty(g.y_shape, dtype=launch.dtype, device=device, memory_format=torch.channels_last)
-
-        outputs = {role: new(role) for role, _ in launch.outputs}
-    else:
-        outputs = dict(out)
-    if not all(tensor.numel() for tensor in operands.values()):  # a rank without images
+    outputs = dict(out or outputs_of(launch, device))
+    if emptiness(launch)[0]:  # a rank without images
         return {role: tensor.zero_() for role, tensor in outputs.items()}
-    for role in ("x", "dz", "dshortcut"):  # these may come from outside as they are
-        if role in operands:
-            operands = {**operands, role: operands[role].contiguous(memory_format=torch.channels_last)}
+    operands = channels_last(operands, "x", "dz", "dshortcut")  # these may come from outside as they are
     if launch.kind == "conv_end" and launch.epilogue == "stats" and "bias" not in operands:
         # Nothing is added: what the convolution wrote is the result.
         outputs["y"] = out["y"].copy_(operands["raw"]) if out else operands["raw"]
     start = plan_start(launch, arch_of(device), strip, wide)
-    begin_updating(start, bind, launch, operands, outputs, device, shared)
+    start_on(start, operands, outputs, device, shared)
     return outputs

@@ -21,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, get_cache_invalidating_env_vars, get_cache_key, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import Geometry, Launch
+from ..launch import Launch
 from ..tuning import Tile
 from ..tuning.tile import Strip
 from . import triton_apart
 from .cubin import read_cubins
-from .triton import GRADIENTS, bind, plan_start, supports
+from .triton import GRADIENTS, plan_start, supports
+from .triton_arguments import weightless_operands
 from .triton_start import Start, outputs_of
 
 _DTYPES = {
@@ -235,19 +236,18 @@ def _start_of(
     launch: Launch, target: str, tile: Tile | Strip | None, tf32: bool, parameters: torch.dtype
 ) -> tuple[Start, dict[str, Any]]:
     """The start of a launch and its arguments, on tensors without memory."""
-    operands, meta = weightless_operands(launch, parameters), torch.device("meta")
     if launch.kind in triton_apart.KINDS:
         assert tile is None or isinstance(tile, Strip)
-        apart = triton_apart.plan_start(launch, target, tile)
-        return apart, triton_apart.bind(apart, launch, operands, outputs_of(launch, meta), apart.workspace(meta))
-    if launch.kind in GRADIENTS:
+        start = triton_apart.plan_start(launch, target, tile)
+    elif launch.kind in GRADIENTS:
         from . import triton_gradients as gradients
 
         assert tile is None or isinstance(tile, Tile)
-        begun = gradients.plan_start(launch, target, tile, tf32=tf32)
-        return begun, gradients.bind(begun, launch, operands, gradients.new_outputs(launch, meta), begun.workspace(meta))
-    start = plan_start(launch, target, tile, tf32=tf32)
-    return start, bind(start, launch, operands, outputs_of(launch, meta), start.workspace(meta))
+        start = gradients.plan_start(launch, target, tile, tf32=tf32)
+    else:
+        start = plan_start(launch, target, tile, tf32=tf32)
+    operands, meta = weightless_operands(launch, parameters), torch.device("meta")
+    return start, dict(start.bind(start, launch, operands, outputs_of(launch, meta), start.workspace(meta)))
 
 
 def tile_of(start: Start) -> Tile | Strip | None:
@@ -259,32 +259,6 @@ def tile_of(start: Start) -> Tile | Strip | None:
     if "CHANNELS" in constants:
         return Strip(constants["PIXELS"], constants["CHANNELS"], constants.get("STEPS", 1), start.num_warps)
     return None
-
-
-def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A channels_last tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-
-def weightless_operands(launch: Launch, parameters: torch.dtype) -> dict[str, Tensor]:
-    """The operands of a launch as tensors without memory."""
-    g = launch.geometry
-    shapes = {role: g.x_shape for role in ("x", "a_previous", "z_previous", "dshortcut")}
-    shapes |= {role: g.y_shape for role in ("y", "dy", "dz", "dout", "out", "shortcut", "indices", "raw")}
-    if isinstance(g, Geometry):
-        shapes["w"] = g.w_shape
-
-    def weightless_operand(role: str) -> Tensor:
-        if role in shapes:
-            return weightless(shapes[role], torch.uint8 if role == "indices" else launch.dtype)
-        if role in ("batches", "count"):
-            return torch.empty(1, dtype=torch.int64 if role == "batches" else torch.float32, device="meta")
-        channels = g.C if role.startswith("x_") else g.y_shape[1]
-        # A mean beside its invstd is of the batch; beside a variance it is a BatchNorm's own.
-        made_here = role.endswith(("invstd", "sum", "dot")) or f"{role.removesuffix('mean')}invstd" in launch.roles
-        return torch.empty(channels, dtype=torch.float32 if made_here else parameters, device="meta")
-
-    return {role: weightless_operand(role) for role in launch.roles}
 
 
 def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> ASTSource:

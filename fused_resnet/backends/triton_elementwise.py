@@ -71,7 +71,8 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         constants["ACTIVATION"] = None if given else activations.ACTIVATIONS[launch.activation][0]
     module = pool if isinstance(g, PoolGeometry) else gate if launch.kind.startswith("gate") else elementwise
     kernel = getattr(module, launch.kind)
-    return Start(kernel, strips * channel_tiles, constants, sizes, None, None, strip.num_warps, 1, counters, partials, group)
+    programs = strips * channel_tiles
+    return Start(kernel, launch, bind, programs, constants, sizes, None, None, strip.num_warps, 1, counters, partials, group)
 
 
 def vectors(named: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> tuple[Any, ...] | None:
@@ -90,7 +91,7 @@ def bind(
 ) -> dict[str, Any]:
     """A kernel's arguments by name."""
     g = launch.geometry
-    named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
+    named: dict[str, Any] = dict(operands)
     if "var" in named:
         named["eps"] = launch.eps
     group = start.group if start.counters else None

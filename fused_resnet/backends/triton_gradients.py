@@ -18,20 +18,21 @@ from ..kernels import activations, boxes, dgrad, gradients, prologues, wgrad, wg
 from ..launch import Geometry, Launch
 from ..tuning import Tile, choose
 from . import workspace
-from .derived import channels_last_filters
 from .triton import has_tma, loads, one_row, tf32_allowed
+from .triton_arguments import View
 from .triton_start import (
     Meeting,
     Space,
     Start,
-    View,
     arch_of,
-    begin,
+    channels_last,
     gpu_of,
     multiprocessors_of,
     needs_wide_offsets,
     numbers_of,
+    outputs_of,
     shares_of,
+    start_on,
     whole_lines,
 )
 
@@ -82,20 +83,14 @@ def run(
     g = launch.geometry
     assert isinstance(g, Geometry)
     dz = operands["dz"]
-    # These may come from outside as they are; the others are ours.
-    ours = {
-        role: operands[role].contiguous(memory_format=torch.channels_last) for role in ("dz", "dshortcut") if role in operands
-    }
-    if "w" in operands:
-        ours["w"] = channels_last_filters(operands["w"])
-    operands = {**operands, **ours}
-    outputs = out or new_outputs(launch, dz.device)
-    made = tuple(outputs[role] for role, _ in launch.outputs)
-    if dz.numel() == 0 or prod(g.x_shape) == 0:
+    operands = channels_last(operands, "w", "dz", "dshortcut")  # these may come from outside as they are; the others are ours
+    outputs = out or outputs_of(launch, dz.device)
+    made = tuple([outputs[role] for role, _ in launch.outputs])
+    if dz.numel() == 0 or 0 in g.x_shape:
         for output in made:
             output.zero_()
         return made if len(made) > 1 else made[0]
-    aligned = all(operands[role].data_ptr() % 16 == 0 for role in ("dz", "y", "x", "w") if role in operands)
+    aligned = all([operands[role].data_ptr() % 16 == 0 for role in ("dz", "y", "x", "w") if role in operands])
     tf32 = tf32_allowed(launch.dtype, dz.device)
     if tile is None and not _vectors_only(launch):
         count = multiprocessors_of(dz.device)
@@ -103,22 +98,8 @@ def run(
         assert isinstance(chosen, Tile)
         tile = chosen
     start = plan_start(launch, arch_of(dz.device), tile, aligned, tf32, wide)
-    begin(start, bind(start, launch, operands, outputs, start.workspace(dz.device)), dz.device)
+    start_on(start, operands, outputs, dz.device)
     return made if len(made) > 1 else made[0]
-
-
-def new_outputs(launch: Launch, device: torch.device | str) -> dict[str, Tensor]:
-    """The tensors that a launch writes, by role."""
-    g = launch.geometry
-    assert isinstance(g, Geometry)
-    shapes = {"dx": g.x_shape, "dw": g.w_shape}
-    outputs = {}
-    for role, _ in launch.outputs:
-        if role in shapes:
-            outputs[role] = torch.empty(shapes[role], dtype=launch.dtype, device=device, memory_format=torch.channels_last)
-        else:
-            outputs[role] = torch.empty(g.C if launch.kind == "dgrad" else g.K, dtype=torch.float32, device=device)
-    return outputs
 
 
 @dataclass(frozen=True)
@@ -243,6 +224,8 @@ def _plan_dgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
     )
     return GradientStart(
         dgrad.dgrad,
+        launch,
+        bind,
         meeting.tiles * meeting.splits,
         constants,
         _sizes(g),
@@ -253,6 +236,8 @@ def _plan_dgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         counters=meeting.all_counters,
         partials=meeting.all_partials,
         numbers=numbers | meeting.numbers(),
+        counters_behind=meeting.counters_behind,
+        partials_behind=meeting.partials_behind,
         views=views,
     )
 
@@ -291,10 +276,12 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         "shares": tile.splits,
         "group": workspace.group_of(tile.splits),
         "counters_of": counters_of,
-        "products": whole_lines(tile.splits * size) if tile.splits > 1 else 0,
     }
+    products = whole_lines(tile.splits * size) if tile.splits > 1 else 0
     return GradientStart(
         wgrad.wgrad,
+        launch,
+        bind,
         rows * columns * tile.splits,
         constants,
         _sizes(g),
@@ -303,8 +290,9 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
         tile.num_warps,
         tile.num_stages,
         counters=rows * columns * counters_of + (rows if per_filter else 0),
-        partials=numbers["products"] + (columns * g.K if per_filter else 0),
+        partials=products + (columns * g.K if per_filter else 0),
         numbers=numbers,
+        partials_behind=products if per_filter else None,
         views=views,
     )
 
@@ -347,7 +335,7 @@ def _columns(g: Geometry, tile: Tile, pixels: str | None, spans: bool) -> int:
 
 def _plan_vectors(launch: Launch, g: Geometry) -> GradientStart:
     constants = {"FILTERS": _VECTOR, "SCALED": launch.gradient == "scale", "BATCH": launch.gradient == "bn_backward"}
-    return GradientStart(wgrad_end.vectors_only, ceil(g.K / _VECTOR), constants, _sizes(g), None, None, 4, 1)
+    return GradientStart(wgrad_end.vectors_only, launch, bind, ceil(g.K / _VECTOR), constants, _sizes(g), None, None, 4, 1)
 
 
 def bind(
@@ -360,12 +348,11 @@ def bind(
     """A kernel's arguments by name, in the kernel's order. ``space``: of :meth:`.triton_start.Start.workspace`."""
     g = launch.geometry
     assert isinstance(g, Geometry)
-    named: dict[str, Any] = {role: tensor.contiguous() if tensor.dim() == 1 else tensor for role, tensor in operands.items()}
-    named |= {**numbers_of(launch), "C": start.sizes.C, "m": float(g.N * g.P * g.Q)}
+    named: dict[str, Any] = {**operands, **numbers_of(launch), "C": start.sizes.C, "m": float(g.N * g.P * g.Q)}
     viewed = {
         role: start.views[role].of(named[role]) if role in start.views else named[role] for role in named if role in _VIEWED
     }
-    counters, partials, _ = space
+    counters, partials = space.counters, space.partials
     results = wgrad_end.Results(*(outputs.get(role) for role in wgrad_end.Results._fields))
     given = wgrad_end.Given(*(named.get(name) for name in wgrad_end.Given._fields))
     if start.kernel is wgrad_end.vectors_only:
@@ -377,8 +364,8 @@ def bind(
     }
     numbers = start.numbers
     if launch.kind == "wgrad":
-        products = None if partials is None or not _dgamma(launch) else partials[numbers["products"] :]
-        shares = wgrad.Shares(numbers["shares"], numbers["group"], partials, counters, numbers["counters_of"], products)
+        split = numbers["shares"], numbers["group"]
+        shares = wgrad.Shares(*split, partials, counters, numbers["counters_of"], space.partials_behind)
         return {
             "dz": viewed["dz"],
             "y": viewed["y"] if reads_y else None,

@@ -1,33 +1,58 @@
-"""What all Triton launches share: a start, the memory around it, and where it happens."""
+"""What all Triton launches share: a start, the memory around it, and where it happens.
+
+Triton's own start of a kernel (``kernel[grid](...)``) binds the arguments' names, asks of each what it specialises on, and
+looks the compiled kernel up by the text of all of that. With some twenty compile-time arguments this is most of what a launch
+costs the host. A :class:`Start` fixes all of it but the tensors. So it keeps what Triton gave back the first time, by what
+Triton itself says of the tensors (types, and which addresses are multiples of 16 bytes), and a later call starts that compiled
+kernel with the same arguments: :func:`begin`. tests/test_starts.py holds the two ways to each other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.compiler import CompiledKernel
+from triton.compiler.compiler import make_backend
+from triton.runtime import JITFunction, jit
 
 from ..kernels import epilogues
 from ..kernels.finish import Shares
-from ..launch import Launch
+from ..launch import Geometry, Launch
 from . import before_slot, record_kernel, workspace
+from .derived import channels_last_filters
+from .triton_arguments import Arguments, View, weightless_operands
 
 #: Roles of outputs that are a number a channel; all others but these are activations. fp32, like all sums and statistics.
-PER_CHANNEL = frozenset({"mean", "invstd", "var", "sum", "dot", "shortcut_dot", "dt_sum", "dside_sum"})
+PER_CHANNEL = frozenset(
+    {"mean", "invstd", "var", "sum", "dot", "shortcut_dot", "dt_sum", "dside_sum", "sum_previous", "dot_previous"}
+    | {"dbias", "dgamma", "dbeta"}
+)
 
 
 class Space(NamedTuple):
-    """Memory of one launch on the current stream: what :class:`Start` says it needs, None where that is nothing."""
+    """Memory of one launch on the current stream: what :class:`Start` says it needs, None where that is nothing.
+
+    ``counters_behind`` and ``partials_behind`` are parts of the first two.
+    """
 
     counters: Tensor | None = None
     partials: Tensor | None = None
     before: Tensor | None = None
+    counters_behind: Tensor | None = None
+    partials_behind: Tensor | None = None
+
+
+_NOTHING = Space()
+
+#: Triton's rule of what it makes different kernels of (3.6 to 3.8). Where there is no such function Triton starts all kernels.
+_specialize: Any = getattr(jit, "native_specialize_impl", None)
 
 
 @dataclass(frozen=True)
@@ -36,6 +61,8 @@ class Start:
 
     Attributes:
         kernel: the ``@triton.jit`` function.
+        launch: what is started.
+        bind: ``(start, launch, operands, outputs, space) -> dict``, the kernel's arguments by name.
         programs: size of the grid.
         constants: its compile-time arguments.
         sizes: extents as the kernel sees them (a pointwise convolution has one long row).
@@ -46,9 +73,12 @@ class Start:
         before: fp32 numbers for the running statistics as they were, where it updates them. Not among the partials: they are
             kept until the whole plan is through, and are small.
         numbers: what else the kernel is given that is neither constant nor tensor.
+        counters_behind, partials_behind: where a second part of the counters and of the partials begins; None: there is none.
     """
 
     kernel: Any
+    launch: Launch
+    bind: Callable[..., Mapping[str, Any]]
     programs: int
     constants: Mapping[str, Any]
     sizes: Any
@@ -61,16 +91,33 @@ class Start:
     group: int = 0
     before: int = 0
     numbers: Mapping[str, int] = field(default_factory=dict)
+    counters_behind: int | None = None
+    partials_behind: int | None = None
 
     def workspace(self, device: torch.device) -> Space:
         """Memory for one launch on the current stream."""
         if not self.counters:
-            return Space()
+            return _NOTHING
         partials = torch.empty(self.partials, dtype=torch.float32, device=device)
         before = torch.empty(self.before, dtype=torch.float32, device=device) if self.before else None
         if device.type == "meta":
-            return Space(torch.empty(self.counters, dtype=torch.int32, device=device), partials, before)
-        return Space(workspace.counters(device, self.counters), partials, before)
+            counters = torch.empty(self.counters, dtype=torch.int32, device=device)
+        else:
+            counters = workspace.counters(device, self.counters)
+        return Space(counters, partials, before, _from(counters, self.counters_behind), _from(partials, self.partials_behind))
+
+    @cached_property
+    def arguments(self) -> Arguments:
+        """Where the tensors of a call stand among the kernel's arguments."""
+        meta = torch.device("meta")
+        operands, outputs, space = weightless_operands(self.launch), outputs_of(self.launch, meta), self.workspace(meta)
+        bound = self.bind(self, self.launch, operands, outputs, space)
+        return Arguments(self.kernel.arg_names, bound, operands, outputs, space)
+
+    @cached_property
+    def compiled(self) -> dict[Hashable, CompiledKernel]:
+        """Triton's compiled kernels by :func:`specialised`."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -105,8 +152,17 @@ class Meeting:
 
     def numbers(self) -> dict[str, int]:
         """For :attr:`Start.numbers`; :func:`shares_of` reads them."""
-        names = {"shares": self.splits, "tiles": self.tiles}
-        return names | {"counters_behind": whole_lines(self.counters), "partials_behind": whole_lines(self.partials)}
+        return {"shares": self.splits, "tiles": self.tiles}
+
+    @property
+    def counters_behind(self) -> int | None:
+        """Where those of the shares begin."""
+        return whole_lines(self.counters) if self.splits > 1 else None
+
+    @property
+    def partials_behind(self) -> int | None:
+        """Where those of the shares begin."""
+        return whole_lines(self.partials) if self.splits > 1 else None
 
 
 def whole_lines(elements: int) -> int:
@@ -114,51 +170,110 @@ def whole_lines(elements: int) -> int:
     return ceil(elements / 32) * 32
 
 
+def _from(tensor: Tensor, offset: int | None) -> Tensor | None:
+    return tensor[offset:] if offset else None if offset is None else tensor
+
+
 def shares_of(start: Start, space: Space) -> Shares | None:
     """The kernel's ``shares``."""
     numbers = start.numbers
-    counters, partials, _ = space
-    if numbers["shares"] == 1 or counters is None or partials is None:
+    if numbers["shares"] == 1:
         return None
-    behind = partials[numbers["partials_behind"] :], counters[numbers["counters_behind"] :]
-    return Shares(numbers["shares"], numbers["tiles"], *behind)
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor as a descriptor sees it: extents and strides in elements, slowest first, and the block loaded at once."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-
-    def of(self, base: Tensor) -> Any:
-        """The descriptor of ``base``."""
-        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
+    return Shares(numbers["shares"], numbers["tiles"], space.partials_behind, space.counters_behind)
 
 
 def outputs_of(launch: Launch, device: torch.device) -> dict[str, Tensor]:
-    """New tensors for the outputs of a launch of the forward or of a strip, by role."""
+    """New tensors for the outputs of a launch, by role."""
+    return {role: torch.empty(**how, device=device) for role, how in _new_outputs(launch)}
+
+
+@lru_cache(maxsize=4096)
+def _new_outputs(launch: Launch) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Role, and how :func:`torch.empty` makes it; named arguments are read twice as fast as a tuple of sizes in front."""
     g = launch.geometry
-    outputs = {}
-    for role, _ in launch.outputs:
+    shapes = {"dx": g.x_shape, "dw": g.w_shape if isinstance(g, Geometry) else ()}
+    channels = (g.x_shape if launch.kind == "dgrad" else g.y_shape)[1]
+
+    def how(role: str) -> dict[str, Any]:
         if role in PER_CHANNEL:
-            outputs[role] = torch.empty(g.y_shape[1], dtype=torch.float32, device=device)
-        else:
-            shape = g.x_shape if role == "dx" else g.y_shape
-            dtype = torch.uint8 if role == "indices" else launch.dtype
-            outputs[role] = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-    return outputs
+            return {"size": (channels,), "dtype": torch.float32}
+        dtype = torch.uint8 if role == "indices" else launch.dtype
+        return {"size": shapes.get(role, g.y_shape), "dtype": dtype, "memory_format": torch.channels_last}
+
+    return tuple((role, how(role)) for role, _ in launch.outputs)
 
 
-def begin(start: Start, arguments: Mapping[str, Any], device: torch.device) -> None:
-    """Start a kernel on the current stream of ``device``. Where every kernel is started."""
+@lru_cache(maxsize=4096)
+def emptiness(launch: Launch) -> tuple[bool, bool]:
+    """Whether one of the operands has no elements, and whether one of the outputs has none."""
+    operands, outputs = weightless_operands(launch), outputs_of(launch, torch.device("meta"))
+    return (not all(tensor.numel() for tensor in operands.values()), not all(tensor.numel() for tensor in outputs.values()))
+
+
+def channels_last(operands: Mapping[str, Tensor], *roles: str) -> Mapping[str, Tensor]:
+    """Operands with some of them, where they are there, laid out as kernels read them."""
+    for role in roles:
+        if role in operands:
+            given = operands[role]
+            laid = channels_last_filters(given) if role == "w" else given.contiguous(memory_format=torch.channels_last)
+            if laid is not given:
+                operands = {**operands, role: laid}
+    return operands
+
+
+def start_on(
+    start: Start,
+    operands: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    device: torch.device,
+    shared: dict[str, Tensor] | None = None,
+) -> None:
+    """Start a kernel on a launch's tensors.
+
+    It may update running statistics. What they were the kernel itself puts aside, since a copy in front of it would be a launch
+    of its own. That is left in ``shared`` once it has started, and not sooner: of a kernel that did not start there is nothing
+    to put back.
+    """
+    arguments, space = start.arguments, start.workspace(device)
+    tensors = arguments.tensors(operands, outputs, space)
+    if not all([tensor.is_contiguous() for tensor in tensors[: arguments.vectors]]):
+        vectors = [tensor.contiguous() for tensor in tensors[: arguments.vectors]]
+        tensors = (*vectors, *tensors[arguments.vectors :])
+    begin(start, tensors, arguments.filled(tensors), device)
+    if not start.before:
+        return
+    if shared is not None and space.before is not None:
+        shared[before_slot(start.launch)] = space.before
+    for role in epilogues.IN_PLACE:
+        if role not in operands:
+            continue
+        written = tensors[arguments.operands.index(role)]
+        if written is not operands[role]:
+            operands[role].copy_(written)
+        elif not written.is_inference():
+            torch.autograd.graph.increment_version(written)  # autograd cannot see what a kernel writes
+
+
+def begin(start: Start, tensors: Sequence[Tensor], arguments: Sequence[Any], device: torch.device) -> None:
+    """Start a kernel on the current stream of ``device``: where every kernel is started.
+
+    Args:
+        tensors: all among the arguments.
+        arguments: in the kernel's order.
+    """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            begin(start, arguments, device)
+            begin(start, tensors, arguments, device)
         return
     try:
-        start.kernel[(start.programs,)](**arguments, num_warps=start.num_warps, num_stages=start.num_stages)
+        key = specialised(start.kernel, tensors)
+        compiled = None if key is None else start.compiled.get((device, key))
+        if compiled is not None:
+            compiled[(start.programs, 1, 1)](*arguments)
+        else:
+            made = start.kernel[(start.programs,)](*arguments, num_warps=start.num_warps, num_stages=start.num_stages)
+            if key is not None and isinstance(made, CompiledKernel):  # not one that another thread still compiles
+                start.compiled[(device, key)] = made
     except BaseException:
         if start.counters:  # interpreted programs that never arrived
             workspace.forget()
@@ -166,32 +281,23 @@ def begin(start: Start, arguments: Mapping[str, Any], device: torch.device) -> N
     record_kernel(start.kernel.__name__)
 
 
-def begin_updating(
-    start: Start,
-    bind: Callable[[Start, Launch, Mapping[str, Tensor], Mapping[str, Tensor], Space], Mapping[str, Any]],
-    launch: Launch,
-    operands: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
-    device: torch.device,
-    shared: dict[str, Tensor] | None,
-) -> None:
-    """:func:`begin`, for a kernel that may update running statistics.
+def specialised(kernel: Any, tensors: Sequence[Tensor]) -> Hashable:
+    """What Triton makes different kernels of for arguments that are the same but for their tensors, by Triton's own rule.
 
-    The kernel itself puts aside what they were, since a copy in front of it would be a launch of its own. That is left in
-    ``shared`` once it has started, and not sooner: of a kernel that did not start there is nothing to put back.
+    None where only Triton itself can start the kernel: it interprets, or somebody looks into its starts or its compiler.
     """
-    # What a kernel writes in place has to lie densely.
-    strided = {role: operands[role] for role in epilogues.IN_PLACE if role in operands and not operands[role].is_contiguous()}
-    operands = {**operands, **{role: tensor.contiguous() for role, tensor in strided.items()}}
-    space = start.workspace(device)
-    begin(start, bind(start, launch, operands, outputs, space), device)
-    if shared is not None and space.before is not None:
-        shared[before_slot(launch)] = space.before
-    for role in epilogues.IN_PLACE:
-        if role in strided:
-            strided[role].copy_(operands[role])
-        elif role in operands and not operands[role].is_inference():
-            torch.autograd.graph.increment_version(operands[role])  # autograd cannot see what a kernel writes
+    runtime = triton.knobs.runtime
+    hooked = getattr(kernel, "pre_run_hooks", None) or getattr(runtime, "add_stages_inspection_hook", None)
+    if _specialize is None or not isinstance(kernel, JITFunction) or hooked:
+        return None
+    types = _specialize(_triton_backend(), tuple(tensors), False, True, True)
+    return types, runtime.debug, triton.knobs.compilation.instrumentation_mode
+
+
+@lru_cache(maxsize=1)
+def _triton_backend() -> Any:
+    """Triton's own description of the kind of GPU."""
+    return make_backend(triton.runtime.driver.active.get_current_target())
 
 
 def updates(launch: Launch) -> int:

@@ -1,6 +1,6 @@
 """Random operands of a launch on a device, its truth, and whether what a kernel wrote is that.
 
-Sizes and types are those of :func:`fused_resnet.backends.triton_compile.weightless_operands`, which the compiler is given too.
+Sizes and types are those of :func:`fused_resnet.backends.triton_arguments.weightless_operands`, which the compiler is given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..backends import reference
-from ..backends.triton_compile import weightless_operands
+from ..backends.triton_arguments import weightless_operands
 from ..launch import PROLOGUES, Geometry, Launch
 
 Operands = dict[str, Tensor]
@@ -92,10 +92,9 @@ def copies(operands: Operands) -> Operands:
 
 def poisoned_outputs(launch: Launch, device: torch.device) -> Operands:
     """Outputs full of NaN (of 255 for bytes): what a kernel does not write shows."""
-    from ..backends import triton, triton_gradients, triton_start
+    from ..backends.triton_start import outputs_of
 
-    new = triton_gradients.new_outputs if launch.kind in triton.GRADIENTS else triton_start.outputs_of
-    outputs: Operands = new(launch, device)
+    outputs: Operands = outputs_of(launch, device)
     for tensor in outputs.values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     return outputs

@@ -66,6 +66,7 @@ def _normalise(launch: Launch, g: Geometry) -> Launch:
     return _sized(made, flat)
 
 
+@lru_cache(maxsize=8192)
 def dy_slot(launch: Launch) -> str:
     """What dy is called: by y. A block's last convolution and its projection read one dz, each behind a norm of its own."""
     return f"{dict(launch.operands)['y']} {DY}"

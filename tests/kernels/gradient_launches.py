@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import DEVICE, activations, poisoned_workspace, prologue_roles
+from launches import DEVICE, activations, check_stand_ins, poisoned_workspace, prologue_roles
 from torch import Tensor
 from triton.runtime import interpreter
 
 from fused_resnet.backends import triton_gradients as executor
+from fused_resnet.backends.triton_start import outputs_of
 from fused_resnet.launch import DGRAD_EPILOGUES, GRADIENTS, Geometry, Launch
 from fused_resnet.tuning import Tile
 
@@ -191,7 +192,8 @@ def run_poisoned(
     **how: Any,
 ) -> dict[str, Tensor]:
     """Run through Triton into outputs and a workspace full of NaN: what is not written, or is read too soon, shows."""
-    outputs = executor.new_outputs(launch, DEVICE)
+    outputs = outputs_of(launch, DEVICE)
+    check_stand_ins(launch, operands)
     for output in outputs.values():
         output.fill_(torch.nan)
     given = {role: tensor.clone(memory_format=torch.preserve_format) for role, tensor in operands.items()}

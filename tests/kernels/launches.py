@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends import triton as executor
+from fused_resnet.backends.triton_arguments import weightless_operands
 from fused_resnet.backends.triton_start import Space, Start, outputs_of
 from fused_resnet.launch import EPILOGUES, PROLOGUES, Geometry, Launch, PoolGeometry
 from fused_resnet.tuning import Tile
@@ -161,6 +162,7 @@ def run_all(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = Non
     must be zero again.
     """
     out = outputs_of(launch, DEVICE)
+    check_stand_ins(launch, operands)
     for tensor in out.values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     given = {role: tensor.clone(memory_format=torch.preserve_format) for role, tensor in operands.items()}
@@ -175,6 +177,14 @@ def run_all(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = Non
     return out
 
 
+def check_stand_ins(launch: Launch, operands: dict[str, Tensor]) -> None:
+    """What arguments are laid out and kernels compiled with has the shapes of what is given, activations the type too."""
+    for role, stand_in in weightless_operands(launch).items():
+        if role not in ("batches", "count"):
+            assert stand_in.shape == operands[role].shape, role
+        assert stand_in.dtype == operands[role].dtype or stand_in.dim() == 1, role
+
+
 @contextmanager
 def poisoned_workspace() -> Iterator[None]:
     """Partials are full of NaN before the launch; the counters are zero behind it."""
@@ -182,6 +192,8 @@ def poisoned_workspace() -> Iterator[None]:
 
     def workspace(self: Start, device: torch.device) -> Space:
         space = original(self, device)
+        if device.type == "meta":  # what arguments are laid out with
+            return space
         for floats in (space.partials, space.before):
             if floats is not None:
                 floats.fill_(torch.nan)

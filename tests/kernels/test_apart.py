@@ -14,7 +14,7 @@ from launches import DEVICE, conv, expected, operands_of, poisoned_workspace, ru
 from tolerances import assert_close, bound
 
 from fused_resnet.backends import count_launches, triton, triton_apart
-from fused_resnet.backends.triton_gradients import new_outputs
+from fused_resnet.backends.triton_start import outputs_of
 from fused_resnet.launch import Geometry, Launch
 from fused_resnet.tuning import Choice, Tile
 from fused_resnet.tuning.pieces import pieces
@@ -77,7 +77,7 @@ def check_gradients(launch: Launch, how: str) -> None:
     g = launch.geometry
     assert isinstance(g, Geometry)
     operands = gradient_operands(launch)
-    out = new_outputs(launch, DEVICE)
+    out = outputs_of(launch, DEVICE)
     for tensor in out.values():
         tensor.fill_(torch.nan)
     with poisoned_workspace():

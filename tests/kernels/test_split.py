@@ -154,6 +154,6 @@ def test_the_shares_memory_starts_at_a_whole_line() -> None:
     assert shares is not None and space.counters is not None and space.partials is not None
     offsets = [behind.storage_offset() for behind in (shares.counters, shares.partials)]
     assert all(offset > 0 and offset % 32 == 0 for offset in offsets) and offsets == [
-        start.numbers["counters_behind"], start.numbers["partials_behind"],
+        start.counters_behind, start.partials_behind,
     ]  # fmt: skip
     assert offsets[0] + start.numbers["tiles"] <= start.counters <= space.counters.numel()

@@ -183,5 +183,5 @@ def test_an_interrupted_launch_leaves_no_counters_behind() -> None:
     assert counters is not None
     counters.fill_(1)
     with pytest.raises(KeyboardInterrupt):
-        begin(replace(start, kernel=Interrupted()), {}, DEVICE)
+        begin(replace(start, kernel=Interrupted()), (), (), DEVICE)
     check(launch)
