@@ -286,11 +286,12 @@ def hooks_are_called() -> None:
         start.kernel.pre_run_hooks.clear()
         if hasattr(runtime, "add_stages_inspection_hook"):
             with patch.object(runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash")):
-                for _ in range(2):
-                    triton_start.specialised(start.kernel, list(operands.values()))
-                    assert triton_start.specialised(start.kernel, list(operands.values())) is None
+                assert triton_start.specialised(start.kernel, list(operands.values())) is None
         triton_start.start_on(start, operands, out, CPU)
         assert len(looked) == 3
+        with patch.object(triton_start, "_specialize", None):  # another Triton
+            triton_start.start_on(start, operands, out, CPU)
+        assert len(looked) == 4
 
 
 def what_started_is_counted_and_what_failed_forgets_its_counters() -> None:
