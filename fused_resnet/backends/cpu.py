@@ -107,8 +107,8 @@ def _input(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _pixels_together(pixels: int, channels: int) -> int:
-    """How many neighbouring pixels :func:`_moments` takes for one: what divides, up to 1024 values."""
-    return max(count for count in range(1, max(1024 // channels, 1) + 1) if pixels % count == 0)
+    """How many neighbouring pixels :func:`_moments` takes for one: what divides, up to 1024 values; one where there are few."""
+    return 1 if pixels <= 1024 else max(count for count in range(1, max(1024 // channels, 1) + 1) if pixels % count == 0)
 
 
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
