@@ -166,7 +166,7 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
     if ctx.drop:
         given = _images_channels_last({**slots, **ctx.turned})
         n, h, w, *skip = ctx.size
-        plan = rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype, tuple(skip) or None)
+        plan = rebuild_plan(ctx.chain, n, h, w, ctx.dtype, tuple(skip) or None)
         slots.update(backends.execute(plan, given, ctx.backend))
         # The next block's backward comes first, and asks; the saved tensors are not unpacked twice, so PyTorch does not look at
         # their versions again when the block's own backward comes, which may be in a later call.
@@ -195,7 +195,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.remembered = tuple(slot for slot in remembered_slots(chain, needs, drop) if slot != "x" or ctx.source is None)
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
-        ctx.size = _size(chain, x, operands)
+        ctx.size, ctx.dtype = _size(chain, x, operands), x.dtype
         ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in operands]
         return outputs[0]
 
