@@ -141,9 +141,20 @@ def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) ->
     return [next(given) if slot in needs else None for slot in ("x", *chain.operand_slots)]
 
 
-def _said_otherwise(w: Tensor) -> bool:
-    """1x1 filters, contiguous: the memory of a channels_last gradient with strides that may say the same in another way."""
-    return w.dim() == 4 and w.shape[2:] == (1, 1) and w.is_contiguous()
+def _said(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides that a gradient is to have as well: those of a contiguous image or filter, else None (channels_last)."""
+    return tensor.stride() if tensor.dim() == 4 and tensor.is_contiguous() else None
+
+
+def _as_said(gradient: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    """A gradient laid out as its tensor, as eager's is: ``gradient.view(-1)`` is commonly called on those of contiguous models.
+
+    A leaf's would be copied by PyTorch otherwise, when it becomes ``.grad``. 1x1 filters have one layout in memory and two ways
+    to say so: DistributedDataParallel warns where they differ.
+    """
+    if gradient is None or strides is None:
+        return gradient
+    return gradient.contiguous().as_strided(gradient.shape, strides)
 
 
 def _dropped(x: Tensor) -> Any:
@@ -196,7 +207,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
         ctx.size, ctx.dtype = _size(chain, x, operands), x.dtype
-        ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in operands]
+        ctx.strides = [_said(tensor) for tensor in (x, *operands)]
         return outputs[0]
 
     @staticmethod
@@ -209,13 +220,8 @@ class ChainFunction(torch.autograd.Function):
         del slots
         ctx.made = None
         gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
-        dx, *rest = _spread(ctx.chain, ctx.needs, gradients)
-        # 1x1 filters have one layout in memory and two ways to say so: DistributedDataParallel warns where they differ.
-        said = [
-            gradient if strides is None or gradient is None else gradient.as_strided(gradient.shape, strides)
-            for gradient, strides in zip(rest, ctx.strides, strict=True)
-        ]
-        return None, None, None, None, dx, *said
+        spread = _spread(ctx.chain, ctx.needs, gradients)
+        return None, None, None, None, *map(_as_said, spread, ctx.strides)
 
 
 def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
