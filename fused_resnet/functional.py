@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived, forget
@@ -211,17 +210,48 @@ class ChainFunction(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        # What was made again with the output is there: it is not made a second time.
-        spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain
-        slots = {**_slots_of(ctx), **ctx.turned}
-        saved = [slots[slot] for slot in saved_slots(spec, ctx.needs)]
-        del slots
-        ctx.made = None
-        gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
-        spread = _spread(ctx.chain, ctx.needs, gradients)
-        return None, None, None, None, *map(_as_said, spread, ctx.strides)
+        with torch.no_grad():
+            # What was made again with the output is there: it is not made a second time.
+            spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain
+            slots = {**_slots_of(ctx), **ctx.turned}
+            saved = [slots[slot] for slot in saved_slots(spec, ctx.needs)]
+            del slots
+            ctx.made = None
+            gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
+            spread = list(map(_as_said, _spread(ctx.chain, ctx.needs, gradients), ctx.strides))
+        if torch.is_grad_enabled():  # create_graph
+            spread = _once(spread, [tensor for tensor in (dout, *saved) if tensor.requires_grad])
+        return None, None, None, None, *spread
+
+
+class _Once(torch.autograd.Function):
+    """``(count, *gradients, *sources) -> gradients``, which depend on the sources in a way that nobody has differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.detach() for gradient in tensors[:count])  # a view could not be written to in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "trying to differentiate twice a fused chain, which is differentiable once (once_differentiable): "
+            "unfuse(model) for gradients of gradients"
+        )
+
+
+def _once(spread: list[Tensor | None], sources: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of which a gradient is an error.
+
+    PyTorch's own ``once_differentiable`` asks whether ``dout`` requires a gradient. Behind the last chain of a critic it does
+    not, though the filters do: a penalty of the gradient then adds nothing, and nobody is told. And the error does not hang on
+    the inputs there, so that ``torch.autograd.grad`` does not come past it.
+    """
+    gradients = [gradient for gradient in spread if gradient is not None]
+    if not sources:  # frozen filters, none of what is kept requires a gradient, but some input does
+        sources = [torch.empty(0, requires_grad=True)]
+    given = iter(_Once.apply(len(gradients), *gradients, *sources))
+    return [None if gradient is None else next(given) for gradient in spread]
 
 
 def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
