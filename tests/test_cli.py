@@ -95,6 +95,16 @@ def test_fuse_check_takes_a_torchvision_name_and_a_module(models: Path, monkeypa
     assert main(["fuse-check", "their_models:ready", "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 0
 
 
+def test_fuse_check_downloads_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models for segmentation and detection have weights of their own for it."""
+
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("weights are downloaded")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    assert main(["fuse-check", "lraspp_mobilenet_v3_large", "--size", "32", "--dtype", "fp32", "--device", "cpu"]) == 0
+
+
 def test_fuse_check_says_that_nothing_fuses(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuse-check", f"{models}:linear", "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 0
     assert "nothing in it could be fused" in capsys.readouterr().out
