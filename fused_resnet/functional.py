@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.derived import derived, forget
@@ -141,9 +140,20 @@ def _spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) ->
     return [next(given) if slot in needs else None for slot in ("x", *chain.operand_slots)]
 
 
-def _said_otherwise(w: Tensor) -> bool:
-    """1x1 filters, contiguous: the memory of a channels_last gradient with strides that may say the same in another way."""
-    return w.dim() == 4 and w.shape[2:] == (1, 1) and w.is_contiguous()
+def _said(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides that a gradient is to have as well: those of a contiguous image or filter, else None (channels_last)."""
+    return tensor.stride() if tensor.dim() == 4 and tensor.is_contiguous() else None
+
+
+def _as_said(gradient: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    """A gradient laid out as its tensor, as eager's is: ``gradient.view(-1)`` is commonly called on those of contiguous models.
+
+    A leaf's would be copied by PyTorch otherwise, when it becomes ``.grad``. 1x1 filters have one layout in memory and two ways
+    to say so: DistributedDataParallel warns where they differ.
+    """
+    if gradient is None or strides is None:
+        return gradient
+    return gradient.contiguous().as_strided(gradient.shape, strides)
 
 
 def _dropped(x: Tensor) -> Any:
@@ -166,7 +176,7 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
     if ctx.drop:
         given = _images_channels_last({**slots, **ctx.turned})
         n, h, w, *skip = ctx.size
-        plan = rebuild_plan(ctx.chain, n, h, w, slots["x"].dtype, tuple(skip) or None)
+        plan = rebuild_plan(ctx.chain, n, h, w, ctx.dtype, tuple(skip) or None)
         slots.update(backends.execute(plan, given, ctx.backend))
         # The next block's backward comes first, and asks; the saved tensors are not unpacked twice, so PyTorch does not look at
         # their versions again when the block's own backward comes, which may be in a later call.
@@ -195,27 +205,53 @@ class ChainFunction(torch.autograd.Function):
         ctx.remembered = tuple(slot for slot in remembered_slots(chain, needs, drop) if slot != "x" or ctx.source is None)
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
-        ctx.size = _size(chain, x, operands)
-        ctx.strides = [tensor.stride() if _said_otherwise(tensor) else None for tensor in operands]
+        ctx.size, ctx.dtype = _size(chain, x, operands), x.dtype
+        ctx.strides = [_said(tensor) for tensor in (x, *operands)]
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        # What was made again with the output is there: it is not made a second time.
-        spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain
-        slots = {**_slots_of(ctx), **ctx.turned}
-        saved = [slots[slot] for slot in saved_slots(spec, ctx.needs)]
-        del slots
-        ctx.made = None
-        gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
-        dx, *rest = _spread(ctx.chain, ctx.needs, gradients)
-        # 1x1 filters have one layout in memory and two ways to say so: DistributedDataParallel warns where they differ.
-        said = [
-            gradient if strides is None or gradient is None else gradient.as_strided(gradient.shape, strides)
-            for gradient, strides in zip(rest, ctx.strides, strict=True)
-        ]
-        return None, None, None, None, dx, *said
+        with torch.no_grad():
+            # What was made again with the output is there: it is not made a second time.
+            spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain
+            slots = {**_slots_of(ctx), **ctx.turned}
+            saved = [slots[slot] for slot in saved_slots(spec, ctx.needs)]
+            del slots
+            ctx.made = None
+            gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
+            spread = list(map(_as_said, _spread(ctx.chain, ctx.needs, gradients), ctx.strides))
+        if torch.is_grad_enabled():  # create_graph
+            spread = _once(spread, [tensor for tensor in (dout, *saved) if tensor.requires_grad])
+        return None, None, None, None, *spread
+
+
+class _Once(torch.autograd.Function):
+    """``(count, *gradients, *sources) -> gradients``, which depend on the sources in a way that nobody has differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.detach() for gradient in tensors[:count])  # a view could not be written to in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "trying to differentiate twice a fused chain, which is differentiable once (once_differentiable): "
+            "unfuse(model) for gradients of gradients"
+        )
+
+
+def _once(spread: list[Tensor | None], sources: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of which a gradient is an error.
+
+    PyTorch's own ``once_differentiable`` asks whether ``dout`` requires a gradient. Behind the last chain of a critic it does
+    not, though the filters do: a penalty of the gradient then adds nothing, and nobody is told. And the error does not hang on
+    the inputs there, so that ``torch.autograd.grad`` does not come past it.
+    """
+    gradients = [gradient for gradient in spread if gradient is not None]
+    if not sources:  # frozen filters, none of what is kept requires a gradient, but some input does
+        sources = [torch.empty(0, requires_grad=True)]
+    given = iter(_Once.apply(len(gradients), *gradients, *sources))
+    return [None if gradient is None else next(given) for gradient in spread]
 
 
 def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from difflib import get_close_matches
 from types import ModuleType
 
@@ -53,7 +54,11 @@ def eager_model(name: str) -> nn.Module:
     if vision is not None:
         names: list[str] = vision.list_models()
         if name in names:
-            return vision.get_model(name, weights=None).eval()
+            builder = vision.get_model_builder(name)
+            # Models for detection and segmentation would download the weights of their backbone.
+            backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+            model: nn.Module = builder(weights=None, **backbone)
+            return model.eval()
         if not name.startswith(("cifar_", "plain", "highway")):
             raise unknown("model", name, names)
     return unfuse(build(name)).eval()

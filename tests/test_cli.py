@@ -14,6 +14,7 @@ from torch import nn
 
 from fused_resnet import blocks
 from fused_resnet.cli import main
+from fused_resnet.cli.zoo import COLUMNS
 from fused_resnet.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +94,16 @@ def test_fuse_check_takes_a_torchvision_name_and_a_module(models: Path, monkeypa
     assert main(["fuse-check", "resnet18", "--size", "32", "--dtype", "fp32", "--device", "cpu"]) == 0
     monkeypatch.syspath_prepend(models.parent)
     assert main(["fuse-check", "their_models:ready", "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 0
+
+
+def test_fuse_check_downloads_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models for segmentation and detection have weights of their own for it."""
+
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("weights are downloaded")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    assert main(["fuse-check", "lraspp_mobilenet_v3_large", "--size", "32", "--dtype", "fp32", "--device", "cpu"]) == 0
 
 
 def test_fuse_check_says_that_nothing_fuses(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +272,32 @@ def test_zoo_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Capture
     rows.write_text(rows.read_text().replace(",yes,", ",NO,"))
     assert main(["zoo", *small]) == 1 and "resnet18" in capsys.readouterr().out
     assert main(["zoo", "zebra*", *small]) == 2
+
+
+def test_zoo_takes_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line and exit code 2, nothing is written: no table of no rows over the one that is there."""
+    page, missing = tmp_path / "models.md", tmp_path / "missing.csv"
+    page.write_text("as it was")
+    for name, content in (
+        ("bytes", b"\x80\x81"),
+        ("other", b"a,b\n1,2\n"),
+        ("cut", ",".join(COLUMNS).encode() + b"\nresnet18,9,68\n"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    for arguments, says in (
+        (["--csv", str(tmp_path / "bytes"), "--markdown", str(page)], "not CSV ("),
+        (["--csv", str(tmp_path / "other"), "--markdown", str(page)], "no rows of fused-resnet zoo"),
+        (["--csv", str(tmp_path / "cut"), "--markdown", str(page)], "no rows of fused-resnet zoo"),
+        (["--csv", str(missing), "--markdown", str(page)], "no such file"),
+        (["--csv", str(missing)], "expected names of models"),
+        (["--csv", str(tmp_path), "resnet18"], "cannot be read (Is a directory)"),
+        (["--csv", str(page / "zoo.csv"), "resnet18"], "cannot be read (Not a directory)"),
+        (["--csv", str(missing), "--markdown", str(tmp_path / "none" / "models.md"), "resnet18"], "cannot write to the folder"),
+    ):
+        assert main(["zoo", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("fused-resnet: error: ") and says in error and error.count("\n") == 1
+    assert page.read_text() == "as it was" and not missing.exists()
 
 
 def test_info_of_a_network_for_cifar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,16 @@ def test_asked_to_end_it_ends_its_runs(tmp_path: Path) -> None:
 def test_nothing_to_draw_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paper", "--out", str(tmp_path), "--draw"]) == 2
     assert "no run of scale tiny has come to its end there" in capsys.readouterr().err
+    assert main(["paper", "--out", str(tmp_path / "none"), "--draw"]) == 2 and not (tmp_path / "none").exists()
+    assert "no run of scale tiny has come to its end there" in capsys.readouterr().err
     assert main(["paper", "--scale", "huge"]) == 2
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found out by the first run, a process of its own; the user's mistake all the same."""
+    there = ["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "runs"), "--jobs", "1"]
+    assert main(["paper", "--scale", "cifar", *there]) == 2
+    assert capsys.readouterr().err.startswith("fused-resnet: error: cifar_plain20-seed0: data 'cifar10': there is no ")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_tensorboard(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--backend", "cudnn"], "--backend"),
         (["--device", "toaster"], "device must be auto, cpu, cuda or cuda:N, got 'toaster'"),
         (["--amp", "fp8"], "--amp"),
-        (["--workers", "-1"], "--workers"),
+        (["--workers", "-1"], "--workers: expected a whole number of at least 0"),
     ],
 )
 def test_wrong_input(arguments: list[str], says: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

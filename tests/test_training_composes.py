@@ -193,6 +193,19 @@ def test_gradient_accumulation() -> None:
     same(fused, eager, 1e-5)
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_gradients_of_contiguous_tensors_can_be_viewed(mode: bool) -> None:
+    """Attacks call ``gradient.view(n, -1)``, optimizers and penalties ``view(-1)``: a gradient has its tensor's strides."""
+    model = fuse(learner()).train(mode)
+    x = images(4).requires_grad_()
+    wanted = [x, *model.parameters()]
+    found = torch.autograd.grad(loss_of(model, x), wanted)
+    assert [gradient.stride() for gradient in found] == [tensor.stride() for tensor in wanted]
+    model.to(memory_format=torch.channels_last)
+    x = images(4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in torch.autograd.grad(loss_of(model, x), x))
+
+
 def test_retain_graph_is_honoured() -> None:
     eager, fused = copies(learner(torch.float64))
     fuse(fused)

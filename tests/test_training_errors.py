@@ -137,6 +137,39 @@ def test_second_order_gradients_are_refused() -> None:
         dx.square().sum().backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_penalty_of_the_gradient_is_refused(backend: str) -> None:
+    """As of WGAN-GP, where nothing behind the last chain has parameters: it would add nothing to the gradients, silently."""
+    critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3))
+    x = torch.randn(2, 2, 5, 5, requires_grad=True)
+    score = fuse(critic, backend=backend)(x)
+    (dx,) = torch.autograd.grad(score, x, torch.ones_like(score), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (score.mean() + dx.square().mean()).backward()
+
+
+def test_a_hessian_is_refused() -> None:
+    """Not all zeros, which is what it is where the graph of a gradient does not come past the inputs."""
+    net = fuse(nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU()))
+    x = torch.randn(1, 1, 3, 4)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.functional.hessian(lambda x: net(x).square().sum(), x)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_with_a_graph_can_be_written_to() -> None:
+    """Some training loops always say create_graph, and clip what they got."""
+    eager, fused = copies(randomise(BasicBlock(4, 4)).double().train())
+    fuse(fused, backend="reference")
+    x = torch.randn(2, 4, 5, 5).double()
+    for model in (eager, fused):
+        torch.autograd.backward(model(x).square().sum(), create_graph=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        assert all(parameter.grad.requires_grad for parameter in model.parameters())
+    for a, b in zip(fused.parameters(), eager.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-9
+
+
 def test_backward_twice_is_refused() -> None:
     out = fuse(randomise(BasicBlock(4, 4)).train())(torch.randn(2, 4, 5, 5)).sum()
     out.backward()

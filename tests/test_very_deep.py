@@ -147,6 +147,20 @@ def test_outputs_made_again_give_the_same_step(kind: str, memory: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["less", "low"])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "padded"])
+def test_outputs_made_again_for_the_gradient_of_the_input_alone(kind: str, memory: str) -> None:
+    """With frozen filters a block with a projection keeps neither x nor what is behind it: its output comes of y_L and y_d."""
+    eager, fused = stage(kind, memory)
+    x = torch.randn(2, 16, 7, 9).double()
+    gradients = []
+    for model in (eager, fused):
+        model.requires_grad_(False)
+        given = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(model(given).square().sum(), given)[0])
+    assert relative_error(gradients[1], gradients[0]) < 1e-10
+
+
+@pytest.mark.parametrize("memory", ["less", "low"])
 def test_what_is_kept_of_a_stage(memory: str) -> None:
     """Five blocks: x, of each block y_1 (and y_2 if not low), and the outputs of the second, the fourth and the last."""
     _, fused = stage("basic", memory)

@@ -26,20 +26,24 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (see {self.prog} --help)")
 
 
-def natural(text: str) -> int:
-    """A number from 1."""
+def _from(least: int, text: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return number
+
+
+def natural(text: str) -> int:
+    """A number from 1."""
+    return _from(1, text)
 
 
 def whole(text: str) -> int:
     """A number from 0."""
-    return 0 if text == "0" else natural(text)
+    return _from(0, text)
 
 
 def naturals(text: str) -> list[int]:

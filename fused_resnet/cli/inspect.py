@@ -64,7 +64,7 @@ def _devices(archs: str, name: str | None) -> dict[str, devices.Device]:
     return chosen
 
 
-def _writable(file: Path | None, folder: Path | None = None) -> None:
+def writable(file: Path | None, folder: Path | None = None) -> None:
     """Raise before the work where its result could not be written."""
     if folder is not None:
         try:
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("the Triton kernels compute in fp32, fp16 and bf16: choose one of them with --dtype")
     chosen = _devices(arguments.arch, arguments.device)
     for file in (arguments.json, arguments.picture):
-        _writable(file)
+        writable(file)
     if find_spec("triton") is None:
         raise CommandError("inspect needs Triton, which PyTorch brings on Linux")
 
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.tf32,
     )
     chosen_uses = refusing(lambda: report.wanted(request), ValueError, RuntimeError)
-    _writable(None, arguments.asm)
+    writable(None, arguments.asm)
     jobs = report.jobs(request, chosen_uses)
     outcomes = refusing(
         lambda: compiling.compile_all(jobs, kept, assembly=arguments.asm is not None, progress=kernel_progress()), RuntimeError

@@ -53,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         scale = dataclasses.replace(scale, about=f"{scale.about} (here recipe {scale.recipe}, {length})")
     out: Path = arguments.out or Path("runs") / f"paper-{scale.name}"
     device = automatic_device()
+    nothing = CommandError(f"{out}: no run of scale {scale.name} has come to its end there; leave --draw out to start them")
+    if arguments.draw and not out.is_dir():
+        raise nothing
     writable(out)
     seeds = arguments.seeds or scale.seeds
     jobs = arguments.jobs or (1 if device.type == "cuda" else 2)
@@ -84,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         if code:
             return code
-        raise CommandError(f"{out}: no run of scale {scale.name} has come to its end there; leave --draw out to start them")
+        raise nothing
     write(out, draw(scale, found, seeds, circumstances(device)))
     print(f"{out / 'paper.md'}")
     return code

@@ -20,6 +20,7 @@ from .. import counts, specimens
 from ..swap import explain, fuse
 from .arguments import CommandError, natural, one_line, refusing
 from .fuse_check import agreement
+from .inspect import writable
 from .text import Progress, sentence
 
 #: Columns of the file.
@@ -60,10 +61,19 @@ def names(patterns: list[str]) -> list[str]:
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.exists():
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+    except FileNotFoundError:
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    except OSError as error:
+        raise CommandError(f"{file}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CommandError(f"{file}: not CSV ({one_line(error)})") from error
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in found or None in found.values() for found in rows):
+        raise CommandError(f"{file}: these are no rows of fused-resnet zoo")
+    return rows
 
 
 def _counts(name: str, size: int) -> dict[str, Any]:
@@ -132,10 +142,16 @@ Evidence: launches and bytes are *counted from sizes*, errors are *measured* on 
 
 def run(arguments: argparse.Namespace) -> int:
     """Go on with the file; 1 if a model disagrees."""
+    if not arguments.patterns and arguments.markdown is None:
+        raise CommandError("expected names of models, such as 'timm/resnet*', or --markdown")
     done = {found["model"] for found in _rows(arguments.csv)}
     wanted = [name for name in names(arguments.patterns) if name not in done]
+    if not done and not wanted:
+        raise CommandError(f"{arguments.csv}: no such file")
+    writable(arguments.markdown)
+    if wanted:
+        writable(None, arguments.csv.parent)
     progress = Progress()
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     for index, name in enumerate(wanted):
         progress.step(f"{index + 1} of {len(wanted)}: {name}")
         progress.bar(index / len(wanted))

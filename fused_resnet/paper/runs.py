@@ -87,6 +87,7 @@ def everything(scale: Scale, options: Options, tell: Callable[[str], None] = pri
         command: instead of the worker's own (tests).
 
     Raises:
+        UsageError: one was told something wrong, such as a folder without the data; the others are stopped.
         RunFailed: one did not end well; the others are stopped. Starting again goes on where they were.
     """
     waiting = [run for run in scale.runs(options.seeds) if not is_done(options.out, run)]
@@ -104,7 +105,8 @@ def everything(scale: Scale, options: Options, tell: Callable[[str], None] = pri
                     continue
                 del running[run]
                 if process.returncode:
-                    raise RunFailed(f"{run.name}: {_last_line(options.out / run.name / 'output.txt')}")
+                    failed = UsageError if process.returncode == 2 else RunFailed
+                    raise failed(f"{run.name}: {_last_line(options.out / run.name / 'output.txt')}")
                 left = len(waiting) + len(running)
                 tell(f"[{total - left}/{total}] {run.name}: {time.monotonic() - began:.0f} s")
     finally:

@@ -74,4 +74,10 @@ def run(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    from ..train import UsageError
+
+    try:
+        run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
