@@ -271,6 +271,9 @@ def _refuse_norm(place: str, conv: Any, norm: Any) -> str | None:
         return f"the normalisation {place} is a {type(norm).__name__}, not a {expected}"
     if (norm.weight is None) != (norm.bias is None):
         return f"the BatchNorm {place} has only one of weight and bias"
+    eps = _eps(norm)
+    if not _is_frozen_norm(norm) and (eps < 0 or (eps == 0 and norm.training)):
+        return f"the BatchNorm {place} has eps={eps}, which PyTorch may refuse"
     return None
 
 

@@ -159,6 +159,18 @@ def test_a_shortcut_that_broadcasts_runs_unfused(make: Callable[[], nn.Module], 
         fused(x.expand(2, 3, 6, 5))
 
 
+def test_an_eps_that_pytorch_refuses() -> None:
+    fused = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.0), nn.ReLU()).eval())
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.isfinite(fused(x)).all() and not fused_resnet.explain(fused, show=False).left_alone
+    with pytest.raises(ValueError, match="eps must be positive"):
+        fused.train()(x)
+    assert "eps=0.0" in fused_resnet.explain(fused, show=False).left_alone[0].note
+    fused[1].eps = -1e-5
+    with pytest.raises(ValueError, match="eps must be non-negative"):
+        fused.eval()(x)
+
+
 def test_traced_by_torch_jit() -> None:
     """Into PyTorch's own operators."""
     plain, fused = copies(randomise(ResNet(BasicBlock, [1, 1, 1, 1])).eval())
