@@ -301,6 +301,8 @@ def wgrad(
     row = tile // columns
     k = row * TILE.filters
     filters = k + tl.arange(0, TILE.filters)
+    if WIDE:
+        filters = filters.to(tl.int64)
     exists = filters < sizes.K
     coefficients = COEFFICIENTS(filters, exists, *gradient_args)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import DEVICE, activations, check_stand_ins, poisoned_workspace, prologue_roles
+from launches import DEVICE, activations, check_stand_ins, poisoned_workspace, prologue_roles, wide_offsets
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -197,7 +197,7 @@ def run_poisoned(
     for output in outputs.values():
         output.fill_(torch.nan)
     given = {role: tensor.clone(memory_format=torch.preserve_format) for role, tensor in operands.items()}
-    with poisoned_workspace():
+    with poisoned_workspace(), wide_offsets((*operands.values(), *outputs.values())) if how.get("wide") else nullcontext():
         results = executor.run(launch, operands, tile=tile, out=outputs, **how)
     results = results if isinstance(results, tuple) else (results,)
     assert all(result is outputs[role] for result, (role, _) in zip(results, launch.outputs, strict=True))

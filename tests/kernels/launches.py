@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime import interpreter
 
 from fused_resnet.backends import triton as executor
 from fused_resnet.backends.triton_arguments import weightless_operands
@@ -166,7 +167,7 @@ def run_all(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = Non
     for tensor in out.values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     given = {role: tensor.clone(memory_format=torch.preserve_format) for role, tensor in operands.items()}
-    with poisoned_workspace():
+    with poisoned_workspace(), wide_offsets((*operands.values(), *out.values())) if how.get("wide") else nullcontext():
         result = executor.run(launch, operands, tile=tile, out=out, **how)
     results = result if isinstance(result, tuple) else (result,)
     assert all(given is made for given, made in zip(out.values(), results, strict=True))
@@ -204,6 +205,22 @@ def poisoned_workspace() -> Iterator[None]:
         patch.setattr(Start, "workspace", workspace)
         yield
     assert not any(counters is not None and counters.any() for counters in used), "a counter was not reset"
+
+
+@contextmanager
+def wide_offsets(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Every tile of pointers into an activation or into filters is made with 64-bit offsets, where kernels are interpreted."""
+    bases = {tensor.data_ptr() for tensor in tensors if tensor.dim() == 4}
+    original = interpreter.InterpreterBuilder.create_addptr
+
+    def create_addptr(self: Any, pointer: Any, offset: Any) -> Any:
+        if offset.data.size > 1 and int(pointer.data.flat[0]) in bases and (pointer.data == pointer.data.flat[0]).all():
+            assert offset.data.dtype.itemsize == 8, f"offsets of {offset.data.dtype}"
+        return original(self, pointer, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_addptr", create_addptr)
+        yield
 
 
 def run_poisoned(launch: Launch, operands: dict[str, Tensor], tile: Tile | None = None, **how: Any) -> Tensor:

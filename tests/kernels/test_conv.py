@@ -203,7 +203,7 @@ def test_the_loaders_for_devices_without_descriptors(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ["pointwise", "gather", "flat", "grouped", "depthwise"])
 def test_wide_offsets(name: str) -> None:
-    """The 64-bit code path gives the same numbers (what it is for does not fit in memory here)."""
+    """The same numbers, and all offsets have 64 bits (what that is for does not fit in memory here)."""
     _, make, tile = CLASSES[name]
     check(make(epilogue="affine_add"), tile, wide=True)
 
