@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,15 @@ for attempt in (fused_for_triton, in_context):
     assert len(lines) == 3
     for line in lines[1:]:
         assert line.startswith("RuntimeError backend='triton'") and "Triton is not installed" in line and "'cpu'" in line
+
+
+def test_amd_gpus_whose_stores_are_not_waited_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = pytest.importorskip("fused_resnet.backends.triton")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for arch, refused in (("gfx942", False), ("gfx950", False), ("gfx1100", True), ("gfx1201", True)):
+        monkeypatch.setattr(executor, "arch_of", lambda _, arch=arch: arch)
+        with pytest.raises(RuntimeError, match=f"got {arch}.*backend='reference'") if refused else nullcontext():
+            executor.check_available(torch.device("cuda"))
 
 
 def test_cpu_backend_refuses_other_devices() -> None:

@@ -59,6 +59,11 @@ def check_available(device: torch.device) -> None:
             f"backend='triton' runs on GPU tensors, got tensors on {str(device)!r}; move the model and its input to a GPU, "
             "choose backend='cpu', or set TRITON_INTERPRET=1 before Triton is imported to interpret the kernels (slow)"
         )
+    if torch.version.hip and (arch := arch_of(device)).startswith("gfx") and not arch.startswith("gfx9"):
+        raise RuntimeError(
+            f"backend='triton' runs on AMD's CDNA (gfx9), got {arch}: programs that finish together wait for their stores by "
+            "an instruction that does not do so there; choose backend='reference'"
+        )
 
 
 def supports(launch: Launch) -> str | None:
@@ -255,7 +260,7 @@ def loads(g: Geometry, tile: Tile, itemsize: int, descriptors: bool) -> tuple[st
 def one_row(g: Geometry, tile: Tile) -> tuple[Geometry, Tile]:
     """A pointwise convolution as what it is, a product of matrices: all pixels of all images in one row."""
     pixels = g.N * g.H * g.W
-    if not g.pointwise or pixels >= 1 << 31:
+    if not g.pointwise or pixels + tile.pixels > 1 << 31:  # the last tile's end is a number of 32 bits as well
         return g, tile
     return replace(g, N=1, H=1, W=pixels), replace(tile, images=1, rows=1, columns=tile.pixels)
 
