@@ -366,6 +366,12 @@ class FusedSequential(Fused):
     def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
         return [(name, part) for name, part in segments(list(module._modules.items())) if isinstance(part, Parts)]
 
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)  # type: ignore[misc]  # nn.Sequential's, which makes another for a slice
+        if isinstance(index, slice):
+            part.fused_backend, part.fused_memory = self.fused_backend, self.fused_memory
+        return part
+
     def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
         x = input
         if issubclass(type(x), torch.fx.Proxy):

@@ -211,6 +211,11 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch._C._functorch.is_legacy_batchedtensor(dout) or torch._C._functorch.is_batchedtensor(dout):
+            raise RuntimeError(
+                "the gradient of a fused chain's output must be one tensor, got a batch of them (is_grads_batched=True, "
+                "jacobian(..., vectorize=True)): ask for one after the other, or unfuse(model)"
+            )
         with torch.no_grad():
             # What was made again with the output is there: it is not made a second time.
             spec = replace(ctx.chain, memory="default") if ctx.drop else ctx.chain

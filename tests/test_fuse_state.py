@@ -308,6 +308,17 @@ def test_threads_share_a_model_while_its_weights_change() -> None:
     assert not errors, errors
 
 
+def test_a_part_of_a_sequential_runs_as_the_whole_does() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)]
+    net = fuse(randomise(nn.Sequential(*layers)).eval(), backend="reference", memory="low")
+    part, x = net[:3], torch.randn(1, 3, 6, 6)
+    assert (part.fused_backend, part.fused_memory) == ("reference", "low") and net[3] is layers[3]
+    with count_launches() as log:
+        out = part(x)
+    assert [backend for backend, _ in log.launches] == ["reference"]
+    assert relative_error(out, unfuse(part)(x)) < CLOSE
+
+
 def test_threads_without_barriers_see_the_old_or_the_new_weights() -> None:
     """Two sets of weights are switched as whole tensors while others run forwards: every result is of one of the two."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()

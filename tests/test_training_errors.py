@@ -156,6 +156,13 @@ def test_a_hessian_is_refused() -> None:
         torch.autograd.functional.hessian(lambda x: net(x).square().sum(), x)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_batch_of_output_gradients_is_refused() -> None:
+    net = fuse(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()))
+    with pytest.raises(RuntimeError, match=r"got a batch of them \(is_grads_batched=True"):
+        torch.autograd.functional.jacobian(lambda x: net(x).sum((1, 2, 3)), torch.randn(2, 3, 5, 5), vectorize=True)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_gradients_with_a_graph_can_be_written_to() -> None:
     """Some training loops always say create_graph, and clip what they got."""
