@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from .chain import Chain, Layer
 from .describe import activation_name
-from .functional import traced
 from .inputs import as_image
+from .operators import traced
 from .swap.nodes import function_activation
 from .swap.patterns import EntryPlace, Joined, LayerPlace, Match, Matcher
 

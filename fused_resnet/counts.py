@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 from . import functional
 from .backends import LaunchLog, backend, count_launches
 from .blocks import Fused
+from .chain_function import ChainFunction
 from .describe import read
-from .functional import ChainFunction
 from .launch import Geometry
 from .measure import saved_bytes
 from .plan import forward_plan, nominal_size

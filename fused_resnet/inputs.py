@@ -74,6 +74,11 @@ def as_image(tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None] if tensor.dim() == 2 else tensor.unsqueeze(2)
 
 
+def as_it_came(out: Tensor, dimensions: int) -> Tensor:
+    """What a chain made of :func:`as_image`, with as many dimensions as its input had."""
+    return out if dimensions == 4 else out.flatten(1) if dimensions == 2 else out.squeeze(2)
+
+
 def skip_fits(chain: Chain, x: Tensor, skip: Tensor) -> bool:
     """Whether a second input, behind the projection if there is one, has the shape of what it is added to."""
     made, side = shape_behind(chain.layers, x.shape[0], *x.shape[2:]), chain.projection

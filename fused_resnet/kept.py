@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from . import counts
 from .blocks import Fused
 from .chain import MEMORY
-from .functional import ChainFunction
+from .chain_function import ChainFunction
 from .swap import unfuse
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .backends import backend, count_launches
 from .blocks import Fused
+from .chain_function import ChainFunction
 from .counts import nodes
-from .functional import ChainFunction
 from .launch import Launch
 from .models import build
 from .swap import fuse, unfuse

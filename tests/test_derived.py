@@ -12,7 +12,7 @@ from nets import TinyNet, randomise
 from tolerances import assert_close, assert_no_worse, distance
 from torch import Tensor
 
-from fused_resnet import functional, fuse
+from fused_resnet import chain_function, fuse
 from fused_resnet.backends import derived as module
 from fused_resnet.backends.derived import channels_last_filters, derived
 
@@ -133,7 +133,7 @@ def test_an_optimizer_that_writes_through_data_is_seen(memory: str, monkeypatch:
     """As on a GPU, where contents are not looked at: steps copy the filters of an NCHW model anew, once, and so does eval."""
     pytest.importorskip("triton")
     monkeypatch.setattr(module, "_look", lambda source: None)
-    monkeypatch.setattr(functional, "_unseen", lambda tensor: True)
+    monkeypatch.setattr(chain_function, "_unseen", lambda tensor: True)
     net = TinyNet()
     randomise(net)
     eager = torch.nn.Sequential(net.basic, net.bottleneck)

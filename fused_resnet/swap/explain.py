@@ -85,7 +85,9 @@ class Explanation:
         for row in self.rows:
             backward.update(dict(row.backward))
         if backward:
-            runs = ", ".join(f"{count} {'launch' if count == 1 else 'launches'} on {name}" for name, count in sorted(backward.items()))
+            runs = ", ".join(
+                f"{count} {'launch' if count == 1 else 'launches'} on {name}" for name, count in sorted(backward.items())
+            )
             text.append(f"backward of the fused rows, if all gradients are wanted: {runs}")
         if any(row.note.startswith(_ABOUT_A_FORWARD) for row in self.left_alone):
             text.append('torch.compile(model, backend="fused_resnet") may find chains in forwards that cannot be traced here')
