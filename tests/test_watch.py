@@ -310,6 +310,17 @@ def test_prepared_for_inputs_that_come_again() -> None:
         assert net(x).dtype == torch.bfloat16
 
 
+def test_a_block_whose_shortcut_is_padded_is_prepared() -> None:
+    block = plain.BasicBlock(4, 6, stride=2, downsample=plain.ZeroPad(4, 6, 2))
+    eager = randomise(block.double()).float().eval()
+    net, x = fuse(copy.deepcopy(eager), backend="cpu"), torch.randn(1, 4, 7, 5)
+    with torch.no_grad():
+        first, second, third = net(x), net(x), net(x)
+        assert len(_prepared(net)) == 1 and None not in _prepared(net)
+        assert torch.equal(first, second) and torch.equal(first, third)
+        assert relative_error(third, eager.double()(x.double())) < CLOSE
+
+
 def test_few_kinds_of_inputs_are_kept_prepared() -> None:
     net = fuse(_net(), backend="cpu")
     with torch.no_grad():
