@@ -49,7 +49,9 @@ def _turned(slots: dict[str, Tensor], needs: frozenset[str]) -> dict[str, Tensor
     return made
 
 
-def needs_of(chain: Chain, flags: Sequence[bool]) -> frozenset[str]:
+@lru_cache(maxsize=4096)
+def needs_of(chain: Chain, flags: tuple[bool, ...]) -> frozenset[str]:
+    """Slots of what gets gradients."""
     return frozenset(slot for slot, flag in zip(("x", *chain.operand_slots), flags, strict=True) if flag)
 
 

@@ -121,12 +121,11 @@ def read_chain(
     neighbouring channels next to each other in memory.
     """
     assert reading.chain is not None
+    fitting = None if torch.compiler.is_compiling() else reading.fitting
     if reading.dimensions == 4:
-        fitting = None if torch.compiler.is_compiling() else reading.fitting
         return _chain(x, reading.parameters, reading.chain, backend, skip, donate, drop, fitting)
-    parameters = _as_images(reading)
     second = None if skip is None else as_image(skip)
-    out = chain(as_image(x), parameters, reading.chain, backend, skip=second, donate=donate)
+    out = _chain(as_image(x), _as_images(reading), reading.chain, backend, second, donate, False, fitting)
     return as_it_came(out, reading.dimensions)
 
 

@@ -20,17 +20,6 @@ from .launch import accumulation_dtype
 from .plan import kept_slots, saved_slots
 
 
-def _remember(
-    ctx: Any, chain: Chain, needs: frozenset[str], x: Tensor, operands: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> None:
-    """Save what the backward reads. PyTorch checks that none of it is written in between."""
-    slots = {"x": x, **dict(zip(chain.operand_slots, operands, strict=True)), "out": outputs[0]}
-    slots.update(zip(kept_slots(chain, needs), outputs[1:], strict=False))  # the operator hands on running statistics as well
-    ctx.save_for_backward(*(slots[slot] for slot in saved_slots(chain, needs)))
-    ctx.chain, ctx.needs = chain, needs
-    ctx.size = size_of(chain, x, operands)
-
-
 def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
@@ -40,14 +29,14 @@ def _empty(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
 def _chain_op(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
     """``out``, what the backward reads of what was made, and the running statistics as they are afterwards.
 
-    The compiler wants functions: this one updates copies, and the caller writes them back (:func:`chain`).
+    The compiler wants functions: this one updates copies, and the caller writes them back (:func:`traced`).
     """
     spec = Chain.parse(chain)
     updated = set(spec.buffer_slots)
     named = list(zip(spec.operand_slots, operands, strict=True))
     given = [tensor.clone() if slot in updated else tensor for slot, tensor in named]
     with nothing_kept():
-        outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, needs_of(spec, flags))
+        outputs = forward(spec, backends.resolve(backend or None, x.device), x, given, needs_of(spec, tuple(flags)))
     return [*outputs, *(tensor for (slot, _), tensor in zip(named, given, strict=True) if slot in updated)]
 
 
@@ -55,7 +44,7 @@ def _chain_op(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, f
 def _(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, flags: Sequence[bool]) -> list[Tensor]:
     spec = Chain.parse(chain)
     made = spec.made(x.shape[0], x.shape[2], x.shape[3], x.dtype)
-    needs = needs_of(spec, flags)
+    needs = needs_of(spec, tuple(flags))
     slots = ("out", *(kept_slots(spec, needs) if needs else ()))
     buffers = dict(zip(spec.operand_slots, operands, strict=True))
     return [*(_empty(*made[slot], x) for slot in slots), *(torch.empty_like(buffers[slot]) for slot in spec.buffer_slots)]
@@ -68,7 +57,7 @@ def _chain_backward_op(
     spec = Chain.parse(chain)
     name = backends.resolve(backend or backends.context_of_backward(), dout.device)
     with nothing_kept():
-        return backward(spec, name, needs_of(spec, flags), size, dout, saved)
+        return backward(spec, name, needs_of(spec, tuple(flags)), size, dout, saved)
 
 
 @_chain_backward_op.register_fake
@@ -93,7 +82,11 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, operands, chain, backend, flags = inputs
     spec = Chain.parse(chain)
-    _remember(ctx, spec, needs_of(spec, flags), x, operands, output)
+    needs = needs_of(spec, tuple(flags))
+    slots = {"x": x, **dict(zip(spec.operand_slots, operands, strict=True)), "out": output[0]}
+    slots.update(zip(kept_slots(spec, needs), output[1:], strict=False))  # behind them come running statistics
+    ctx.save_for_backward(*(slots[slot] for slot in saved_slots(spec, needs)))
+    ctx.chain, ctx.needs, ctx.size = spec, needs, size_of(spec, x, operands)
     if not backend and type(x) in (Tensor, torch.nn.Parameter):  # running, not traced: as the forward, whatever is set by then
         backend = backends.choose(None, x.device)
     ctx.backend, ctx.flags = backend, flags
@@ -111,9 +104,9 @@ _chain_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def traced(x: Tensor, operands: Sequence[Tensor], spec: Chain, backend: str | None = None) -> Tensor:
-    """As :func:`chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs.
+    """As :func:`.functional.chain`, as an operator of PyTorch: what compilers trace. The backend is decided when it runs.
 
-    ``operands``: by :attr:`.Chain.operand_slots`. Sequences and rows run as in :func:`read_chain`.
+    ``operands``: by :attr:`.Chain.operand_slots`. Sequences and rows run as in :func:`.functional.read_chain`.
     """
     dimensions = x.dim()
     if dimensions != 4:
