@@ -30,7 +30,7 @@ SMALL = 20480
 #: threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, medians of 60: 1x1 64 to 64 at 16x16 (1.0 M multiplications)
 #: 18 us (oneDNN, laid out, 37), 80 to 480 at 7x7 (1.9 M) 33 (44), 160 to 960 (7.5 M) 112 (97); 3x3, of 2.4 M each, 64 at 8x8 37
 #: (46), 32 at 16x16 40 (47), but 16 at 32x32 59 (49), and 512 at 1x1, whose filters come from memory, 156 (36).
-LEAST_WORK, LEAST_FILTERS, LEAST_READ = 5 * 2**19, 2**18, 2**17
+MOST_WORK, MOST_FILTERS, MOST_READ = 5 * 2**19, 2**18, 2**17
 
 
 def dilation(g: Geometry) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def is_small(g: Geometry) -> bool:
     if g.N != 1 or g.groups != 1 or min(g.R, g.S) > 3 or g.C * g.H * g.W > SMALL:
         return False
     read = g.C * g.R * g.S
-    return read * g.K <= LEAST_FILTERS and read * g.P * g.Q <= LEAST_READ and read * g.P * g.Q * g.K <= LEAST_WORK
+    return read * g.K <= MOST_FILTERS and read * g.P * g.Q <= MOST_READ and read * g.P * g.Q * g.K <= MOST_WORK
 
 
 class Packed:

@@ -24,7 +24,7 @@ FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d", *SHARED]
 
 
 #: Bytes that ptxas spills (Triton 3.8) to fit one program more on a multiprocessor, by (target, case, tf32): the
-#: registers are at a step of the occupancy then, 64 to 168, far from the 255 there are, and the same launch in
+#: registers are at a step of the occupancy then, 64 to 128, far from the 255 there are, and the same launch in
 #: another tile or with fewer warps takes more of them and spills nothing. docs/evidence.md has the registers.
 SPILLED = {
     ("sm_80", "gelu on load 3x3", False): 40,
@@ -36,11 +36,6 @@ SPILLED = {
     ("sm_86", "gelu on load 3x3 fp32", False): 8,
     ("sm_90", "dgrad 3x3 at 14x14 fp32", False): 8,
     ("sm_100", "wgrad silu 3x3 fp32", True): 8,
-    ("sm_120", "32x4d", False): 8,
-    ("sm_120", "dgrad 3x3 stride 2 fp32", True): 24,
-    ("sm_120", "silu on load 3x3", False): 16,
-    ("sm_120", "max_pool_backward gelu", False): 8,
-    ("sm_120", "entry 3x3 fp32", True): 8,
     **{(target, "32x4d + stats fp32", False): 8 for target in ("sm_80", "sm_90", "sm_100")},
 }
 
@@ -63,7 +58,7 @@ def stack_of_descriptors(target: str, tma_loads: int) -> int:
 def check(target: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         case = result["case"]
-        few = SPILLED.get((target, case, result["tf32"]), 0) if result["registers"] <= 168 else 0
+        few = SPILLED.get((target, case, result["tf32"]), 0) if result["registers"] <= 128 else 0
         assert result["spills"] <= stack_of_descriptors(target, result["tma"]) + few, result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
         convolution = not case.startswith(("depthwise", "max", "bn_add_relu", "gate", "statistics", "output_gradient"))
