@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..launch import Geometry, Launch, PoolGeometry
-from . import reference
+from . import cpu_winograd, reference
 from .derived import Entry, entry_of
 
 #: Calls in a row with images of another size, behind which filters are laid out for that one.
@@ -60,11 +60,12 @@ class Inference:
         purpose: what folded filters depend on besides the tensors. (Text, whose hash is computed once.)
         sources: roles of the tensors that filters and shift are folded from.
         native: PyTorch's own convolution instead of oneDNN's, or where it is one of ``rows`` a matrix product.
+        tiles: by :mod:`.cpu_winograd`.
         where: padding, stride, dilation and groups.
         end: the activation, in place; None for the identity.
     """
 
-    __slots__ = ("end", "native", "purpose", "rows", "slope", "sources", "where")
+    __slots__ = ("end", "native", "purpose", "rows", "slope", "sources", "tiles", "where")
 
     def __init__(self, launch: Launch) -> None:
         g, roles = launch.geometry, launch.roles
@@ -72,8 +73,9 @@ class Inference:
         self.where = (g.padding, g.stride, dilation(g), g.groups)
         self.rows = is_rows(g, launch.dtype)
         self.native = self.rows or (launch.dtype == torch.float32 and is_small(g))
+        self.tiles = cpu_winograd.suits(g, launch.dtype)
         # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
-        kind = ("cpu", g.N == 1, self.native, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles))
+        kind = ("cpu", g.N == 1, self.native, self.tiles, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles))
         self.purpose = repr(kind)
         self.sources = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in roles)
         self.end = None if launch.activation == "identity" else ACTIVATIONS[launch.activation].in_place
@@ -133,23 +135,36 @@ def laid_out(weight: Tensor, g: Geometry) -> Tensor:
 
 
 def _folded(launch: Launch, g: Geometry, operands: Mapping[str, Tensor]) -> Entry:
-    """Filters times scale, and the shift, :class:`Packed`. Folded in fp32, rounded once."""
+    """Filters times scale, and the shift: :class:`Packed`, or :class:`.cpu_winograd.Filters`. Folded in fp32, rounded once."""
     known = inference(launch)
 
-    def build() -> Packed:
+    def build() -> Packed | cpu_winograd.Filters:
         w = operands["w"]
         weight, shift = w.detach(), operands.get("bias")
         if "var" in operands:
             scale, shift = reference.scale_and_shift(dict(operands), launch.eps, torch.float32)
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
-        return Packed(weight, None if known.native else g, None if shift is None else shift.detach().to(launch.dtype))
+        shift = None if shift is None else shift.detach().to(launch.dtype)
+        return cpu_winograd.Filters(weight, g, shift) if known.tiles else Packed(weight, None if known.native else g, shift)
 
     return entry_of(known.purpose, [operands[role] for role in known.sources], build)
 
 
-def _convolve(known: Inference, g: Geometry, packed: Packed, x: Tensor, shortcut: Tensor | None, in_place: bool) -> Tensor:
+def _convolve(
+    known: Inference,
+    g: Geometry,
+    packed: Packed | cpu_winograd.Filters,
+    x: Tensor,
+    shortcut: Tensor | None,
+    in_place: bool,
+) -> Tensor:
     """``in_place``: nobody reads the shortcut afterwards, the convolution adds to it where it is."""
+    if isinstance(packed, cpu_winograd.Filters):
+        y = cpu_winograd.convolve(g, packed, x)
+        if shortcut is not None:
+            y.add_(shortcut)
+        return y if known.end is None else known.end(y, known.slope)
     weight, shift = packed.weight(g), packed.shift
     if known.native:
         if known.rows:
@@ -172,7 +187,7 @@ def _convolve(known: Inference, g: Geometry, packed: Packed, x: Tensor, shortcut
 
 def conv(launch: Launch, g: Geometry, operands: Mapping[str, Tensor], donated: frozenset[str]) -> Tensor:
     """Run a convolution with given statistics, its input as it is to be read."""
-    packed: Packed = _folded(launch, g, operands).value
+    packed = _folded(launch, g, operands).value
     return _convolve(inference(launch), g, packed, operands["x"], operands.get("shortcut"), "shortcut" in donated)
 
 
