@@ -77,6 +77,23 @@ class Fused(nn.Module):
                 memory.remember(what, value, self, modules)
         return value
 
+    def small(self, x: Any) -> bool:
+        """Whether rows or signals to be trained with are so few that the modules are called one by one, see
+        :func:`.backends.leaves_alone`.
+        """
+        if not torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.is_cpu:
+            return False
+        if torch.compiler.is_compiling():
+            return False
+        memory = Memory.of(self)
+        if memory.filters is None:
+            counts = [_filters(parts) for _, parts in self.chains()]
+            if not counts:  # not traced yet, or nothing to leave alone
+                return False
+            memory.filters = sum(counts) // len(counts)
+        places = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[2]
+        return backends.leaves_alone(self.fused_backend, x.dim(), places * memory.filters)
+
     def run(self, parts_of: Callable[[Any], Parts], x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
         """``x`` through the chain that the modules ``parts_of(self)`` are now, or through ``unfused`` where they are none; with
         the second input of a chain that has one.
@@ -131,6 +148,12 @@ def _read(parts_of: Callable[[Any], Parts], module: Fused) -> tuple[Reading, Ite
     parts = parts_of(module)
     reading = read(parts, module.fused_memory)
     return reading, parts.watched if reading.lasts else None
+
+
+def _filters(parts: Parts) -> int:
+    """Elements of a chain's filters, which are its multiplications at a place."""
+    weights = [getattr(layer.conv, "weight", None) for layer in parts.weight_layers]
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -188,12 +211,16 @@ class FusedResidual(Fused):
         return [("", cls.parts_of(module))]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.small(x):
+            return super().forward(x)
         return self.run(self.parts_of, x, super().forward)
 
     def step(self, x: Tensor, donate: bool, drop: bool = False) -> tuple[Tensor, bool]:
         """As ``forward``; see :meth:`run_owned`. With ``donate`` the sum with the shortcut may be made in ``x``'s memory; with
         ``drop`` the result is not kept for the backward but made again there.
         """
+        if self.small(x):
+            return super().forward(x), False
         return self.run_owned(self.parts_of, x, super().forward, donate, drop)
 
 
@@ -374,7 +401,7 @@ class FusedSequential(Fused):
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
         x = input
-        if issubclass(type(x), torch.fx.Proxy):
+        if issubclass(type(x), torch.fx.Proxy) or self.small(x):
             x = super().forward(x)
         else:
             for part, reading in self.recall("segments", _segments):

@@ -82,6 +82,8 @@ def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor
     running.append(cast(Chain, reading.chain))
     try:
         given = (x,) if skip is None else (x, skip)
+        if ready.rows and x.dim() == 2:
+            return cast(Tensor, ready.run(*given))
         return as_it_came(ready.run(*[channels_last(as_image(tensor)) for tensor in given]), x.dim())
     finally:
         running.pop()

@@ -13,7 +13,7 @@ from tolerances import relative_error
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import count_launches
+from fused_resnet import backends, count_launches
 from fused_resnet.blocks import Fused
 from fused_resnet.plain_rows import ResidualMLP
 
@@ -61,7 +61,7 @@ def test_a_training_step(name: str, training: bool, memory: str) -> None:
     eager, single, x = pair(name, training)
     truth = train_step(eager, x.double())
     exact = fused_resnet.fuse(copy.deepcopy(eager), backend="reference", memory=memory)
-    fused = fused_resnet.fuse(single, memory=memory)
+    fused = fused_resnet.fuse(single, backend="cpu", memory=memory)
     exact.load_state_dict(single.state_dict())  # as it was in front of the step
     assert list(fused.state_dict()) == list(eager.state_dict())
     compare(truth, train_step(exact, x.double()), 1e-10)
@@ -183,3 +183,46 @@ def test_torch_compile() -> None:
     out.sum().backward()
     expected.sum().backward()
     assert relative_error(net[6].weight.grad, eager[6].weight.grad) < 1e-4
+
+
+def steps(net: nn.Module, x: torch.Tensor) -> int:
+    """Launches of a forward that autograd records."""
+    with count_launches() as log:
+        net(x)
+    return len(log)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_little_work_is_trained_unfused_unless_a_backend_is_chosen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, net, x = pair(name, True)
+    plain, x = copy.deepcopy(net), x.float()
+    fused, chosen = fused_resnet.fuse(copy.deepcopy(net)), fused_resnet.fuse(copy.deepcopy(net), backend="cpu")
+    launches = steps(chosen, x)
+    assert launches > 2
+    for _ in range(2):  # it is the modules' own: the same bits, step after step
+        expected, actual = train_step(plain, x), train_step(fused, x)
+        assert all(torch.equal(actual[what], expected[what]) for what in expected)
+    assert steps(fused, x) == 0
+    with torch.no_grad():
+        assert steps(fused, x) == launches
+    with fused_resnet.backend("cpu"):
+        assert steps(fused, x) == launches
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "cpu")
+    assert steps(fused, x) == launches
+    monkeypatch.delenv("FUSED_RESNET_BACKEND")
+    monkeypatch.setattr(backends, "_ALONE", {2: 0, 3: 0})
+    assert steps(fused, x) == launches
+
+
+def test_what_little_work_is() -> None:
+    """Its multiplications count, of both layers of a block; images have none too few."""
+    block = fused_resnet.fuse(ResidualMLP(500, 500))
+    most = backends._ALONE[2] // (2 * 500 * 500)
+    assert steps(block, torch.randn(most, 500)) == 0
+    assert steps(block, torch.randn(most + 1, 500)) > 0
+    layer = fused_resnet.fuse(nn.Sequential(nn.Conv1d(64, 128, 3, padding=1), nn.BatchNorm1d(128), nn.ReLU()))
+    most = backends._ALONE[3] // (64 * 128 * 3)
+    assert steps(layer, torch.randn(4, 64, most // 4)) == 0
+    assert steps(layer, torch.randn(4, 64, most // 4 + 1)) > 0
+    image = fused_resnet.fuse(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    assert steps(image, torch.randn(2, 2, 3, 3)) > 0

@@ -215,7 +215,7 @@ def test_it_computes_what_it_did(kind: type[nn.Module], training: bool) -> None:
     shape, *expected = MODULES[kind]
     single = randomise(kind()).train(training)
     eager, x = copy.deepcopy(single).double(), torch.randn(shape)
-    exact, fused = fuse(copy.deepcopy(eager), backend="reference"), fuse(copy.deepcopy(single))
+    exact, fused = fuse(copy.deepcopy(eager), backend="reference"), fuse(copy.deepcopy(single), backend="cpu")
     truth = train_step(eager, x.double())
     compare(truth, train_step(exact, x.double()), 1e-10)
     with count_launches() as log:
@@ -275,7 +275,11 @@ def test_explain() -> None:
     rows = explain(fuse(Network().eval()), show=False).rows
     assert {row.name: row.what for row in rows if row.fused} == EXPLAINED and len(rows) == len(EXPLAINED)
     for row in rows:
-        assert row.note.endswith(f"takes {'[N, C]' if 'head' in row.name else '[N, C, L]'}, other inputs run unfused")
+        takes, most = ("[N, C]", 500) if "head" in row.name else ("[N, C, L]", 40)
+        alone = f"trained unfused on a CPU up to {most} M multiplications, unless a backend is chosen"
+        assert row.note.endswith(f"takes {takes}, other inputs run unfused; {alone}")
+    rows = explain(fuse(Network().eval(), backend="cpu"), show=False).rows
+    assert all(row.note.endswith("other inputs run unfused") for row in rows)
 
 
 class Odd(nn.Module):
@@ -350,7 +354,7 @@ OTHERS = {
 def test_other_inputs_run_unfused(case: str, training: bool) -> None:
     make, shapes = OTHERS[case]
     plain = randomise(make()).train(training)
-    fused = fuse(copy.deepcopy(plain))
+    fused = fuse(copy.deepcopy(plain), backend="cpu")
     given = [shape if isinstance(shape, Tensor) else torch.randn(shape) for shape in shapes]
     with count_launches() as log:
         results = [[x.clone().requires_grad_() for x in given] for _ in range(2)]
@@ -377,7 +381,9 @@ def _result(model: nn.Module, inputs: list[Tensor]) -> Tensor | Exception:
 def test_errors_are_those_of_eager() -> None:
     for make, shape in ((Rows, (1, 7)), (Rows, (5, 8)), (Rows, (2, 3, 4, 7)), (Waves, (1, 6, 1)), (Waves, (2, 5, 9))):
         plain = make().train()
-        expected, actual = (_result(model, [torch.randn(shape)]) for model in (plain, fuse(copy.deepcopy(plain))))
+        expected, actual = (
+            _result(model, [torch.randn(shape)]) for model in (plain, fuse(copy.deepcopy(plain), backend="cpu"))
+        )
         assert isinstance(expected, Exception) and type(actual) is type(expected), (shape, expected, actual)
 
 

@@ -146,6 +146,7 @@ def _folded(launch: Launch, g: Geometry, operands: Mapping[str, Tensor]) -> Entr
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
         shift = None if shift is None else shift.detach().to(launch.dtype)
+        weight = weight.flatten(1) if known.rows else weight
         return cpu_winograd.Filters(weight, g, shift) if known.tiles else Packed(weight, None if known.native else g, shift)
 
     return entry_of(known.purpose, [operands[role] for role in known.sources], build)
@@ -168,7 +169,7 @@ def _convolve(
     weight, shift = packed.weight(g), packed.shift
     if known.native:
         if known.rows:
-            y = product(x, weight, shift)
+            y = F.linear(x, weight, shift) if x.dim() == 2 else F.linear(x.flatten(1), weight, shift)[:, :, None, None]
         else:
             padding, stride, spread, groups = known.where
             y = torch.conv2d(x, weight, shift, stride, padding, spread, groups).contiguous(memory_format=torch.channels_last)
@@ -192,13 +193,17 @@ def conv(launch: Launch, g: Geometry, operands: Mapping[str, Tensor], donated: f
 
 
 class _Prepared:
-    """A convolution and its parameters; called with ``x`` and the shortcut, or None."""
+    """A convolution and its parameters; called with ``x`` and the shortcut, or None.
 
-    __slots__ = ("entry", "g", "in_place", "known", "launch", "parameters")
+    ``rows``: it takes rows [N, C] as well, and gives [N, K].
+    """
+
+    __slots__ = ("entry", "g", "in_place", "known", "launch", "parameters", "rows")
 
     def __init__(self, launch: Launch, g: Geometry, parameters: Mapping[str, Tensor], donated: frozenset[str]) -> None:
         self.launch, self.g, self.parameters = launch, g, parameters
         self.known, self.in_place = inference(launch), "shortcut" in donated
+        self.rows = self.known.rows
         self.entry = _folded(launch, g, parameters)
 
     def __call__(self, x: Tensor, shortcut: Tensor | None) -> Tensor:

@@ -135,6 +135,8 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
         notes.append(f"SyncBatchNorm of {', '.join(alone)}: no other ranks, an ordinary BatchNorm, as in PyTorch")
     if reading.dimensions != 4:
         notes.append(f"takes {'[N, C, L]' if reading.dimensions == 3 else '[N, C]'}, other inputs run unfused")
+    if device.type == "cpu" and backends.leaves_alone(module.fused_backend, reading.dimensions, 0):
+        notes.append(backends.alone_up_to(reading.dimensions))
     gradients = trainable_slots(reading.chain)
     backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
     runners = Counter(backends.assign(launch, chosen)[0] for launch in backward.launches)
