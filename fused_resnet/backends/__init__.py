@@ -88,9 +88,10 @@ def choose(requested: str | None, device: torch.device) -> str:
 
 #: Dimensions of a chain's input, rows [N, C] or signals [N, C, L] -> multiplications of its layers up to which a training step
 #: on a CPU is done sooner with its modules one by one: an autograd function of ours takes some hundred microseconds. *Measured*
-#: on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, six residual blocks of two layers, eager's time over the
-#: fused: 64 features of 8 rows 0.36, 512 of 512 (268 M a block) 0.92, 1024 of 1024 (2.1 G) 1.02; 16 channels of 16 samples
-#: 0.31, 64 of 1000 (25 M) 0.84, 16 of 32 times 1000 (49 M) 1.46. (Not images: what their training saves is memory, of any size.)
+#: on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, six residual blocks of two layers, eager's time over
+#: the fused: 64 features of 8 rows 0.36, 512 of 512 (268 M a block) 0.92, 1024 of 1024 (2.1 G) 1.02; 16 channels of 16 samples
+#: 0.31, 64 of 1000 (25 M) 0.84, 16 of 32 times 1000 (49 M) 1.46. (Not images: what their training saves is memory, of any
+#: size.)
 _ALONE = {2: 5 * 10**8, 3: 4 * 10**7}
 
 
