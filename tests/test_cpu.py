@@ -11,7 +11,7 @@ import pytest
 import torch
 from nets import CHAINS, TRAINING_CHAINS, chain_inputs, copies, images, plain_chain, randomise, tiny
 from test_reference import GEOMETRIES, ONE_RESULT, make, statistics, tensors, truth
-from tolerances import assert_close, relative_error
+from tolerances import assert_close, assert_no_worse, relative_error
 from torch import nn
 
 from fused_resnet import backends, count_launches, fuse
@@ -203,6 +203,21 @@ def test_small_convolutions_are_pytorchs_own(
     where = ((1, 1), (1, 1), (1, 1), False, (0, 0), groups)
     taken = torch._C._select_conv_backend(x, conv.weight, conv.bias, *where)
     assert ("Mkldnn" not in str(taken)) is small or torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("deviations", [0, 1, 30, 100, 1000])
+@pytest.mark.parametrize("shape", [(8, 512, 14, 28), (2, 64, 56, 56), (4, 6, 40, 30)], ids=str)
+def test_statistics_are_no_worse_than_eagers(shape: tuple[int, ...], deviations: int) -> None:
+    """Of channels with large means, too, all of them or one; eager's are of the same layout."""
+    y = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    for means in (torch.randn(shape[1]).sign(), torch.eye(shape[1])[3]):
+        shifted = y + deviations * means.view(1, -1, 1, 1)
+        exact = shifted.double()
+        truth = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
+        _, eagers, invstd = torch.native_batch_norm(shifted, None, None, None, None, True, 0.1, 0.0)
+        theirs = eagers, invstd.double() ** -2
+        for what, ours, eager, expected in zip(("mean", "variance"), cpu._moments(shifted), theirs, truth, strict=True):
+            assert_no_worse(relative_error(ours, expected), relative_error(eager, expected), what)
 
 
 def test_filters_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,10 @@ def _input(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
     return _activated(launch, operands, launch.x_activation, launch.x_slope, shared)
 
 
+#: Standard deviations that a mean is large from.
+LARGE_MEAN = 32
+
+
 @lru_cache(maxsize=1024)
 def _pixels_together(pixels: int, channels: int) -> int:
     """How many neighbouring pixels :func:`_moments` takes for one: what divides, up to 1024 values; one where there are few."""
@@ -116,9 +120,20 @@ def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
 
     PyTorch's operator adds up the pixels of a channels_last tensor one after another: an error of 1e-5 in the variance of
     8 images of 112x112 (PyTorch 2.14). Taken in groups of pixels, each with its own sums, merged by Chan's formula, it is 7e-7.
+
+    But what groups differ by is small beside the rounding of means that are large: at 1000 standard deviations the merged
+    variance was 5e-5 off where PyTorch's is 3e-6. Where there are such channels the variance is PyTorch's.
     """
     n, channels, p, q = y.shape
     together = _pixels_together(n * p * q, channels)
+    mean, var = _grouped_moments(y, together)
+    if together > 1 and bool((mean.square() > LARGE_MEAN**2 * var).any()):
+        var = _grouped_moments(y, 1)[1]
+    return mean, var
+
+
+def _grouped_moments(y: Tensor, together: int) -> tuple[Tensor, Tensor]:
+    channels = y.shape[1]
     rows = y.permute(0, 2, 3, 1).reshape(-1, together * channels, 1, 1)
     running = (None, None) if y.dtype == torch.float32 else (torch.zeros(rows.shape[1]), torch.zeros(rows.shape[1]))
     # In fp32 for fp16 and bf16 too, if running statistics are there in fp32.
