@@ -13,12 +13,9 @@ from ..describe import Parts, WeightLayer, is_norm, read, refusal
 from ..inputs import transformed
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .quantised import quantised
-from .recognise import analysis, fused_forward
+from .recognise import ABOUT_A_FORWARD, analysis, fused_forward
 from .region import WAITING, FusedRegion, current
 from .replace import stands_for
-
-#: How the reasons of :mod:`.tracing` begin that are about what a forward does; Dynamo follows more of that than torch.fx.
-_ABOUT_A_FORWARD = ("its forward ", "the forward of its ", "the control flow of its forward ")
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,11 @@ class Explanation:
                 f"{count} {'launch' if count == 1 else 'launches'} on {name}" for name, count in sorted(backward.items())
             )
             text.append(f"backward of the fused rows, if all gradients are wanted: {runs}")
-        if any(row.note.startswith(_ABOUT_A_FORWARD) for row in self.left_alone):
-            text.append('torch.compile(model, backend="fused_resnet") may find chains in forwards that cannot be traced here')
+        if any(row.note.startswith(ABOUT_A_FORWARD) for row in self.left_alone):
+            text.append(
+                'torch.compile(model, backend="fused_resnet") may find chains in forwards that cannot be traced here, '
+                'and fuse(model, untraceable="compile") compiles these modules alone'
+            )
         return "\n".join(text)
 
 
@@ -210,6 +210,8 @@ class _Walk:
         if type(module).forward is nn.Module.forward:  # a ModuleList: the module around it calls what is in it
             return reason
         fused, refused = fused_forward(module, self.traced)
+        if refused is not None and "fused_compiled" in module.__dict__ and module._compiled_call_impl is not None:
+            return f"compiled at its first call, for the chains in Dynamo's graph: {refused}"
         if refused is not None:
             return refused if ":" in refused or "forward" not in refused else f"{refused}: {type(module).__name__}"
         if fused is not None:

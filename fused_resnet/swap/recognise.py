@@ -22,6 +22,8 @@ from .quantised import quantised
 from .region import FusedRegion, Later, Region
 from .tracing import has_layers
 
+#: How the reasons of :mod:`.tracing` begin that are about what a forward does; Dynamo follows more of that than torch.fx.
+ABOUT_A_FORWARD = ("its forward ", "the forward of its ", "the control flow of its forward ")
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
 _TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
 _PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
@@ -88,18 +90,18 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
     if isinstance(module, (torch.jit.ScriptModule, nn.modules.batchnorm._NormBase)) or not has_layers(module):
         return None, reason
     region = (traced or analysis()).region(module)
-    if isinstance(region, Region) or (isinstance(region, Later) and any(_layers_of(module))):
+    if isinstance(region, Region) or (isinstance(region, Later) and any(layers_of(module))):
         return FusedRegion, None
     return None, region.reason if isinstance(region, Later) else region or reason
 
 
-def _layers_of(module: nn.Module) -> Iterator[nn.Module]:
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
     """The convolutions and normalisations that a module calls itself, as its children or in lists of them."""
     for child in module.children():
         if isinstance(child, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
             yield child
         elif type(child) in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
-            yield from _layers_of(child)
+            yield from layers_of(child)
 
 
 def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from .. import backends, blocks, plain, plain_paper, plain_rows, watch
+from ..compiling import fused_resnet
 from ..describe import check_memory
 from .analysis import Analysis
 from .guards import descend
 from .layout import FusedView, is_viewed, views_itself
 from .quantised import quantised
-from .recognise import analysis, fused_forward
+from .recognise import ABOUT_A_FORWARD, analysis, fused_forward, layers_of
 from .region import FusedRegion, Later, Region, Regions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,12 +109,14 @@ def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 @dataclass
 class _Swapping:
     """A model while it is being fused: what its modules were found to be, and which of them are called no longer, since chains
-    of a region around them look out of them; by mode.
+    of a region around them look out of them; by mode. ``rest``: modules to be compiled, if ``compiles``.
     """
 
     traced: dict[bool, Analysis] = field(default_factory=lambda: {mode: analysis() for mode in (True, False)})
     inside: dict[bool, set[int]] = field(default_factory=lambda: {mode: set() for mode in (True, False)})
     seen: set[int] = field(default_factory=set)
+    compiles: bool = False
+    rest: list[nn.Module] = field(default_factory=list)
 
     def forward_of(self, module: nn.Module, mode: bool) -> type[blocks.Fused] | None:
         """The fused forward of a module in a mode, if something is gained by it."""
@@ -132,6 +135,17 @@ class _Swapping:
                 self.inside[mode].add(id(descend(module, path)))
         return regions
 
+    def untraceable(self, module: nn.Module) -> bool:
+        """Whether a module's forward calls layers where torch.fx cannot follow it, and Dynamo may."""
+        if type(module).forward is nn.Module.forward or module._compiled_call_impl is not None or not any(layers_of(module)):
+            return False
+        for mode, known in self.traced.items():
+            with _in_mode(module, mode):
+                fused, reason = fused_forward(module, known)
+            if fused is not None or reason is None or not reason.startswith(ABOUT_A_FORWARD):
+                return False
+        return True
+
 
 def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swapping) -> None:
     """Swap ``module`` and what is in it, but for what is fused already: our own blocks in somebody's network."""
@@ -148,12 +162,32 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
         module.__class__ = fused_class(type(module), fused)
         swapped.fused_backend = backend
         swapped.fused_memory = memory
+    elif swapping.compiles and swapping.untraceable(module):
+        swapping.rest.append(module)
     for child in module.children():
         if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
             _swap(child, backend, memory, swapping)
 
 
-def fuse(model: Model, *, backend: str | None = None, memory: str = "default", inplace: bool = True) -> Model:
+def _compile(module: Any) -> None:
+    """Chains in Dynamo's graphs of a forward, which is guarded and broken where Dynamo has to; the rest as PyTorch has it."""
+    module.compile(backend=fused_resnet, options={"inner": "aot_eager"})
+    module.fused_compiled = True
+
+
+def _check_untraceable(untraceable: str) -> None:
+    if untraceable not in ("leave", "compile"):
+        raise ValueError(f"untraceable must be one of 'leave', 'compile', got {untraceable!r}")
+
+
+def fuse(
+    model: Model,
+    *,
+    backend: str | None = None,
+    memory: str = "default",
+    untraceable: str = "leave",
+    inplace: bool = True,
+) -> Model:
     """Swap fused blocks into a model, without changing a parameter, a buffer or a name.
 
     Found by what a forward does, in modules of any class: convolutions with what is behind them (a bias, a BatchNorm, an
@@ -174,6 +208,10 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
             of the blocks in a stage every second one, the others are added up again; ``"low"``, besides all convolutions but
             the last one of each block and its projection, which are computed again. A fused module's attribute
             ``fused_memory`` can be set to another choice afterwards.
+        untraceable: forwards that torch.fx cannot follow (control flow on data), with layers of their own: ``"leave"`` them as
+            they are, or ``"compile"`` these modules in place (``nn.Module.compile``), for the chains in Dynamo's graphs; what is
+            around the chains runs as it is. Compiled at their first call, for the default backend and memory; a copy or a
+            pickle of such a module is not compiled.
         inplace: False works on a deep copy.
 
     Returns:
@@ -181,7 +219,7 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
 
     Raises:
         TypeError: not a module, or a scripted one.
-        ValueError: unknown backend, unknown memory.
+        ValueError: unknown backend, memory or ``untraceable``.
         RuntimeError: already fused, but for parts that are (our own blocks): these stay as they are; or the backend cannot be
             loaded here.
 
@@ -195,10 +233,11 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
     if backend is not None:
         backends.executor(backend)
     check_memory(memory)
+    _check_untraceable(untraceable)
     if not inplace:
         model = copy.deepcopy(model)
     before = {id(module) for module in model.modules() if isinstance(module, blocks.Fused)}
-    swapping = _Swapping()
+    swapping = _Swapping(compiles=untraceable == "compile")
     try:
         _swap(model, backend, memory, swapping)
     except BaseException:  # a class that cannot be derived from, say: nothing is left half done
@@ -208,7 +247,9 @@ def fuse(model: Model, *, backend: str | None = None, memory: str = "default", i
         raise
     if before and all(id(module) in before for module in model.modules() if isinstance(module, blocks.Fused)):
         raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
-    if not any(isinstance(module, blocks.Fused) for module in model.modules()):
+    for module in swapping.rest:
+        _compile(module)
+    if not swapping.rest and not any(isinstance(module, blocks.Fused) for module in model.modules()):
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
         return model
     for module in model.modules():
@@ -228,10 +269,14 @@ def unfuse(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     fused = [module for module in model.modules() if isinstance(module, blocks.Fused)]
-    if not fused:
+    compiled = [module for module in model.modules() if "fused_compiled" in module.__dict__]
+    if not fused and not compiled:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
         _give_back(module)
+    for module in compiled:
+        del module.fused_compiled
+        module._compiled_call_impl = None
     return model
 
 

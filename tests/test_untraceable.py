@@ -1,0 +1,112 @@
+"""fuse(model, untraceable="compile"): modules that torch.fx cannot follow are compiled in place, for the chains in their graphs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from nets import randomise, train_step
+from tolerances import relative_error
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from fused_resnet import count_launches, explain, fuse, unfuse
+from fused_resnet.blocks import Fused
+
+
+class OnData(nn.Module):
+    """How deep it is depends on what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.block = BasicBlock(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        if x.sum() > 0:
+            y = torch.relu(self.bn2(self.conv2(y)) + y)
+        return self.block(y)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU())
+        self.body = OnData()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x) + x.mean()).mean((2, 3))
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    torch._dynamo.reset()
+
+
+def launches(model: nn.Module, x: Tensor) -> int:
+    with count_launches() as log:
+        model(x)
+    return len(log)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_either_way_it_computes_what_it_did(training: bool) -> None:
+    plain = randomise(Network()).train(training)
+    fused = fuse(copy.deepcopy(plain), untraceable="compile")
+    assert type(fused.body) is OnData and isinstance(fused.stem, Fused) and isinstance(fused.body.block, Fused)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for sign, images in ((1, 2), (-1, 2), (1, 3), (-1, 4)):
+        x = torch.randn(images, 3, 12, 11) + 2 * sign
+        expected, actual = train_step(copy.deepcopy(plain).double(), x.double()), train_step(fused, x)
+        assert list(actual) == list(expected)
+        for what, value in expected.items():
+            assert relative_error(actual[what], value) < 1e-4, what
+        plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 3, 12, 11)
+    with torch.no_grad():
+        deep, shallow = launches(fused, x + 3), launches(fused, x - 3)
+    alone = launches(fuse(copy.deepcopy(plain)), x)  # the stem and the block
+    assert deep > shallow > alone
+
+
+def test_unfuse_copies_and_pickles() -> None:
+    plain = randomise(Network()).eval()
+    fused = fuse(copy.deepcopy(plain), untraceable="compile")
+    x = torch.randn(2, 3, 12, 11)
+    expected = plain(x)
+    for model in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert relative_error(model(x), expected) < 1e-5
+        assert type(unfuse(model).stem) is nn.Sequential and model.body._compiled_call_impl is None
+        assert torch.equal(model(x), expected) and launches(model, x) == 0
+        with pytest.raises(RuntimeError, match="not fused"):
+            unfuse(model)
+    alone = fuse(OnData(), untraceable="compile")
+    assert alone._compiled_call_impl is not None and unfuse(alone)._compiled_call_impl is None
+
+
+def test_explain_tells_both() -> None:
+    left = {row.name: row.note for row in explain(fuse(Network().eval()), show=False).left_alone}
+    told = explain(fuse(Network().eval(), untraceable="compile"), show=False)
+    compiled = {row.name: row.note for row in told.left_alone}
+    assert set(left) == set(compiled) == {f"body.{name}" for name in ("conv1", "bn1", "conv2", "bn2")}
+    for name, note in left.items():
+        assert note == "the control flow of its forward depends on data: OnData"
+        assert compiled[name] == f"compiled at its first call, for the chains in Dynamo's graph: {note.rpartition(':')[0]}"
+    assert 'fuse(model, untraceable="compile")' in str(explain(fuse(Network().eval()), show=False))
+
+
+def test_what_is_compiled_already_stays_so() -> None:
+    model = Network().eval()
+    model.body.compile(backend="eager")
+    before = model.body._compiled_call_impl
+    assert fuse(model, untraceable="compile").body._compiled_call_impl is before
+    assert unfuse(model).body._compiled_call_impl is before
+
+
+def test_a_wrong_choice() -> None:
+    with pytest.raises(ValueError, match="untraceable must be one of 'leave', 'compile', got 'both'"):
+        fuse(Network(), untraceable="both")
