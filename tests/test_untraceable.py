@@ -1,4 +1,4 @@
-"""fuse(model, untraceable="compile"): modules that torch.fx cannot follow are compiled in place, for the chains in their graphs."""
+"""fuse(model, untraceable="compile"): modules that torch.fx cannot follow are compiled in place, for their graphs' chains."""
 
 from __future__ import annotations
 

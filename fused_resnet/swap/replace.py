@@ -209,8 +209,8 @@ def fuse(
             the last one of each block and its projection, which are computed again. A fused module's attribute
             ``fused_memory`` can be set to another choice afterwards.
         untraceable: forwards that torch.fx cannot follow (control flow on data), with layers of their own: ``"leave"`` them as
-            they are, or ``"compile"`` these modules in place (``nn.Module.compile``), for the chains in Dynamo's graphs; what is
-            around the chains runs as it is. Compiled at their first call, for the default backend and memory; a copy or a
+            they are, or ``"compile"`` these modules in place (``nn.Module.compile``), for the chains in Dynamo's graphs; what
+            is around the chains runs as it is. Compiled at their first call, for the default backend and memory; a copy or a
             pickle of such a module is not compiled.
         inplace: False works on a deep copy.
 
@@ -274,9 +274,9 @@ def unfuse(model: Model) -> Model:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
         _give_back(module)
-    for module in compiled:
-        del module.fused_compiled
-        module._compiled_call_impl = None
+    for other in compiled:
+        del other.fused_compiled
+        other._compiled_call_impl = None
     return model
 
 
