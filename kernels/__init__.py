@@ -11,6 +11,7 @@
 :mod:`.finish`      how the programs of a launch finish a reduction together
 :mod:`.elementwise` the end of a residual block and its backward
 :mod:`.pool`        max-pooling and its backward
+:mod:`.pad`         a shortcut of option A: every second pixel, channels of zeros
 ==================  ====================================================================================
 
 Importing this package imports Triton. :mod:`fused_resnet.backends.triton` is what starts the kernels.

@@ -1,4 +1,4 @@
-"""Starts of the kernels that are no products of matrices: the end of a block, max-pooling, and their backward."""
+"""Starts of the kernels that are no products of matrices: ends of blocks, max-pooling, padded shortcuts, and their backward."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ..activations import from_output
-from ..kernels import activations, boxes, elementwise, gate, pool, prologues
+from ..kernels import activations, boxes, elementwise, gate, pad, pool, prologues
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
 from .triton_start import Space, Start, needs_wide_offsets, numbers_of, slope_of
 
-KINDS = ("bn_add_relu", "bn_add_relu_backward", "gate", "gate_backward", "max_pool", "max_pool_backward")
+_PADS = ("zero_pad", "zero_pad_backward")
+KINDS = ("bn_add_relu", "bn_add_relu_backward", "gate", "gate_backward", "max_pool", "max_pool_backward", *_PADS)
 #: Kind -> how many sums its programs finish together, at most.
 _SUMS = {"bn_add_relu_backward": 3, "gate_backward": 5, "max_pool_backward": 2}
 
@@ -47,9 +48,17 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
         "WIDE": needs_wide_offsets(g.x_shape, g.y_shape) if wide is None else wide,
     }
     strips = ceil(covered(launch) / (strip.pixels * strip.steps))
-    channel_tiles = ceil(g.y_shape[1] / strip.channels)
+    channel_tiles = ceil((g.C if launch.kind == "zero_pad_backward" else g.y_shape[1]) / strip.channels)
     counters = partials = group = 0
     sizes: Any = None
+    if launch.kind in _PADS:
+        assert isinstance(g, Geometry)
+        constants |= {"STRIDE_H": g.stride[0], "STRIDE_W": g.stride[1]}
+        sizes = boxes.Sizes(g.N, g.H, g.W, g.C, g.K, g.P, g.Q)
+        programs = strips * channel_tiles
+        return Start(
+            getattr(pad, launch.kind), launch, bind, programs, constants, sizes, None, None, strip.num_warps, 1, 0, 0, 0
+        )
     if launch.kind.endswith("backward"):
         constants["STEPS"] = strip.steps
         if any(role not in ("dz", "dx") for role, _ in launch.outputs):
@@ -92,6 +101,8 @@ def bind(
     """A kernel's arguments by name."""
     g = launch.geometry
     named: dict[str, Any] = dict(operands)
+    if launch.kind in _PADS:
+        return {**named, **outputs, "sizes": start.sizes, **start.constants}
     if "var" in named:
         named["eps"] = launch.eps
     group = start.group if start.counters else None

@@ -31,6 +31,8 @@ KERNELS = {
     "gate": "gate",
     "max_pool_backward": "max_pool_backward",
     "max_pool": "max_pool",
+    "zero_pad_backward": "zero_pad_backward",
+    "zero_pad": "zero_pad",
     "output_gradient": "dy apart",
     "conv_end": "end of a vendor's conv",
     "dgrad_end": "end of a vendor's dgrad",

@@ -347,13 +347,13 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
     if launch.kind in ("conv_end", "dgrad_end", "statistics") and len(launch.outputs) > 1:
         return Strip(4 * elements // channels, channels, num_warps=8)  # a row of partials for each strip: fewer, larger ones
     steps = 1
-    if launch.kind.endswith("backward"):
+    if launch.kind.endswith("backward") and launch.kind != "zero_pad_backward":
         least = 16 * (ARCHS[arch].programs if arch in ARCHS else 64)
         steps = power_of_two(covered(launch) * g.y_shape[1] // (elements * least) // 2, 1, 16)
     return Strip(elements // channels, channels, steps)
 
 
 def covered(launch: Launch) -> int:
-    """Pixels that the programs of a launch share: of the output, or of the input for max_pool_backward."""
+    """Pixels that the programs of a launch share: of the output, or of the input where its gradient is all they make."""
     g = launch.geometry
-    return g.N * g.H * g.W if launch.kind == "max_pool_backward" else g.N * g.P * g.Q
+    return g.N * g.H * g.W if launch.kind in ("max_pool_backward", "zero_pad_backward") else g.N * g.P * g.Q

@@ -10,7 +10,7 @@ import sys
 
 import torch
 from gradient_launches import dgrad, wgrad
-from launches import conv, end_of_block, max_pool, max_pool_backward
+from launches import conv, end_of_block, max_pool, max_pool_backward, zero_pad
 
 from fused_resnet.backends.triton_compile import compile_launch
 from fused_resnet.launch import Launch
@@ -30,6 +30,8 @@ ELSEWHERE = (
     "32x4d + stats",
     "gate",
     "gate_backward",
+    "zero_pad",
+    "zero_pad_backward",
     "max_pool_backward from x",
     "dgrad 32x4d",
     "dgrad mask",
@@ -83,6 +85,8 @@ CASES: dict[str, Launch] = {
             "gate_backward": end_of_block(
                 64, 14, 14, 1024, operands=("dout", "t", *_ENDS), outputs=_GATE_GRADIENTS, dtype=dtype, kind="gate_backward"
             ),
+            "zero_pad": zero_pad(128, 32, 32, 16, 32, stride=(2, 2), dtype=dtype),
+            "zero_pad_backward": zero_pad(128, 32, 32, 16, 32, stride=(2, 2), dtype=dtype, backward=True),
             "max_pool and indices": max_pool(*_STEM, prologue="bn_relu", outputs=("y", "indices"), dtype=dtype, **_POOL),
             "max_pool_backward": max_pool_backward(
                 *_STEM, operands=_BEHIND_POOL, outputs=("dx", "sum", "dot"), activation="relu", dtype=dtype, **_POOL

@@ -100,6 +100,13 @@ def max_pool_backward(
     return Launch("max_pool_backward", "pool", PoolGeometry(*sizes, **how), dtype, *named, activation=activation)
 
 
+def zero_pad(*sizes: int, stride: tuple[int, int], dtype: torch.dtype = torch.float32, backward: bool = False) -> Launch:
+    """A launch from N, H, W, C, K."""
+    read, made = ("dz", "dx") if backward else ("x", "y")
+    kind = "zero_pad_backward" if backward else "zero_pad"
+    return Launch(kind, "shortcut", Geometry(*sizes, 1, 1, stride), dtype, ((read, read),), ((made, made),))
+
+
 def activations(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
 

@@ -55,13 +55,18 @@ def stack_of_descriptors(target: str, tma_loads: int) -> int:
     return 8 if old and target == "sm_120" and tma_loads else 0
 
 
+NO_PRODUCTS = ("depthwise", "max", "zero_pad", "bn_add_relu", "gate", "statistics", "output_gradient")
+
+
 def check(target: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         case = result["case"]
         few = SPILLED.get((target, case, result["tf32"]), 0) if result["registers"] <= 128 else 0
         assert result["spills"] <= stack_of_descriptors(target, result["tma"]) + few, result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
-        convolution = not case.startswith(("depthwise", "max", "bn_add_relu", "gate", "statistics", "output_gradient"))
+        convolution = not case.startswith(
+            ("depthwise", "max", "zero_pad", "bn_add_relu", "gate", "statistics", "output_gradient")
+        )
         products = convolution and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
         assert (result["tensor_core"] > 0) == products, result
         if target.startswith("sm") and int(target[3:]) >= 90 and case.startswith(("3x3", "1x1", "32x4d")):
@@ -78,7 +83,7 @@ def test_few_cases(target: str) -> None:
 
 
 def test_gates() -> None:
-    check("sm_90", compiled("sm_90", "gate", "gate_backward"))
+    check("sm_90", compiled("sm_90", "gate", "gate_backward", "zero_pad", "zero_pad_backward"))
 
 
 def test_exponentials() -> None:

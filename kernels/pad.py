@@ -1,0 +1,71 @@
+"""The shortcut of option A (He et al. 2016, section 3.3): every second pixel, and channels of zeros; and its gradient.
+
+A program owns a strip of ``PIXELS`` pixels by ``CHANNELS`` channels of what it writes, each of which it writes once::
+
+    x   [N, H, W, C] --pixels at the strides--> y  [N, P, Q, K], zero from channel C on
+    dz  [N, P, Q, K] --channels below C-------> dx [N, H, W, C], zero at the pixels between
+"""
+
+import triton
+import triton.language as tl
+
+from .elementwise import strip_index
+
+
+@triton.jit
+def zero_pad(
+    x,
+    y,
+    sizes,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Forward.
+
+    Args:
+        x: pointer to [N, H, W, C] fp32, fp16 or bf16.
+        y: pointer to [N, P, Q, K] of the same type.
+        sizes: :class:`.boxes.Sizes`.
+        WIDE: 64-bit offsets.
+    """
+    strip, channel_tile, _ = strip_index(sizes.K, CHANNELS)
+    if WIDE:
+        strip = strip.to(tl.int64)
+    channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
+    pixel = strip * PIXELS + tl.arange(0, PIXELS)
+    inside = (pixel < sizes.N * sizes.P * sizes.Q)[:, None] & (channels < sizes.K)[None, :]
+    row, column = pixel // sizes.Q, pixel % sizes.Q
+    source = ((row // sizes.P) * sizes.H + (row % sizes.P) * STRIDE_H) * sizes.W + column * STRIDE_W
+    there = inside & (channels < sizes.C)[None, :]
+    value = tl.load(x + (source * sizes.C)[:, None] + channels[None, :], mask=there, other=0.0)
+    tl.store(y + (pixel * sizes.K)[:, None] + channels[None, :], value, mask=inside)
+
+
+@triton.jit
+def zero_pad_backward(
+    dz,
+    dx,
+    sizes,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Backward: the arguments of :func:`zero_pad`, with the gradients of y and x."""
+    strip, channel_tile, _ = strip_index(sizes.C, CHANNELS)
+    if WIDE:
+        strip = strip.to(tl.int64)
+    channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
+    pixel = strip * PIXELS + tl.arange(0, PIXELS)
+    inside = (pixel < sizes.N * sizes.H * sizes.W)[:, None] & (channels < sizes.C)[None, :]
+    row, column = pixel // sizes.W, pixel % sizes.W
+    image, h = row // sizes.H, row % sizes.H
+    taken = (h % STRIDE_H == 0) & (column % STRIDE_W == 0)
+    source = (image * sizes.P + h // STRIDE_H) * sizes.Q + column // STRIDE_W
+    there = inside & taken[:, None]
+    value = tl.load(dz + (source * sizes.K)[:, None] + channels[None, :], mask=there, other=0.0)
+    tl.store(dx + (pixel * sizes.C)[:, None] + channels[None, :], value, mask=inside)
