@@ -78,21 +78,21 @@ class Fused(nn.Module):
         return value
 
     def small(self, x: Any) -> bool:
-        """Whether rows or signals to be trained with are so few that the modules are called one by one, see
+        """Whether autograd records, and x are rows or signals so few that the modules are called one by one, see
         :func:`.backends.leaves_alone`.
         """
         if not torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.is_cpu:
             return False
-        if torch.compiler.is_compiling():
+        if self.fused_memory != "default" or torch.compiler.is_compiling():
             return False
-        memory = Memory.of(self)
-        if memory.filters is None:
-            counts = [_filters(parts) for _, parts in self.chains()]
-            if not counts:  # not traced yet, or nothing to leave alone
-                return False
-            memory.filters = sum(counts) // len(counts)
+        dimensions, filters = self.recall("little", _little)
         places = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[2]
-        return backends.leaves_alone(self.fused_backend, x.dim(), places * memory.filters)
+        return x.dim() == dimensions and backends.leaves_alone(self.fused_backend, dimensions, places * filters)
+
+    def may_be_small(self, dimensions: int) -> bool:
+        """Whether there are inputs of so many dimensions that are :meth:`small`."""
+        known = self.fused_memory == "default" and self.recall("little", _little)[0] == dimensions
+        return known and backends.leaves_alone(self.fused_backend, dimensions, 0)
 
     def run(self, parts_of: Callable[[Any], Parts], x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
         """``x`` through the chain that the modules ``parts_of(self)`` are now, or through ``unfused`` where they are none; with
@@ -150,10 +150,23 @@ def _read(parts_of: Callable[[Any], Parts], module: Fused) -> tuple[Reading, Ite
     return reading, parts.watched if reading.lasts else None
 
 
-def _filters(parts: Parts) -> int:
-    """Elements of a chain's filters, which are its multiplications at a place."""
-    weights = [getattr(layer.conv, "weight", None) for layer in parts.weight_layers]
-    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
+def _little(module: Fused) -> tuple[tuple[int, int], Iterable[nn.Module] | None]:
+    """What the input of all chains of a module has of dimensions, and elements of the filters of one of them, on average: its
+    multiplications at a place. Zeros where there are several kinds, no chain, or ranks that share a batch.
+
+    And what it was read off, as :func:`_read`.
+    """
+    chains = [parts for _, parts in module.chains()]
+    readings = [read(parts, module.fused_memory) for parts in chains]
+    watched = [inner for parts in chains for inner in parts.watched]
+    lasts = bool(chains) and all(reading.lasts for reading in readings)
+    dimensions = {reading.dimensions for reading in readings}
+    shared = any(isinstance(norm, nn.SyncBatchNorm) for parts in chains for norm in parts.norms)
+    if len(dimensions) != 1 or shared:
+        return (0, 0), watched if lasts else None
+    weights = [getattr(layer.conv, "weight", None) for parts in chains for layer in parts.weight_layers]
+    elements = sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
+    return (dimensions.pop(), elements // len(chains)), watched if lasts else None
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:

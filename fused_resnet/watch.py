@@ -133,15 +133,12 @@ class Memory:
 
     A child is watched as the object it was. So whoever remembers something lists the children on the way to it as well, or asks
     in the same call for something else first that lists them: where one thing differs, all of a module is forgotten.
-
-    ``filters``: how many elements the filters of one of the module's chains have; None where nobody has counted.
     """
 
-    __slots__ = ("entries", "filters")
+    __slots__ = ("entries",)
 
     def __init__(self) -> None:
         self.entries: dict[Any, _Entry] = {}
-        self.filters: int | None = None
 
     @staticmethod
     def of(module: nn.Module) -> Memory:

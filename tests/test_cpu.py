@@ -220,6 +220,17 @@ def test_statistics_are_no_worse_than_eagers(shape: tuple[int, ...], deviations:
             assert_no_worse(relative_error(ours, expected), relative_error(eager, expected), what)
 
 
+def test_one_channel_with_a_large_mean_harms_no_other() -> None:
+    y = 1e-3 * torch.randn(8, 64, 40, 40).contiguous(memory_format=torch.channels_last)
+    y[:, 3] += 10
+    y[:, 5] = 3
+    exact = y.double().var((0, 2, 3), correction=0)
+    _, var = cpu._moments(y)
+    assert float(var[5]) < 1e-12
+    others = torch.arange(64) != 5
+    assert relative_error((var / exact)[others], torch.ones(63)) < 1e-6
+
+
 def test_filters_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a warm-up a forward folds and prepacks nothing; one changed vector folds one layer again."""
     net = fuse(tiny())

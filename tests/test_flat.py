@@ -226,3 +226,53 @@ def test_what_little_work_is() -> None:
     assert steps(layer, torch.randn(4, 64, most // 4 + 1)) > 0
     image = fused_resnet.fuse(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
     assert steps(image, torch.randn(2, 2, 3, 3)) > 0
+
+
+class Decoder(nn.Module):
+    """Rows go in, the chain has images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4 * 36)
+        self.conv, self.bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(self.fc(x).view(-1, 4, 6, 6))))
+
+
+class Words(nn.Module):
+    """So do numbers of words, and the chain has signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4)
+        self.conv, self.bn = nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(self.words(x).transpose(1, 2))))
+
+
+def test_the_chains_dimensions_decide_and_a_chosen_memory_counts() -> None:
+    decoder = nn.Sequential(nn.Linear(8, 4 * 36), nn.Unflatten(1, (4, 6, 6)), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    for model in (Decoder(), decoder):
+        assert steps(fused_resnet.fuse(model), torch.randn(5, 8)) > 0
+        assert not any("autograd records" in row.note for row in fused_resnet.explain(model, show=False).rows)
+    assert steps(fused_resnet.fuse(Words()), torch.randint(10, (3, 12))) > 0
+    assert steps(fused_resnet.fuse(ResidualMLP(12, 12), memory="low"), torch.randn(5, 12)) > 0
+
+
+def test_batches_that_ranks_share_are_never_left_alone() -> None:
+    """Torch's SyncBatchNorm refuses a CPU, ours does not; and ranks must decide alike, with batches of their own."""
+    net = nn.Sequential(nn.Linear(8, 16), nn.SyncBatchNorm(16), nn.ReLU(), nn.Linear(16, 4), nn.SyncBatchNorm(4))
+    fused = fused_resnet.fuse(net.train())
+    assert steps(fused, torch.randn(6, 8)) > 0
+    assert not any("autograd records" in row.note for row in fused_resnet.explain(fused, show=False).rows)
+
+
+def test_work_is_counted_again_where_layers_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = fused_resnet.fuse(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()))
+    x = torch.randn(64, 8)
+    monkeypatch.setattr(backends, "_ALONE", {2: 64 * 8 * 8})
+    assert steps(net, x) == 0
+    net[0], net[1] = nn.Linear(8, 9), nn.BatchNorm1d(9)
+    assert steps(net, x) > 0

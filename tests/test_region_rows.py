@@ -276,8 +276,8 @@ def test_explain() -> None:
     assert {row.name: row.what for row in rows if row.fused} == EXPLAINED and len(rows) == len(EXPLAINED)
     for row in rows:
         takes, most = ("[N, C]", 500) if "head" in row.name else ("[N, C, L]", 40)
-        alone = f"trained unfused on a CPU up to {most} M multiplications, unless a backend is chosen"
-        assert row.note.endswith(f"takes {takes}, other inputs run unfused; {alone}")
+        alone = f"unfused on a CPU where autograd records, up to {most} M multiplications"
+        assert row.note.endswith(f"takes {takes}, other inputs run unfused; {alone}, unless a backend or a memory is chosen")
     rows = explain(fuse(Network().eval(), backend="cpu"), show=False).rows
     assert all(row.note.endswith("other inputs run unfused") for row in rows)
 

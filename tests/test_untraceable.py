@@ -107,6 +107,35 @@ def test_what_is_compiled_already_stays_so() -> None:
     assert unfuse(model).body._compiled_call_impl is before
 
 
+def test_a_compile_of_somebody_else_afterwards_stays() -> None:
+    fused = copy.deepcopy(fuse(OnData(), untraceable="compile"))
+    fused.compile(backend="eager")
+    before = fused._compiled_call_impl
+    assert unfuse(fused)._compiled_call_impl is before
+
+
+def test_fused_twice_and_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alone(OnData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Identity()
+
+    fused = fuse(Alone(), untraceable="compile")
+    with pytest.raises(RuntimeError, match="already fused"):
+        fuse(fused)
+
+    def fails(self: nn.Module, *args: object, **kwargs: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(nn.Module, "compile", fails)
+    model = Network()
+    with pytest.raises(OSError, match="no room"):
+        fuse(model, untraceable="compile")
+    assert not any(isinstance(module, Fused) for module in model.modules())
+
+
 def test_a_wrong_choice() -> None:
+    with pytest.raises(ValueError, match="'compile' runs on the backend of the context or the device, got backend='cpu'"):
+        fuse(Network(), untraceable="compile", backend="cpu")
     with pytest.raises(ValueError, match="untraceable must be one of 'leave', 'compile', got 'both'"):
         fuse(Network(), untraceable="both")

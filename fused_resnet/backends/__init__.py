@@ -96,7 +96,7 @@ _ALONE = {2: 5 * 10**8, 3: 4 * 10**7}
 
 
 def leaves_alone(requested: str | None, dimensions: int, multiplications: int) -> bool:
-    """Whether a chain that is to be trained on a CPU, by nobody's choice of a backend, is so little work that its modules are
+    """Whether a chain on a CPU, by nobody's choice of a backend, where autograd records, is so little work that its modules are
     called one by one, as they were.
 
     Args:
@@ -112,7 +112,7 @@ def leaves_alone(requested: str | None, dimensions: int, multiplications: int) -
 def alone_up_to(dimensions: int) -> str:
     """What :func:`leaves_alone` says of such chains, for people."""
     most = _ALONE[dimensions] // 10**6
-    return f"trained unfused on a CPU up to {most} M multiplications, unless a backend is chosen"
+    return f"unfused on a CPU where autograd records, up to {most} M multiplications, unless a backend or a memory is chosen"
 
 
 def context_of_backward() -> str | None:

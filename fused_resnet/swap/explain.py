@@ -13,7 +13,7 @@ from ..describe import Parts, WeightLayer, is_norm, read, refusal
 from ..inputs import transformed
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .quantised import quantised
-from .recognise import ABOUT_A_FORWARD, analysis, fused_forward
+from .recognise import ABOUT_A_FORWARD, analysis, fused_forward, is_compiled
 from .region import WAITING, FusedRegion, current
 from .replace import stands_for
 
@@ -135,7 +135,7 @@ def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
         notes.append(f"SyncBatchNorm of {', '.join(alone)}: no other ranks, an ordinary BatchNorm, as in PyTorch")
     if reading.dimensions != 4:
         notes.append(f"takes {'[N, C, L]' if reading.dimensions == 3 else '[N, C]'}, other inputs run unfused")
-    if device.type == "cpu" and backends.leaves_alone(module.fused_backend, reading.dimensions, 0):
+    if device.type == "cpu" and module.may_be_small(reading.dimensions):
         notes.append(backends.alone_up_to(reading.dimensions))
     gradients = trainable_slots(reading.chain)
     backward = backward_plan(reading.chain, *nominal_size(reading.chain), dtype, gradients)
@@ -210,7 +210,7 @@ class _Walk:
         if type(module).forward is nn.Module.forward:  # a ModuleList: the module around it calls what is in it
             return reason
         fused, refused = fused_forward(module, self.traced)
-        if refused is not None and "fused_compiled" in module.__dict__ and module._compiled_call_impl is not None:
+        if refused is not None and is_compiled(module):
             return f"compiled at its first call, for the chains in Dynamo's graph: {refused}"
         if refused is not None:
             return refused if ":" in refused or "forward" not in refused else f"{refused}: {type(module).__name__}"

@@ -28,7 +28,7 @@ def printed(value: Any, depth: int = 3) -> Any:
 
 
 #: Attributes of every nn.Module that say nothing about its forward, or that are compared otherwise.
-_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region", "fused_compiled", watch.ATTRIBUTE}
+_OWN = frozenset(vars(nn.Module())) | {"fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE}
 
 
 def original(kind: Any) -> type[Any]:

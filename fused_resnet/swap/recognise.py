@@ -24,6 +24,8 @@ from .tracing import has_layers
 
 #: How the reasons of :mod:`.tracing` begin that are about what a forward does; Dynamo follows more of that than torch.fx.
 ABOUT_A_FORWARD = ("its forward ", "the forward of its ", "the control flow of its forward ")
+#: The attribute that marks the compiled call of a module as made by :func:`fused_resnet.fuse`.
+OURS = "fused_resnet"
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
 _TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
 _PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
@@ -93,6 +95,11 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
     if isinstance(region, Region) or (isinstance(region, Later) and any(layers_of(module))):
         return FusedRegion, None
     return None, region.reason if isinstance(region, Later) else region or reason
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled by :func:`fused_resnet.fuse`; its copies are not."""
+    return getattr(module._compiled_call_impl, OURS, False)
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -24,7 +24,7 @@ from .analysis import Analysis
 from .guards import descend
 from .layout import FusedView, is_viewed, views_itself
 from .quantised import quantised
-from .recognise import ABOUT_A_FORWARD, analysis, fused_forward, layers_of
+from .recognise import ABOUT_A_FORWARD, OURS, analysis, fused_forward, is_compiled, layers_of
 from .region import FusedRegion, Later, Region, Regions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -172,12 +172,17 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
 def _compile(module: Any) -> None:
     """Chains in Dynamo's graphs of a forward, which is guarded and broken where Dynamo has to; the rest as PyTorch has it."""
     module.compile(backend=fused_resnet, options={"inner": "aot_eager"})
-    module.fused_compiled = True
+    setattr(module._compiled_call_impl, OURS, True)
 
 
-def _check_untraceable(untraceable: str) -> None:
+def _check_untraceable(untraceable: str, backend: str | None) -> None:
     if untraceable not in ("leave", "compile"):
         raise ValueError(f"untraceable must be one of 'leave', 'compile', got {untraceable!r}")
+    if untraceable == "compile" and backend is not None:
+        raise ValueError(
+            f"untraceable='compile' runs on the backend of the context or the device, got backend={backend!r}: "
+            "use fused_resnet.backend(...) or FUSED_RESNET_BACKEND"
+        )
 
 
 def fuse(
@@ -210,8 +215,9 @@ def fuse(
             ``fused_memory`` can be set to another choice afterwards.
         untraceable: forwards that torch.fx cannot follow (control flow on data), with layers of their own: ``"leave"`` them as
             they are, or ``"compile"`` these modules in place (``nn.Module.compile``), for the chains in Dynamo's graphs; what
-            is around the chains runs as it is. Compiled at their first call, for the default backend and memory; a copy or a
-            pickle of such a module is not compiled.
+            is around the chains runs as it is. Compiled at their first call, for the default memory and the backend of context
+            or device. As everywhere under torch.compile a hook on a module inside counts if it is there at the first call. A
+            copy or a pickle of such a module is not compiled.
         inplace: False works on a deep copy.
 
     Returns:
@@ -219,7 +225,7 @@ def fuse(
 
     Raises:
         TypeError: not a module, or a scripted one.
-        ValueError: unknown backend, memory or ``untraceable``.
+        ValueError: unknown backend, memory or ``untraceable``; a backend for what is to be compiled.
         RuntimeError: already fused, but for parts that are (our own blocks): these stay as they are; or the backend cannot be
             loaded here.
 
@@ -233,23 +239,24 @@ def fuse(
     if backend is not None:
         backends.executor(backend)
     check_memory(memory)
-    _check_untraceable(untraceable)
+    _check_untraceable(untraceable, backend)
     if not inplace:
         model = copy.deepcopy(model)
-    before = {id(module) for module in model.modules() if isinstance(module, blocks.Fused)}
+    before = {id(module) for module in model.modules() if isinstance(module, blocks.Fused) or is_compiled(module)}
     swapping = _Swapping(compiles=untraceable == "compile")
     try:
         _swap(model, backend, memory, swapping)
+        for module in swapping.rest:
+            _compile(module)
     except BaseException:  # a class that cannot be derived from, say: nothing is left half done
         for module in model.modules():
-            if isinstance(module, blocks.Fused) and id(module) not in before:
+            if id(module) not in before:
                 _give_back(module)
         raise
-    if before and all(id(module) in before for module in model.modules() if isinstance(module, blocks.Fused)):
+    after = {id(module) for module in model.modules() if isinstance(module, blocks.Fused) or is_compiled(module)}
+    if before and after == before:
         raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
-    for module in swapping.rest:
-        _compile(module)
-    if not swapping.rest and not any(isinstance(module, blocks.Fused) for module in model.modules()):
+    if not after:
         warnings.warn("fuse found no residual block, no layer with a BatchNorm it knows: the model is unchanged", stacklevel=2)
         return model
     for module in model.modules():
@@ -268,20 +275,20 @@ def unfuse(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    fused = [module for module in model.modules() if isinstance(module, blocks.Fused)]
-    compiled = [module for module in model.modules() if "fused_compiled" in module.__dict__]
-    if not fused and not compiled:
+    fused = [module for module in model.modules() if isinstance(module, blocks.Fused) or is_compiled(module)]
+    if not fused:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
         _give_back(module)
-    for other in compiled:
-        del other.fused_compiled
-        other._compiled_call_impl = None
     return model
 
 
-def _give_back(module: blocks.Fused) -> None:
-    for option in ("fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE):
-        module.__dict__.pop(option, None)
-    kind: type[Any] = module.unfused_class
-    module.__class__ = kind
+def _give_back(module: nn.Module) -> None:
+    """As it was before :func:`fuse`, which may have left it alone."""
+    if is_compiled(module):
+        module._compiled_call_impl = None
+    if isinstance(module, blocks.Fused):
+        for option in ("fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE):
+            module.__dict__.pop(option, None)
+        kind: type[Any] = module.unfused_class
+        module.__class__ = kind
