@@ -6,8 +6,9 @@ channels, are one grouped 1x1 convolution of 16 groups by oneDNN (faster than Py
 sums, of part after part of the image, each small enough to stay in the cache.
 
 A sum here has C terms where a direct convolution's has 9 C, so that the result is nearer to the exact one than oneDNN's in
-channels_last: in fp32, 256 channels of 56x56, 5e-7 against 8e-7 (of contiguous images oneDNN has 2e-7). A pixel that is not finite makes others of its tile NaN, one pixel farther
-than a convolution would. Why so: docs/decisions/010-minimal-filtering-on-the-cpu.md.
+channels_last: in fp32, 256 channels of 56x56, 5e-7 against 8e-7 (of contiguous images oneDNN has 2e-7). A pixel that is not
+finite makes others of its tile NaN, one pixel farther than a convolution would. Why so:
+docs/decisions/010-minimal-filtering-on-the-cpu.md.
 """
 
 from __future__ import annotations
