@@ -13,6 +13,17 @@ from .elementwise import strip_index
 
 
 @triton.jit
+def written(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+    """The pixels and channels of this program's strip of [pixels, K], and which of its elements exist."""
+    strip, channel_tile, _ = strip_index(K, CHANNELS)
+    if WIDE:
+        strip = strip.to(tl.int64)
+    channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
+    pixel = strip * PIXELS + tl.arange(0, PIXELS)
+    return pixel, channels, (pixel < pixels)[:, None] & (channels < K)[None, :]
+
+
+@triton.jit
 def zero_pad(
     x,
     y,
@@ -31,12 +42,7 @@ def zero_pad(
         sizes: :class:`.boxes.Sizes`.
         WIDE: 64-bit offsets.
     """
-    strip, channel_tile, _ = strip_index(sizes.K, CHANNELS)
-    if WIDE:
-        strip = strip.to(tl.int64)
-    channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
-    pixel = strip * PIXELS + tl.arange(0, PIXELS)
-    inside = (pixel < sizes.N * sizes.P * sizes.Q)[:, None] & (channels < sizes.K)[None, :]
+    pixel, channels, inside = written(sizes.N * sizes.P * sizes.Q, sizes.K, PIXELS, CHANNELS, WIDE)
     row, column = pixel // sizes.Q, pixel % sizes.Q
     source = ((row // sizes.P) * sizes.H + (row % sizes.P) * STRIDE_H) * sizes.W + column * STRIDE_W
     there = inside & (channels < sizes.C)[None, :]
@@ -56,12 +62,7 @@ def zero_pad_backward(
     WIDE: tl.constexpr,
 ):
     """Backward: the arguments of :func:`zero_pad`, with the gradients of y and x."""
-    strip, channel_tile, _ = strip_index(sizes.C, CHANNELS)
-    if WIDE:
-        strip = strip.to(tl.int64)
-    channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
-    pixel = strip * PIXELS + tl.arange(0, PIXELS)
-    inside = (pixel < sizes.N * sizes.H * sizes.W)[:, None] & (channels < sizes.C)[None, :]
+    pixel, channels, inside = written(sizes.N * sizes.H * sizes.W, sizes.C, PIXELS, CHANNELS, WIDE)
     row, column = pixel // sizes.W, pixel % sizes.W
     image, h = row // sizes.H, row % sizes.H
     taken = (h % STRIDE_H == 0) & (column % STRIDE_W == 0)
