@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 from fused_resnet.backends import triton as executor
 from fused_resnet.backends.triton_arguments import weightless_operands
 from fused_resnet.backends.triton_start import Space, Start, outputs_of
+from fused_resnet.kernels import finish
 from fused_resnet.launch import EPILOGUES, PROLOGUES, Geometry, Launch, PoolGeometry
 from fused_resnet.tuning import Tile
 
@@ -195,16 +196,29 @@ def check_stand_ins(launch: Launch, operands: dict[str, Tensor]) -> None:
 
 @contextmanager
 def poisoned_workspace() -> Iterator[None]:
-    """Partials are full of NaN before the launch; the counters are zero behind it."""
-    original, used = Start.workspace, []
+    """Partials are full of NaN before the launch, and so is much room behind them, where nothing is written; the counters are
+    zero behind it.
+
+    The room keeps what else is in memory away: a pointer to a part that there is not, which is masked, would else be the first
+    of an activation where the allocator put one there.
+    """
+    original, used, rooms = Start.workspace, [], []
+
+    def with_room(floats: Tensor) -> Tensor:
+        whole = torch.full(((1 + finish.AT_ONCE.value) * floats.numel() + 64,), torch.nan, device=floats.device)
+        rooms.append(whole[floats.numel() :])
+        return whole[: floats.numel()]
 
     def workspace(self: Start, device: torch.device) -> Space:
         space = original(self, device)
         if device.type == "meta":  # what arguments are laid out with
             return space
-        for floats in (space.partials, space.before):
-            if floats is not None:
-                floats.fill_(torch.nan)
+        if space.partials is not None:
+            partials = with_room(space.partials)
+            behind = None if self.partials_behind is None else partials[self.partials_behind :]
+            space = space._replace(partials=partials, partials_behind=behind)
+        if space.before is not None:
+            space = space._replace(before=with_room(space.before))
         used.append(space.counters)
         return space
 
@@ -212,6 +226,7 @@ def poisoned_workspace() -> Iterator[None]:
         patch.setattr(Start, "workspace", workspace)
         yield
     assert not any(counters is not None and counters.any() for counters in used), "a counter was not reset"
+    assert all(room.isnan().all() for room in rooms), "the kernel wrote behind its workspace"
 
 
 @contextmanager
