@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from .describe import (
     pools,
     read,
 )
-from .watch import Memory
+from .watch import ATTRIBUTE, Children, Memory
 
 
 class Fused(nn.Module):
@@ -77,22 +77,47 @@ class Fused(nn.Module):
                 memory.remember(what, value, self, modules)
         return value
 
+    def again(self, what: Any, x: Any, second: Tensor | None = None, donate: bool = False) -> Any:
+        """``x`` through the chain whose reading is remembered as ``what``, where all is as it was and the chain is prepared for
+        such a call without gradients; else None. In one look at each module: what lies in BatchNorm's vectors the prepared
+        launches look at.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hooks_everywhere():
+            return None
+        memory: Memory | None = self.__dict__.get(ATTRIBUTE)
+        entry = None if memory is None else memory.entries.get(what)
+        if entry is None or not entry.value.ready or inputs.transformed():
+            return None
+        reading: Reading = entry.value
+        kind = functional.kind_of(x, self.fused_backend, second, donate)
+        if kind is None or reading.ready.get(kind) is None or not entry.holds(self, vectors=False):
+            return None
+        return functional.again(reading, kind, x, second)
+
     def small(self, x: Any) -> bool:
         """Whether autograd records, and x are rows or signals so few that the modules are called one by one, see
         :func:`.backends.leaves_alone`.
         """
-        if not torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.is_cpu:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() not in (2, 3):
             return False
-        if self.fused_memory != "default" or torch.compiler.is_compiling():
+        memory: Memory | None = self.__dict__.get(ATTRIBUTE)
+        little: Little | None = None if memory is None else memory.little
+        if little is None or not little.children.same(self):
+            little = self._little()
+        if x.dim() != little.dimensions or not x.is_cpu or self.fused_memory != "default":
             return False
-        dimensions, filters = self.recall("little", _little)
-        places = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[2]
-        return x.dim() == dimensions and backends.leaves_alone(self.fused_backend, dimensions, places * filters)
+        return backends.leaves_alone(self.fused_backend, little.dimensions, x.numel() * little.work)
 
     def may_be_small(self, dimensions: int) -> bool:
         """Whether there are inputs of so many dimensions that are :meth:`small`."""
-        known = self.fused_memory == "default" and self.recall("little", _little)[0] == dimensions
+        known = self.fused_memory == "default" and self._little().dimensions == dimensions
         return known and backends.leaves_alone(self.fused_backend, dimensions, 0)
+
+    def _little(self) -> Little:
+        """How much work this module's chains are, found anew."""
+        memory = Memory.of(self)
+        memory.little = Little.of(self)
+        return memory.little
 
     def run(self, parts_of: Callable[[Any], Parts], x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
         """``x`` through the chain that the modules ``parts_of(self)`` are now, or through ``unfused`` where they are none; with
@@ -115,7 +140,10 @@ class Fused(nn.Module):
         """
         if issubclass(type(x), torch.fx.Proxy):  # torch.fx traces the model: into the modules themselves
             return unfused(x, *skip), False
-        reading = self.recall(parts_of, partial(_read, parts_of))
+        out = self.again(parts_of, x, skip[0] if skip else None, donate)
+        if out is not None:
+            return out, True
+        reading = self.recall(parts_of, partial(read_off, parts_of))
         return self.run_reading(reading, x, unfused, donate, drop, skip)
 
     def run_reading(
@@ -143,30 +171,41 @@ class Fused(nn.Module):
         return out, True
 
 
-def _read(parts_of: Callable[[Any], Parts], module: Fused) -> tuple[Reading, Iterable[nn.Module] | None]:
+def read_off(parts_of: Callable[[Any], Parts], module: Fused) -> tuple[Reading, Iterable[nn.Module] | None]:
     """A chain, and the modules that it was read off; None where another reading may differ all the same."""
     parts = parts_of(module)
     reading = read(parts, module.fused_memory)
     return reading, parts.watched if reading.lasts else None
 
 
-def _little(module: Fused) -> tuple[tuple[int, int], Iterable[nn.Module] | None]:
-    """What the input of all chains of a module has of dimensions, and elements of the filters of one of them, on average: its
-    multiplications at a place. Zeros where there are several kinds, no chain, or ranks that share a batch.
+class Little(NamedTuple):
+    """How much work a module's chains are.
 
-    And what it was read off, as :func:`_read`.
+    Attributes:
+        children: what it was read off. Other shapes of the same modules' filters are not seen: both ways are right.
+        dimensions: of the input of all chains; 0 for several kinds, images, no chain, or ranks that share a batch.
+        work: multiplications of a chain, on average, for an element of the input of the first.
     """
-    chains = [parts for _, parts in module.chains()]
-    readings = [read(parts, module.fused_memory) for parts in chains]
-    watched = [inner for parts in chains for inner in parts.watched]
-    lasts = bool(chains) and all(reading.lasts for reading in readings)
-    dimensions = {reading.dimensions for reading in readings}
-    shared = any(isinstance(norm, nn.SyncBatchNorm) for parts in chains for norm in parts.norms)
-    if len(dimensions) != 1 or shared:
-        return (0, 0), watched if lasts else None
-    weights = [getattr(layer.conv, "weight", None) for parts in chains for layer in parts.weight_layers]
-    elements = sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
-    return (dimensions.pop(), elements // len(chains)), watched if lasts else None
+
+    children: Children
+    dimensions: int = 0
+    work: float = 0
+
+    @staticmethod
+    def of(module: Fused) -> Little:
+        """Of a module as it is now."""
+        chains = [parts for _, parts in module.chains()]
+        children = Children(module, [inner for parts in chains for inner in parts.watched])
+        readings = [read(parts, module.fused_memory) for parts in chains]
+        dimensions = {reading.dimensions for reading in readings}
+        shared = any(isinstance(norm, nn.SyncBatchNorm) for parts in chains for norm in parts.norms)
+        if len(dimensions) != 1 or dimensions == {4} or shared:
+            return Little(children)
+        weights = [getattr(layer.conv, "weight", None) for parts in chains for layer in parts.weight_layers]
+        elements = sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
+        spec = readings[0].chain
+        channels = spec.layers[0].channels if spec is not None else 1
+        return Little(children, dimensions.pop(), elements / len(chains) / channels)
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -413,12 +452,17 @@ class FusedSequential(Fused):
         return part
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
-        x = input
-        if issubclass(type(x), torch.fx.Proxy) or self.small(x):
-            x = super().forward(x)
-        else:
-            for part, reading in self.recall("segments", _segments):
-                x = part(x) if reading is None else self.run_reading(reading, x, partial(_one_by_one, part))[0]
+        x = self.again(_whole, input)
+        if x is None:
+            x = input
+            if issubclass(type(x), torch.fx.Proxy) or self.small(x):
+                x = super().forward(x)
+            else:
+                found = self.recall("segments", _segments)
+                for part, reading in found:
+                    x = part(x) if reading is None else self.run_reading(reading, x, partial(_one_by_one, part))[0]
+                if len(found) == 1 and not torch.is_grad_enabled():
+                    self.recall(_whole, _whole)
         return x.contiguous() if self.gives_contiguous else x
 
 
@@ -432,6 +476,12 @@ def _segments(module: FusedSequential) -> tuple[list[tuple[Any, Reading | None]]
         watched += part.watched if isinstance(part, Parts) else []
     lasts = all(reading.lasts for _, reading in found if reading is not None)
     return found, watched if lasts else None
+
+
+def _whole(module: FusedSequential) -> tuple[Reading | None, Iterable[nn.Module] | None]:
+    """The chain that is all of a Sequential, as it is remembered, and what it was read off."""
+    ((part, reading),) = module.recall("segments", _segments)
+    return reading, part.watched if reading is not None and reading.lasts else None
 
 
 def _one_by_one(parts: Parts, x: Tensor) -> Tensor:

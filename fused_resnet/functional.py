@@ -66,12 +66,13 @@ READY = 8
 
 def kind_of(x: Tensor, backend: str | None, skip: Tensor | None, donate: bool) -> Any:
     """What a chain is prepared for, of a call without gradients; None where nothing is: see :func:`again`."""
-    if not isinstance(x, Tensor) or x.is_meta or torch.is_autocast_enabled(x.device.type) or backends.observed():
+    if not isinstance(x, Tensor) or x.is_meta or backends.observed():
         return None
-    name = backends.choose(backend, x.device)
-    if not backends.prepares(name):
+    device = x.device
+    name = backends.choose(backend, device)
+    if not backends.prepares(name) or torch.is_autocast_enabled(device.type):
         return None
-    return x.shape, x.dtype, x.device, donate, name, None if skip is None else (skip.shape, skip.dtype, skip.device)
+    return x.shape, x.dtype, device, donate, name, None if skip is None else (skip.shape, skip.dtype, skip.device)
 
 
 def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor | None:
@@ -81,10 +82,12 @@ def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor
         return None
     running.append(cast(Chain, reading.chain))
     try:
-        given = (x,) if skip is None else (x, skip)
-        if ready.rows and x.dim() == 2:
-            return cast(Tensor, ready.run(*given))
-        return as_it_came(ready.run(*[channels_last(as_image(tensor)) for tensor in given]), x.dim())
+        dimensions = x.dim()
+        if ready.rows and dimensions == 2:
+            return cast(Tensor, ready.run(x) if skip is None else ready.run(x, skip))
+        image = channels_last(as_image(x))
+        out = ready.run(image) if skip is None else ready.run(image, channels_last(as_image(skip)))
+        return as_it_came(out, dimensions)
     finally:
         running.pop()
 

@@ -50,11 +50,14 @@ class Watched:
     """One module as it was: its class, plain attributes, objects, children, parameters and buffers, and that nobody hooks in.
 
     Attributes are compared by value where they are numbers, texts or containers of such, by identity where they are objects;
-    tensors by identity, address and shape: a parameter that was moved, cast or cut is the same object. Values of parameters are
-    not looked at.
+    tensors by identity, address, shape and strides: a parameter that was moved, cast, cut or turned is the same object. Values
+    of parameters are not looked at.
     """
 
-    __slots__ = ("children", "count", "kind", "objects", "objects_of", "tensors", "uncalled", "values", "values_of")
+    __slots__ = (
+        *("children", "count", "kind", "objects", "objects_of", "uncalled", "values", "values_of"),
+        *("matrices", "tensors", "vectors"),
+    )
 
     def __init__(self, module: nn.Module, uncalled: bool = False) -> None:
         """Args:
@@ -78,17 +81,19 @@ class Watched:
         self.objects_of = tuple(objects)
         self.objects = tuple(own[name] for name in objects)
         self.children = dict(own["_modules"])
-        tensors = (*own["_parameters"].items(), *own["_buffers"].items())
+        self.tensors = (*own["_parameters"].items(), *own["_buffers"].items())
         try:
-            self.tensors = tuple(
-                (name, tensor, *((0, None) if tensor is None else (tensor.data_ptr(), tensor.shape)))
-                for name, tensor in tensors
-            )
+            places = [(tensor, tensor.data_ptr(), tensor.shape) for _, tensor in self.tensors if tensor is not None]
+            self.vectors = tuple(place for place in places if len(place[2]) < 2)
+            self.matrices = tuple((*place, place[0].stride()) for place in places if len(place[2]) >= 2)
         except RuntimeError as error:  # of a transform, or without memory
             raise CannotWatchError(str(error)) from None
 
-    def same(self, module: nn.Module) -> bool:
-        """Whether the module is what was watched, or cannot be told from it."""
+    def same(self, module: nn.Module, vectors: bool = True) -> bool:
+        """Whether the module is what was watched, or cannot be told from it.
+
+        ``vectors``: False where the caller looks for himself at what lies in the vectors.
+        """
         own = module.__dict__
         if module.__class__ is not self.kind or len(own) != self.count or own["_modules"] != self.children:
             return False
@@ -99,23 +104,48 @@ class Watched:
         try:
             if self.values_of(own) != self.values:
                 return False
-            for name, value in zip(self.objects_of, self.objects):
-                if own[name] is not value:
-                    return False
+            if self.objects_of:
+                for name, value in zip(self.objects_of, self.objects):
+                    if own[name] is not value:
+                        return False
         except KeyError:
             return False
         if self.tensors:
             parameters, buffers = own["_parameters"], own["_buffers"]
             if len(parameters) + len(buffers) != len(self.tensors):
                 return False
-            for name, tensor, address, shape in self.tensors:
-                now = parameters[name] if name in parameters else buffers.get(name)
-                if now is not tensor:
+            for name, tensor in self.tensors:
+                if (parameters[name] if name in parameters else buffers.get(name)) is not tensor:
                     return False
-                if tensor is not None and (tensor.data_ptr() != address or tensor.shape != shape):
+            for tensor, address, shape, strides in self.matrices:
+                if tensor.data_ptr() != address or tensor.shape != shape or tensor.stride() != strides:
                     return False
+            if vectors:
+                for tensor, address, shape in self.vectors:
+                    if tensor.data_ptr() != address or tensor.shape != shape:
+                        return False
             return True
         return not own["_parameters"] and not own["_buffers"]
+
+
+class Children:
+    """The children of a module and of those on the way to some inside it, as they were: for what is a matter of speed, and of
+    which modules there are.
+    """
+
+    __slots__ = ("inner", "own")
+
+    def __init__(self, module: nn.Module, inside: Iterable[nn.Module]) -> None:
+        """``module``: not referred to."""
+        wanted = set(inside)
+        paths = [name.split(".") for name, inner in module.named_modules(remove_duplicate=False) if inner in wanted]
+        above = {".".join(names[:depth]) for names in paths for depth in range(1, len(names))}
+        self.own = dict(module._modules)
+        self.inner = tuple((outer, dict(outer._modules)) for outer in map(module.get_submodule, sorted(above)))
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether they are the same modules."""
+        return module._modules == self.own and all([outer._modules == children for outer, children in self.inner])
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +154,8 @@ class _Entry:
     itself: Watched
     others: tuple[tuple[nn.Module, Watched], ...]
 
-    def holds(self, module: nn.Module) -> bool:
-        return self.itself.same(module) and all([watched.same(other) for other, watched in self.others])
+    def holds(self, module: nn.Module, vectors: bool = True) -> bool:
+        return self.itself.same(module, vectors) and all([watched.same(other, vectors) for other, watched in self.others])
 
 
 class Memory:
@@ -133,12 +163,16 @@ class Memory:
 
     A child is watched as the object it was. So whoever remembers something lists the children on the way to it as well, or asks
     in the same call for something else first that lists them: where one thing differs, all of a module is forgotten.
+
+    Attributes:
+        little: how much work the module is, see :class:`fused_resnet.blocks.Little`.
     """
 
-    __slots__ = ("entries",)
+    __slots__ = ("entries", "little")
 
     def __init__(self) -> None:
         self.entries: dict[Any, _Entry] = {}
+        self.little: Any = None
 
     @staticmethod
     def of(module: nn.Module) -> Memory:

@@ -172,6 +172,29 @@ def test_filters_are_laid_out_for_the_size_that_comes_most(monkeypatch: pytest.M
     assert laid_out == [(9, 7), (5, 4)]
 
 
+def test_filters_of_large_linears_are_laid_out_for_the_rows_that_come_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of convolutions; for a single row apart, and small ones not at all."""
+    side = 512
+    assert side**2 == cpu_inference.MOST_ROWS
+    first = [nn.Linear(side, side, bias=False), nn.BatchNorm1d(side), nn.ReLU()]
+    plain = randomise(nn.Sequential(*first, nn.Linear(side, side - 1), nn.BatchNorm1d(side - 1))).eval()
+    fused = fuse(copy.deepcopy(plain), backend="cpu")
+    laid_out: list[int] = []
+    own = cpu_inference.laid_out
+    monkeypatch.setattr(cpu_inference, "laid_out", lambda weight, g: laid_out.append(g.N) or own(weight, g))
+    truth = copy.deepcopy(plain).double()
+    for rows in (9, 5, 9, 4, 5, 5, 5, 1, 9, 0):
+        x = torch.randn(2 * rows, side)[::2]
+        if rows > 5:
+            x[3, 7], x[4, 8] = torch.nan, torch.inf
+        with torch.no_grad():
+            y, expected = fused(x), truth(x.double())
+        finite = expected.isfinite()
+        assert torch.equal(y.isfinite(), finite) and y.shape == expected.shape
+        assert not rows or relative_error(y[finite], expected[finite]) < 1e-6
+    assert laid_out == [9, 5, 1]
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "groups", "small"),
     [

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 
 from fused_resnet import blocks, count_launches, functional, fuse, plain, unfuse
-from fused_resnet.watch import ATTRIBUTE, CannotWatchError, Memory, Watched
+from fused_resnet.watch import ATTRIBUTE, CannotWatchError, Children, Memory, Watched
 
 
 @pytest.fixture
@@ -138,16 +139,20 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("calls", [1, 4])
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_change_is_seen(how: str) -> None:
-    """Outputs are those of a copy that was fused after the change, and of the plain model."""
+def test_a_change_is_seen(how: str, calls: int) -> None:
+    """Outputs are those of a copy that was fused after the change, and of the plain model. From the third call on the launches
+    are prepared.
+    """
     torch.manual_seed(0)
     plain, fused = _net(), _net()
     fused.load_state_dict(plain.state_dict())
     fuse(fused)
     x = _x()
     with torch.no_grad():
-        before = fused(x)
+        for _ in range(calls):
+            before = fused(x)
         for net in (plain, fused):
             torch.manual_seed(1)
             CHANGES[how](net)
@@ -156,6 +161,86 @@ def test_a_change_is_seen(how: str) -> None:
     if how not in ("double", "projection's BatchNorm replaced"):
         assert before.shape != expected.shape or relative_error(before, expected) > 3 * CLOSE, "the change shows"
     assert relative_error(after, expected) < CLOSE and relative_error(again, expected) < CLOSE
+
+
+class Whole(nn.Module):
+    """A forward that is one chain and nothing else: two layers and a shortcut."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
+        kinds: Any = {2: (nn.Linear, ()), 3: (nn.Conv1d, (3, 1, 1)), 4: (nn.Conv2d, (3, 1, 1))}
+        kind, rest = kinds[dimensions]
+        self.first, self.norm = kind(8, 8, *rest), norm(8)
+        self.inner = nn.ModuleDict({"second": kind(8, 8, *rest), "norm": norm(8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.first(x)))
+        return torch.relu(x + self.inner["norm"](self.inner["second"](y)))
+
+
+def _in_a_row(dimensions: int) -> nn.Module:
+    """A Sequential that is one chain and nothing else."""
+    own = Whole(dimensions)
+    return nn.Sequential(own.first, own.norm, nn.ReLU(), own.inner["second"], own.inner["norm"])
+
+
+def _second(net: nn.Module, kind: str) -> Any:
+    """The second convolution, or the second BatchNorm."""
+    leaves = [module for module in net.modules() if hasattr(module, "weight")]
+    return [module for module in leaves if hasattr(module, "running_var") is (kind == "norm")][1]
+
+
+def _write(kind: str, name: str, how: str, net: nn.Module) -> None:
+    tensor = getattr(_second(net, kind), name)
+    if how == "in place":
+        tensor.detach().mul_(1.5)
+    elif how == "elsewhere":
+        tensor.data = tensor.detach() * 1.5
+    else:
+        tensor.detach().numpy()[...] *= 1.5
+
+
+def _turn(net: nn.Module) -> None:
+    filters = _second(net, "conv").weight
+    filters.data = filters.detach().transpose(0, 1)
+
+
+ROLES = [("conv", "weight"), ("conv", "bias"), *(("norm", name) for name in ("weight", "bias", "running_mean", "running_var"))]
+WRITES: dict[str, Callable[[nn.Module], Any]] = {
+    **{
+        f"{kind}.{name} {how}": partial(_write, kind, name, how)
+        for kind, name in ROLES
+        for how in ("in place", "elsewhere", "uncounted")
+    },
+    "training mode": lambda net: net.train(),
+    "filters turned": _turn,
+    "hook": lambda net: next(iter(net.children())).register_forward_hook(lambda _m, _x, y: y + 1),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+@pytest.mark.parametrize("make", [Whole, _in_a_row], ids=["forward", "Sequential"])
+def test_a_module_that_is_one_chain_sees_what_changes(make: Callable[[int], nn.Module], dimensions: int, how: str) -> None:
+    """It asks in one go whether all is as it was, without a look at the vectors' places: its launches look for themselves."""
+    torch.manual_seed(0)
+    plain = randomise(make(dimensions)).eval()
+    fused = fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 8, *(5, 6)[: dimensions - 2])
+    with torch.no_grad():
+        for _ in range(4):
+            before = fused(x)
+        assert any(getattr(entry.value, "ready", None) for entry in vars(fused)[ATTRIBUTE].entries.values())
+        with count_launches() as log:
+            fused(x)
+        assert len(log) == 2
+        for net in (plain, fused):
+            WRITES[how](net)
+        expected, after, again = plain(x), fused(x), fused(x)
+    assert relative_error(before, expected) > 3 * CLOSE, "the change shows"
+    assert relative_error(after, expected) < CLOSE
+    assert relative_error(again, plain(x) if how == "training mode" else expected) < CLOSE
 
 
 def test_what_hooks_see_comes_back_with_their_end(reads: list[Any]) -> None:
@@ -254,6 +339,21 @@ def test_a_watched_module_is_the_same_until_it_differs() -> None:
     assert not watched.same(module)
 
 
+def test_children_are_the_same_until_one_on_the_way_is_replaced() -> None:
+    module = Whole(2)
+    seen = Children(module, [module.inner["norm"]])
+    assert seen.same(module) and not seen.same(Whole(2))
+    module.first.weight.data = torch.zeros(2, 8)
+    module.eval()
+    assert seen.same(module), "no matter of which modules there are"
+    module.inner["norm"] = nn.SyncBatchNorm(8)
+    assert not seen.same(module)
+    seen = Children(module, [module.inner["norm"]])
+    assert seen.same(module)
+    module.norm = nn.BatchNorm1d(8)
+    assert not seen.same(module)
+
+
 def test_memory_holds_what_it_was_told() -> None:
     module, other, memory = nn.ReLU(), nn.BatchNorm2d(2), Memory()
     memory.remember("what", 5, module, [other])
@@ -283,7 +383,9 @@ def _prepared(net: Any) -> list[Any]:
     memories = [vars(module)[ATTRIBUTE] for module in net.modules() if ATTRIBUTE in vars(module)]
     values = [entry.value for memory in memories for entry in memory.entries.values()]
     readings = [reading for value in values for _, reading in (value if isinstance(value, list) else [(None, value)])]
-    return [ready for reading in readings for ready in getattr(reading, "ready", {}).values()]
+    return [
+        ready for reading in {id(one): one for one in readings}.values() for ready in getattr(reading, "ready", {}).values()
+    ]
 
 
 def test_prepared_for_inputs_that_come_again() -> None:

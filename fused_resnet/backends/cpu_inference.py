@@ -31,6 +31,10 @@ SMALL = 20480
 #: 18 us (oneDNN, laid out, 37), 80 to 480 at 7x7 (1.9 M) 33 (44), 160 to 960 (7.5 M) 112 (97); 3x3, of 2.4 M each, 64 at 8x8 37
 #: (46), 32 at 16x16 40 (47), but 16 at 32x32 59 (49), and 512 at 1x1, whose filters come from memory, 156 (36).
 MOST_WORK, MOST_FILTERS, MOST_READ = 5 * 2**19, 2**18, 2**17
+#: Elements of a Linear's filters from which they are laid out for oneDNN. *Measured* likewise, twelve Linears in turn, us each,
+#: PyTorch's product, oneDNN's: 256 to 256 features, 1 row 10, 26; 16 rows 29, 31; 128 rows 149, 140. 512 to 512: 142, 114; 173,
+#: 91; 570, 410. 1024 to 1024: 298, 198; 661, 288; 2097, 1315. 2048 to 2048: 898, 618; 2279, 987; 8405, 5634.
+MOST_ROWS = 2**18
 
 
 def dilation(g: Geometry) -> tuple[int, int]:
@@ -59,7 +63,8 @@ class Inference:
     Attributes:
         purpose: what folded filters depend on besides the tensors. (Text, whose hash is computed once.)
         sources: roles of the tensors that filters and shift are folded from.
-        native: PyTorch's own convolution instead of oneDNN's, or where it is one of ``rows`` a matrix product.
+        native: PyTorch's own convolution or matrix product instead of oneDNN's, whose filters are laid out.
+        rows: it is a matrix product.
         tiles: by :mod:`.cpu_winograd`.
         where: padding, stride, dilation and groups.
         end: the activation, in place; None for the identity.
@@ -72,7 +77,7 @@ class Inference:
         assert isinstance(g, Geometry)
         self.where = (g.padding, g.stride, dilation(g), g.groups)
         self.rows = is_rows(g, launch.dtype)
-        self.native = self.rows or (launch.dtype == torch.float32 and is_small(g))
+        self.native = g.K * g.C < MOST_ROWS if self.rows else launch.dtype == torch.float32 and is_small(g)
         self.tiles = cpu_winograd.suits(g, launch.dtype)
         # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
         kind = ("cpu", g.N == 1, self.native, self.tiles, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles))
@@ -94,7 +99,7 @@ def is_small(g: Geometry) -> bool:
 
 
 class Packed:
-    """Filters as oneDNN lays them out for images of one size, or as they are for others; and the shift.
+    """Filters as oneDNN lays them out for images of one size, or so many rows, or as they are for others; and the shift.
 
     oneDNN may want another layout for another size, and would then make it at each call: 256 filters of 3x3 on 5x8 pixels take
     20 ms instead of 0.4. So a size that is not the first gets the filters as they are, until it has come :data:`REPEATS` times
@@ -102,21 +107,21 @@ class Packed:
     """
 
     def __init__(self, weight: Tensor, g: Geometry | None, shift: Tensor | None) -> None:
-        """``g``: what to lay out for; None: they stay as they are, for PyTorch's own convolution."""
+        """``g``: what to lay out for; None: they stay as they are, for PyTorch's own convolution or product."""
         self.shift = shift
         self.plain = weight if g is None else None
         self.dense: Tensor | None = None
         if g is not None:
-            self.now = laid_out(weight, g), (g.H, g.W)  # in one piece: another thread may read them
-            self.other, self.times = (g.H, g.W), 0
+            self.now = laid_out(weight, g), _size(weight, g)  # in one piece: another thread may read them
+            self.other, self.times = _size(weight, g), 0
 
     def weight(self, g: Geometry) -> Tensor:
         """The filters for a convolution of that size."""
         if self.plain is not None:
             return self.plain
-        packed, sides = self.now
-        wanted = g.H, g.W
-        if wanted == sides:
+        packed, size = self.now
+        wanted = _size(packed, g)
+        if wanted == size:
             self.times = 0
             return packed
         self.times = self.times + 1 if self.other == wanted else 1
@@ -124,13 +129,26 @@ class Packed:
         with torch.inference_mode(False), torch.no_grad():
             dense = self.dense
             if dense is None:
-                self.dense = dense = packed.to_dense().contiguous(memory_format=torch.channels_last)
+                self.dense = dense = _dense(packed)
             if self.times >= REPEATS:
                 self.now = laid_out(dense, g), wanted
         return dense
 
 
+def _size(weight: Tensor, g: Geometry) -> tuple[int, int]:
+    """What oneDNN lays filters out for: a Linear's [K, C] for so many rows, filters for so many pixels."""
+    return (g.N, 1) if weight.dim() == 2 else (g.H, g.W)
+
+
+def _dense(packed: Tensor) -> Tensor:
+    dense = packed.to_dense()
+    return dense if dense.dim() == 2 else dense.contiguous(memory_format=torch.channels_last)
+
+
 def laid_out(weight: Tensor, g: Geometry) -> Tensor:
+    """Filters, or those of a Linear, [K, C], as oneDNN wants them."""
+    if weight.dim() == 2:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, g.N)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, dilation(g), g.groups, list(g.x_shape))
 
 
@@ -152,6 +170,14 @@ def _folded(launch: Launch, g: Geometry, operands: Mapping[str, Tensor]) -> Entr
     return entry_of(known.purpose, [operands[role] for role in known.sources], build)
 
 
+def _product(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+    """[N, C] by [K, C], laid out or not, and a shift."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, shift, "none", [], "")
+    # What F.linear does, which takes a microsecond more.
+    return x.mm(weight.t()) if shift is None else torch.addmm(shift, x, weight.t())
+
+
 def _convolve(
     known: Inference,
     g: Geometry,
@@ -167,9 +193,9 @@ def _convolve(
             y.add_(shortcut)
         return y if known.end is None else known.end(y, known.slope)
     weight, shift = packed.weight(g), packed.shift
-    if known.native:
+    if known.rows or known.native:
         if known.rows:
-            y = F.linear(x, weight, shift) if x.dim() == 2 else F.linear(x.flatten(1), weight, shift)[:, :, None, None]
+            y = _product(x, weight, shift) if x.dim() == 2 else _product(x.flatten(1), weight, shift)[:, :, None, None]
         else:
             padding, stride, spread, groups = known.where
             y = torch.conv2d(x, weight, shift, stride, padding, spread, groups).contiguous(memory_format=torch.channels_last)

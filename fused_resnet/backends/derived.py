@@ -83,12 +83,15 @@ class Entry:
         """Whether the tensors are as they were."""
         for reference, address, version, shape, strides, look, was in self.seen:
             source = reference()
-            if source is None or source.data_ptr() != address or (version is not None and source._version != version):
-                return False
             # The same memory may be read otherwise: filters that were given their transpose, or fewer of themselves.
-            if source.shape != shape or (strides is not None and source.stride() != strides):
-                return False
-            if look is not None and look() != was:
+            if (
+                source is None
+                or source.data_ptr() != address
+                or (version is not None and source._version != version)
+                or source.shape != shape
+                or (strides is not None and source.stride() != strides)
+                or (look is not None and look() != was)
+            ):
                 return False
         return True
 

@@ -202,7 +202,9 @@ class _Writer:
         required, _ = arguments_of(self.module)
         reasons = {**self.matcher.reasons, **self.traced.leaves}
         inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
-        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure)
+        nodes = [node.op for node in self.graph.nodes]
+        whole = len(sites) == 1 and structure is None and nodes == ["placeholder", "placeholder", "call_function", "output"]
+        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure, whole)
 
     def _folded_parent(self, frame: Frame) -> Frame | None:
         return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)

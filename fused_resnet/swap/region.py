@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Fused
-from ..describe import Entry, Parts, WeightLayer, hooks_everywhere
+from ..blocks import Fused, read_off
+from ..describe import Entry, Parts, Reading, WeightLayer, hooks_everywhere
 from .arguments import Structure, structure_of, tensors_of, told
 from .guards import Guard, descend
 from .tracing import LOCK
@@ -86,6 +86,7 @@ class Region:
         reasons: place -> why a convolution is in no chain.
         source: the code of ``run``, for people.
         inlined: modules that are not called as such, since a chain looks out of them.
+        whole: ``run`` is the call of its one chain, and nothing else.
     """
 
     run: Callable[..., Any]
@@ -96,6 +97,7 @@ class Region:
     source: str
     inlined: tuple[Path, ...] = ()
     structure: Structure | None = None
+    whole: bool = False
 
     def broken(self, module: nn.Module) -> str | None:
         """Why it holds no longer, or None."""
@@ -237,8 +239,23 @@ def _region(structure: Structure | None, module: Any) -> tuple[Region | None, li
     region, _ = usable(module, structure)
     if region is None or torch.compiler.is_compiling():
         return region, None
+    return region, _inside(module, region)
+
+
+def _inside(module: nn.Module, region: Region) -> list[nn.Module]:
+    """The modules inside that a traced forward depends on."""
     inside = [descend(module, guard.path) for guard in region.guards if guard.path]
-    return region, [inner for inner in inside if inner is not None]
+    return [inner for inner in inside if inner is not None]
+
+
+def _whole(module: Any) -> tuple[Reading | None, list[nn.Module] | None]:
+    """The chain that is all of a region's forward, as it is remembered, and what all of that was read off."""
+    region, _ = usable(module)
+    if region is None or not region.whole:
+        return None, None
+    parts_of = region.sites[0].parts
+    reading = module.recall(parts_of, partial(read_off, parts_of))
+    return reading, [*_inside(module, region), *parts_of(module).watched] if reading.lasts else None
 
 
 class FusedRegion(Fused):
@@ -257,8 +274,13 @@ class FusedRegion(Fused):
         return [module for module in found if module is not None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args and self.small(args[0]):
-            return super().forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            if args and self.small(args[0]):
+                return super().forward(*args, **kwargs)
+        elif len(args) == 1 and not kwargs:
+            out = self.again(_whole, args[0])
+            if out is not None:
+                return out
         plain = all(isinstance(x, Tensor) for x in args)
         structure = None if plain or kwargs else structure_of(args)
         if kwargs or not (plain or structure is not None):
@@ -269,4 +291,7 @@ class FusedRegion(Fused):
             regions.called[self.training] = structure
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
-        return region.run(self, *(args if plain else tensors_of(args)))
+        out = region.run(self, *(args if plain else tensors_of(args)))
+        if region.whole and plain and not torch.is_grad_enabled():
+            self.recall(_whole, _whole)  # the next call asks once for both
+        return out

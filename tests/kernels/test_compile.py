@@ -55,6 +55,7 @@ def stack_of_descriptors(target: str, tma_loads: int) -> int:
     return 8 if old and target == "sm_120" and tma_loads else 0
 
 
+#: Beginnings of the names of cases that have no matrix products.
 NO_PRODUCTS = ("depthwise", "max", "zero_pad", "bn_add_relu", "gate", "statistics", "output_gradient")
 
 
@@ -64,9 +65,7 @@ def check(target: str, results: list[dict[str, Any]]) -> None:
         few = SPILLED.get((target, case, result["tf32"]), 0) if result["registers"] <= 128 else 0
         assert result["spills"] <= stack_of_descriptors(target, result["tma"]) + few, result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
-        convolution = not case.startswith(
-            ("depthwise", "max", "zero_pad", "bn_add_relu", "gate", "statistics", "output_gradient")
-        )
+        convolution = not case.startswith(NO_PRODUCTS)
         products = convolution and ("fp32" not in case or result["tf32"] or target.startswith("gfx"))
         assert (result["tensor_core"] > 0) == products, result
         if target.startswith("sm") and int(target[3:]) >= 90 and case.startswith(("3x3", "1x1", "32x4d")):
