@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _aten: Any = torch.ops.aten
@@ -66,14 +67,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda z, slope: z, lambda z, slope: z, _identity_backward, True),
     "relu": Activation(_plain(torch.relu), _plain(torch.relu_), _gradient(_aten.threshold_backward, 0), True),
     "relu6": Activation(
-        _plain(_aten.hardtanh, 0.0, 6.0), _plain(_aten.hardtanh_, 0.0, 6.0), _gradient(_aten.hardtanh_backward, 0.0, 6.0), True
+        _plain(_aten.hardtanh, 0.0, 6.0), _plain(F.relu6, inplace=True), _gradient(_aten.hardtanh_backward, 0.0, 6.0), True
     ),
     "leaky_relu": Activation(_aten.leaky_relu, _aten.leaky_relu_, _leaky_relu_backward, True),
-    "silu": Activation(_plain(_aten.silu), _plain(_aten.silu_), _gradient(_aten.silu_backward), False),
+    "silu": Activation(_plain(_aten.silu), _plain(F.silu, inplace=True), _gradient(_aten.silu_backward), False),
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
     "hardswish": Activation(
-        _plain(_aten.hardswish), _plain(_aten.hardswish_), _gradient(_aten.hardswish_backward, into="out"), False
+        _plain(_aten.hardswish), _plain(F.hardswish, inplace=True), _gradient(_aten.hardswish_backward, into="out"), False
     ),
 }
 

@@ -79,18 +79,18 @@ class Fused(nn.Module):
 
     def again(self, what: Any, x: Any, second: Tensor | None = None, donate: bool = False) -> Any:
         """``x`` through the chain whose reading is remembered as ``what``, where all is as it was and the chain is prepared for
-        such a call without gradients; else None. In one look at each module: what lies in BatchNorm's vectors the prepared
-        launches look at.
+        such a call without gradients; else None. In one look at each module: where their tensors lie the prepared launches see
+        for themselves (but for filters that they were given as images, and for what a BatchNorm on load reads).
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or hooks_everywhere():
             return None
         memory: Memory | None = self.__dict__.get(ATTRIBUTE)
         entry = None if memory is None else memory.entries.get(what)
-        if entry is None or not entry.value.ready or inputs.transformed():
+        if entry is None or not entry.value.ready or inputs.transformed_eagerly():
             return None
         reading: Reading = entry.value
         kind = functional.kind_of(x, self.fused_backend, second, donate)
-        if kind is None or reading.ready.get(kind) is None or not entry.holds(self, vectors=False):
+        if kind is None or reading.ready.get(kind) is None or not entry.holds(self, reading.places):
             return None
         return functional.again(reading, kind, x, second)
 

@@ -7,7 +7,7 @@ A module that was replaced, a BatchNorm that was switched to training, a hook th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .chain import MEMORY, Chain, Layer, Pool
 from .launch import DTYPES
 from .plain import ZeroPad
+from .watch import ALL, MATRICES, NONE
 
 #: Class of a weight layer -> dimensions of its input. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
 #: images of one row.
@@ -202,6 +203,15 @@ class Reading:
     fitting: set[tuple[torch.dtype, torch.device]] = field(default_factory=set)  # inputs that the parameters were checked for
     met: set[Any] = field(default_factory=set)  # kinds of inputs that it had without gradients
     ready: dict[Any, Any] = field(default_factory=dict)  # those it had again -> the plan prepared for them, or None
+
+    @cached_property
+    def places(self) -> int:
+        """Whose places the plans in ``ready`` do not look at, see :func:`.watch.unchanged`: they are given a Linear's filters
+        as images, and read a BatchNorm in front as it is.
+        """
+        if self.chain is None or self.chain.entry is not None:
+            return ALL
+        return NONE if self.dimensions == 4 else MATRICES
 
 
 def hooked(module: nn.Module) -> bool:

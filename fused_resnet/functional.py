@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends
 from .backends.derived import derived
 from .chain import Chain
-from .chain_function import ChainFunction, channels_last, flags_of, forward, planned, size_of
+from .chain_function import ChainFunction, flags_of, forward, planned, size_of
 from .describe import Reading
 from .inputs import Fitting, as_image, as_it_came, autocasts, check
 from .operators import traced
@@ -76,18 +76,23 @@ def kind_of(x: Tensor, backend: str | None, skip: Tensor | None, donate: bool) -
 
 
 def again(reading: Reading, kind: Any, x: Tensor, skip: Tensor | None) -> Tensor | None:
-    """The result of a chain for inputs of a kind that it is prepared for, with nothing checked again; else None."""
-    ready = reading.ready.get(kind)
+    """The result of a chain for inputs of a kind that it is prepared for, with nothing checked again but where and what its
+    parameters are; else None.
+    """
+    ready: backends.Ready | None = reading.ready.get(kind)
     if ready is None:
         return None
-    running.append(cast(Chain, reading.chain))
+    assert reading.chain is not None
+    running.append(reading.chain)
     try:
         dimensions = x.dim()
-        if ready.rows and dimensions == 2:
-            return cast(Tensor, ready.run(x) if skip is None else ready.run(x, skip))
-        image = channels_last(as_image(x))
-        out = ready.run(image) if skip is None else ready.run(image, channels_last(as_image(skip)))
+        if dimensions == 4 or (ready.rows and dimensions == 2):
+            return ready.run(x) if skip is None else ready.run(x, skip)
+        out = ready.run(as_image(x)) if skip is None else ready.run(as_image(x), as_image(skip))
         return as_it_came(out, dimensions)
+    except backends.OtherParametersError:
+        reading.ready.clear()
+        return None
     finally:
         running.pop()
 

@@ -181,8 +181,11 @@ def _broadcasts(spec: Chain, h: int, w: int) -> bool:
 
 def transformed() -> bool:
     """Whether forward-mode differentiation, torch.func or torch.jit.trace looks into operators: chains run unfused."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and transformed_eagerly()
+
+
+def transformed_eagerly() -> bool:
+    """As :func:`transformed`, for those who know that nothing is compiled."""
     if torch._C._get_tracing_state() is not None:
         return True
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -375,10 +375,14 @@ def _run(plan: Plan, slots: dict[str, Tensor], name: str, shared: dict[str, Tens
     return {slot: slots[slot] for slot in (*plan.results, *plan.keep)}
 
 
+class OtherParametersError(Exception):
+    """What a plan was prepared with has other shapes or types now: it is to be made anew."""
+
+
 class Ready:
     """A plan with all tensors it reads but its inputs: what follows from them alone is done.
 
-    Values of the tensors may change in place; they are looked at as ever.
+    Values of the tensors may change, and where they lie; they are looked at as ever.
 
     Attributes:
         rows: it takes rows [N, C] as they are, which need not be made images of one pixel.
@@ -421,13 +425,20 @@ class Ready:
         return Ready(inputs, tuple(steps)) if plan.results == ("out",) and not plan.keep and not plan.aliases else None
 
     def run(self, *inputs: Tensor) -> Tensor:
-        """The plan's result."""
+        """The plan's result.
+
+        Raises:
+            OtherParametersError: what it says; no input has been written to.
+        """
+        images = inputs[0].dim() == 4
         if self.row is not None:
-            x = y = inputs[0]
+            x = inputs[0].contiguous(memory_format=torch.channels_last) if images else inputs[0]
+            y = x
             for call, adds in self.row:
                 y = call(y, x if adds else None)
             return y
-        slots = dict(zip(self.inputs, inputs, strict=True))
+        given = [x.contiguous(memory_format=torch.channels_last) for x in inputs] if images else inputs
+        slots = dict(zip(self.inputs, given, strict=True))
         for call, x, shortcut, out, dead in self.steps:
             y = call(slots[x], None if shortcut is None else slots[shortcut])
             for slot in dead:

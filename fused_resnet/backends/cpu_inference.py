@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..launch import Geometry, Launch, PoolGeometry
-from . import cpu_winograd, reference
+from . import OtherParametersError, cpu_winograd, reference
 from .derived import Entry, entry_of
 
 #: Calls in a row with images of another size, behind which filters are laid out for that one.
@@ -222,19 +222,28 @@ class _Prepared:
     """A convolution and its parameters; called with ``x`` and the shortcut, or None.
 
     ``rows``: it takes rows [N, C] as well, and gives [N, K].
+
+    Raises:
+        OtherParametersError: a parameter has another shape or type than it had.
     """
 
-    __slots__ = ("entry", "g", "in_place", "known", "launch", "parameters", "rows")
+    __slots__ = ("entry", "g", "in_place", "kinds", "known", "launch", "parameters", "rows")
 
     def __init__(self, launch: Launch, g: Geometry, parameters: Mapping[str, Tensor], donated: frozenset[str]) -> None:
         self.launch, self.g, self.parameters = launch, g, parameters
         self.known, self.in_place = inference(launch), "shortcut" in donated
         self.rows = self.known.rows
         self.entry = _folded(launch, g, parameters)
+        self.kinds = self._kinds()
+
+    def _kinds(self) -> list[tuple[torch.Size, torch.dtype]]:
+        return [(tensor.shape, tensor.dtype) for tensor in self.parameters.values()]
 
     def __call__(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         entry = self.entry
         if not entry.holds():
+            if self._kinds() != self.kinds:
+                raise OtherParametersError
             self.entry = entry = _folded(self.launch, self.g, self.parameters)
         return _convolve(self.known, self.g, entry.value, x, shortcut, self.in_place)
 

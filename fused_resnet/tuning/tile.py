@@ -95,6 +95,7 @@ _UNKNOWN = Arch(64, 64)
 WORKED_ON_AMD = 64
 #: Where a product is made by four warps together, 64 rows at least.
 WARPGROUPS = ("sm_90", "sm_100", "sm_103")
+BLACKWELL = ("sm_100", "sm_103", "sm_120")
 
 
 def power_of_two(size: int, low: int, high: int) -> int:
@@ -139,7 +140,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
 
     1. A step loads 128 bytes of channels (one swizzled row of shared memory), fewer where there are fewer channels, or where
        that makes the chunk divide them. Half of it for flat loads, whose every element has an address in registers, and for
-       exact fp32 on NVIDIA, whose products run on the CUDA cores: with 128 bytes they spill (compiled, sm_80 to sm_100).
+       exact fp32 on NVIDIA, whose products run on the CUDA cores: with 128 bytes they spill (compiled, sm_80 to sm_100). So do
+       (8 to 24 bytes) given statistics on load on Blackwell, and grouped tiles on sm_120.
     2. 128 filters, fewer where there are fewer, by 128 pixels: each element loaded then takes part in 128 multiply-adds, which
        is what keeps the tensor cores busy from the L2. Half the filters for fp32, whose tiles are twice as large, and for
        grouped convolutions, where a wider tile only multiplies more zeros.
@@ -167,7 +169,9 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     if g.pointwise:
         g = replace(g, N=1, H=1, W=g.N * g.H * g.W)
 
-    half = flat or (single and not tf32 and arch.startswith("sm_"))
+    given = arch in BLACKWELL and "x_var" in launch.roles
+    grouped = arch == "sm_120" and 1 < g.groups < g.C
+    half = flat or (single and not tf32 and arch.startswith("sm_")) or given or grouped
     channels = power_of_two(_reduced_together(g, flat), 16, (512 if interpreted else 64 if half else 128) // itemsize)
     while not flat and channels > 32 and g.C % channels:
         channels //= 2
@@ -220,8 +224,9 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     * wgrad: 64 pixels a step, 32 of fp32 and where dy is made on load with addresses in registers (no descriptors). The pixels
       are split so that the programs fill the device once, each with at least 4 steps: what the last program adds up grows with
       the splits.
-    * Exact fp32 on NVIDIA: half the pixels of dgrad, 16 accumulators a thread in wgrad. On AMD, where loads in flight wait in
-      registers, 2 stages where y is read too. All of these spill otherwise (compiled; 8 bytes are left on sm_120, dgrad 1x1).
+    * Exact fp32 on NVIDIA: half the pixels of dgrad (on sm_120 of tf32 with a stride, too), 16 accumulators a thread in wgrad,
+      8 of half its channels where x has given statistics. On AMD, where loads in flight wait in registers, 2 stages where y is
+      read too. All of these spill otherwise (compiled).
     """
     g = launch.geometry
     assert isinstance(g, Geometry)
@@ -238,7 +243,9 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     if launch.kind == "wgrad":
         flat = g.groups == 1 and g.C * itemsize % 16 != 0
         filters = power_of_two(g.K, 16, wide)
-        channels = power_of_two(_reduced_together(g, flat), 16, 64 if flat else wide)
+        channels = power_of_two(
+            _reduced_together(g, flat), 16, 32 if exact and "x_var" in launch.roles else 64 if flat else wide
+        )
         while not flat and channels > 32 and g.C % channels:
             channels //= 2
         pixels = power_of_two(g.N * g.P * g.Q, 16, 512 if interpreted else 64)
@@ -261,7 +268,8 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         r, s = (ceil(size / stride) for size, stride in zip((g.R, g.S), g.stride, strict=True))
         # The pixels of one class as the output of a convolution of stride 1.
         one = Geometry(g.N, rows + r - 1, columns + s - 1, g.K, g.C, r, s)
-        pixels = power_of_two(g.N * rows * columns, 16, 512 if interpreted else 64 if exact or g.groups == g.C > 1 else 128)
+        low = exact or g.groups == g.C > 1 or (single and arch == "sm_120" and g.stride != (1, 1))
+        pixels = power_of_two(g.N * rows * columns, 16, 512 if interpreted else 64 if low else 128)
 
         def programs() -> int:
             box = (*best_box(pixels, one), channels)
@@ -275,7 +283,10 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         tile, splits = Tile(*best_box(pixels, one), filters, channels), 1
         staged = (pixels * (1 + reads_y) + channels) * filters * itemsize
         size = pixels * channels
-    a_thread = 16 if exact and launch.kind == "wgrad" else 32 if single or g.groups > 1 or reads_y else 64
+    if exact and launch.kind == "wgrad":
+        a_thread = 8 if "x_var" in launch.roles else 16
+    else:
+        a_thread = 32 if single or g.groups > 1 or reads_y else 64
     warps = power_of_two(size // (32 * a_thread), 4, 8)
     most = 2 if reads_y and arch.startswith("gfx") else 4
     stages = max(2, min(most, device.shared * 1024 // staged))
@@ -288,6 +299,8 @@ def shaped(launch: Launch, rows: int, columns: int, num_warps: int, arch: str) -
     ``rows``: pixels (wgrad: filters). ``columns``: filters (dgrad, wgrad: channels). None where the operands' extents make no
     sense of it (more than twice what there is), shared memory does not hold two stages, or a whole warpgroup multiplies and the
     rows that come first are fewer than its 64: Triton then takes the instructions of older devices (compiled, sm_90, wgrad).
+
+    On sm_120 always 8 warps with an exponential on load: 64 by 64 spills 16 bytes with 4 (compiled, SiLU).
     """
     g = launch.geometry
     assert isinstance(g, Geometry)
@@ -326,7 +339,8 @@ def shaped(launch: Launch, rows: int, columns: int, num_warps: int, arch: str) -
     if stages < 2:
         return None
     most = 2 if reads_y and arch.startswith("gfx") else 4
-    return replace(tile, num_warps=num_warps, num_stages=min(stages, most))
+    warps = 8 if arch == "sm_120" and launch.x_activation in EXPONENTIAL else num_warps
+    return replace(tile, num_warps=warps, num_stages=min(stages, most))
 
 
 def choose_strip(launch: Launch, arch: str) -> Strip:
@@ -334,9 +348,9 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
 
     2048 elements a step, 1024 of fp32: 16 (8) a thread, loaded 16 bytes at a time; 1024, too, where a max-pooling applies an
     exponential to each tap (2048 spill 240 bytes, compiled), and in its backward (behind a BatchNorm 2048 spill 8 bytes on
-    sm_90). Up to 256 channels, so that a row of a strip is whole sectors. Reductions take up to 16 steps, fewer while that
-    would leave less than 16 programs a multiprocessor: each step but the first saves a row of partials. The interpreter pays by
-    the program: all in one step there.
+    sm_90); 512 where the two meet (1024 spill 8 bytes on sm_80 and sm_120). Up to 256 channels, so that a row of a strip is
+    whole sectors. Reductions take up to 16 steps, fewer while that would leave less than 16 programs a multiprocessor: each
+    step but the first saves a row of partials. The interpreter pays by the program: all in one step there.
     """
     g = launch.geometry
     channels = power_of_two(g.y_shape[1], 1, 256)
@@ -344,6 +358,8 @@ def choose_strip(launch: Launch, arch: str) -> Strip:
         return Strip(max(1, 16384 // channels), channels)
     crowded = launch.kind == "max_pool_backward" or (launch.kind == "max_pool" and launch.x_activation in EXPONENTIAL)
     elements = 1024 if launch.dtype.itemsize == 4 or crowded else 2048
+    if launch.kind == "max_pool_backward" and launch.activation in EXPONENTIAL:
+        elements = 512
     if launch.kind in ("conv_end", "dgrad_end", "statistics") and len(launch.outputs) > 1:
         return Strip(4 * elements // channels, channels, num_warps=8)  # a row of partials for each strip: fewer, larger ones
     steps = 1

@@ -28,7 +28,6 @@ FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d", *SHARED]
 #: another tile or with fewer warps takes more of them and spills nothing. docs/evidence.md has the registers.
 SPILLED = {
     ("sm_80", "gelu on load 3x3", False): 40,
-    ("sm_80", "max_pool_backward gelu", False): 8,
     ("sm_80", "dgrad 3x3 at 14x14 fp32", True): 16,
     ("sm_80", "dgrad 3x3 stride 2 fp32", True): 16,
     ("sm_86", "dgrad 1x1 fp32", False): 8,
