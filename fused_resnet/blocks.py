@@ -82,8 +82,8 @@ class Fused(nn.Module):
         such a call without gradients; else None. In one look at each module: where their tensors lie the prepared launches see
         for themselves (but for filters that they were given as images, and for what a BatchNorm on load reads).
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hooks_everywhere():
-            return None
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or hooks_everywhere():
+            return None  # (other tracers come with tensors of their own)
         memory: Memory | None = self.__dict__.get(ATTRIBUTE)
         entry = None if memory is None else memory.entries.get(what)
         if entry is None or not entry.value.ready or inputs.transformed_eagerly():

@@ -214,6 +214,9 @@ class Reading:
         return NONE if self.dimensions == 4 else MATRICES
 
 
+_STATE = nn.modules.module
+
+
 def hooked(module: nn.Module) -> bool:
     """Somebody watches or changes what goes in or out of this module (alone; see also :func:`hooks_everywhere`)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
@@ -221,12 +224,11 @@ def hooked(module: nn.Module) -> bool:
 
 def hooks_everywhere() -> bool:
     """Somebody watches all modules."""
-    state = nn.modules.module
     return bool(
-        state._global_forward_hooks
-        or state._global_forward_pre_hooks
-        or state._global_backward_hooks
-        or state._global_backward_pre_hooks
+        _STATE._global_forward_hooks
+        or _STATE._global_forward_pre_hooks
+        or _STATE._global_backward_hooks
+        or _STATE._global_backward_pre_hooks
     )
 
 

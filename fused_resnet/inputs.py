@@ -14,6 +14,8 @@ from .chain import Chain, Layer, shape_behind
 from .describe import Reading
 from .launch import accumulation_dtype
 
+_traced, _functorch = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+
 #: Types and devices of x for which a chain's parameters were found to be right.
 Fitting = set[tuple[torch.dtype, torch.device]]
 
@@ -186,6 +188,4 @@ def transformed() -> bool:
 
 def transformed_eagerly() -> bool:
     """As :func:`transformed`, for those who know that nothing is compiled."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return _traced() is not None or forward_ad._current_level >= 0 or _functorch() is not None

@@ -86,17 +86,20 @@ def _environment() -> str | None:
     return os.environ.get(_VARIABLE) if _KEY in _RAW else None
 
 
-def choose(requested: str | None, device: torch.device) -> str:
-    """The backend for tensors on ``device``: argument, context, environment, else by the device."""
+def chosen(requested: str | None) -> str | None:
+    """The backend that somebody has chosen: argument, context, environment; None: nobody."""
     if requested is not None:
         return check_name(requested)
     name = _context.get()
     if name is not None:
         return name
     name = _environment()
-    if name:
-        return check_name(name, _VARIABLE)
-    return _DEVICE_DEFAULT.get(device.type, "reference")
+    return check_name(name, _VARIABLE) if name else None
+
+
+def choose(requested: str | None, device: torch.device) -> str:
+    """The backend for tensors on ``device``: argument, context, environment, else by the device."""
+    return chosen(requested) or _DEVICE_DEFAULT.get(device.type, "reference")
 
 
 #: Dimensions of a chain's input, rows [N, C] or signals [N, C, L] -> multiplications of its layers up to which a training step
@@ -119,7 +122,7 @@ def leaves_alone(requested: str | None, dimensions: int, multiplications: float)
     """
     if multiplications > _ALONE.get(dimensions, -1):
         return False
-    return requested is None and _context.get() is None and not _environment()
+    return chosen(requested) is None
 
 
 def alone_up_to(dimensions: int) -> str:
@@ -447,10 +450,8 @@ class Ready:
         return slots["out"]
 
 
-@cache
-def prepares(name: str) -> bool:
-    """Whether a backend's executor has anything to prepare."""
-    return hasattr(executor(name), "prepare")
+#: The backend whose executor has something to prepare: a launch of Triton's is begun in a handful of microseconds as it is.
+PREPARES = "cpu"
 
 
 def observed() -> bool:

@@ -242,6 +242,10 @@ def _region(structure: Structure | None, module: Any) -> tuple[Region | None, li
     return region, _inside(module, region)
 
 
+#: What :meth:`.blocks.Fused.recall` takes for a forward that is called with tensors.
+_OF_TENSORS = ("region", None), partial(_region, None)
+
+
 def _inside(module: nn.Module, region: Region) -> list[nn.Module]:
     """The modules inside that a traced forward depends on."""
     inside = [descend(module, guard.path) for guard in region.guards if guard.path]
@@ -281,13 +285,16 @@ class FusedRegion(Fused):
             out = self.again(_whole, args[0])
             if out is not None:
                 return out
-        plain = all(isinstance(x, Tensor) for x in args)
+        plain = isinstance(args[0], Tensor) if len(args) == 1 else all(isinstance(x, Tensor) for x in args)
         structure = None if plain or kwargs else structure_of(args)
         if kwargs or not (plain or structure is not None):
             return super().forward(*args, **kwargs)
-        region = self.recall(("region", structure), partial(_region, structure))
+        if structure is None:
+            region = self.recall(*_OF_TENSORS)
+        else:
+            region = self.recall(("region", structure), partial(_region, structure))
         regions: Regions | None = self.__dict__.get("fused_region")
-        if regions is not None and not torch.compiler.is_compiling():
+        if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
             regions.called[self.training] = structure
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
