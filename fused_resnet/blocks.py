@@ -102,7 +102,7 @@ class Fused(nn.Module):
             return False
         memory: Memory | None = self.__dict__.get(ATTRIBUTE)
         little: Little | None = None if memory is None else memory.little
-        if little is None or not little.children.same(self):
+        if little is None or little.training is not self.training or not little.children.same(self):
             little = self._little()
         if x.dim() != little.dimensions or not x.is_cpu or self.fused_memory != "default":
             return False
@@ -116,8 +116,9 @@ class Fused(nn.Module):
     def _little(self) -> Little:
         """How much work this module's chains are, found anew."""
         memory = Memory.of(self)
-        memory.little = Little.of(self)
-        return memory.little
+        little, lasts = Little.of(self)
+        memory.little = little if lasts else None
+        return little
 
     def run(self, parts_of: Callable[[Any], Parts], x: Tensor, unfused: Callable[..., Tensor], *skip: Tensor) -> Tensor:
         """``x`` through the chain that the modules ``parts_of(self)`` are now, or through ``unfused`` where they are none; with
@@ -182,30 +183,32 @@ class Little(NamedTuple):
     """How much work a module's chains are.
 
     Attributes:
-        children: what it was read off. Other shapes of the same modules' filters are not seen: both ways are right.
+        training, children: what it was read off. Other shapes of the same modules' filters are not seen: both ways are right.
         dimensions: of the input of all chains; 0 for several kinds, images, no chain, or ranks that share a batch.
         work: multiplications of a chain, on average, for an element of the input of the first.
     """
 
+    training: bool
     children: Children
     dimensions: int = 0
     work: float = 0
 
     @staticmethod
-    def of(module: Fused) -> Little:
-        """Of a module as it is now."""
+    def of(module: Fused) -> tuple[Little, bool]:
+        """Of a module as it is now, and whether it is so while its mode and children stay the same."""
         chains = [parts for _, parts in module.chains()]
         children = Children(module, [inner for parts in chains for inner in parts.watched])
         readings = [read(parts, module.fused_memory) for parts in chains]
         dimensions = {reading.dimensions for reading in readings}
         shared = any(isinstance(norm, nn.SyncBatchNorm) for parts in chains for norm in parts.norms)
+        lasts = bool(chains) and all(reading.lasts and reading.chain is not None for reading in readings)
         if len(dimensions) != 1 or dimensions == {4} or shared:
-            return Little(children)
+            return Little(module.training, children), lasts
         weights = [getattr(layer.conv, "weight", None) for parts in chains for layer in parts.weight_layers]
         elements = sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
         spec = readings[0].chain
         channels = spec.layers[0].channels if spec is not None else 1
-        return Little(children, dimensions.pop(), elements / len(chains) / channels)
+        return Little(module.training, children, dimensions.pop(), elements / len(chains) / channels), lasts
 
 
 def _projection(downsample: nn.Module) -> tuple[WeightLayer | None, str | None]:
@@ -461,7 +464,8 @@ class FusedSequential(Fused):
                 found = self.recall("segments", _segments)
                 for part, reading in found:
                     x = part(x) if reading is None else self.run_reading(reading, x, partial(_one_by_one, part))[0]
-                if len(found) == 1 and not torch.is_grad_enabled():
+                alone = len(found) == 1 and found[0][1] is not None and Memory.of(self).knows("segments")
+                if alone and not torch.is_grad_enabled():
                     self.recall(_whole, _whole)
         return x.contiguous() if self.gives_contiguous else x
 
@@ -480,8 +484,9 @@ def _segments(module: FusedSequential) -> tuple[list[tuple[Any, Reading | None]]
 
 def _whole(module: FusedSequential) -> tuple[Reading | None, Iterable[nn.Module] | None]:
     """The chain that is all of a Sequential, as it is remembered, and what it was read off."""
-    ((part, reading),) = module.recall("segments", _segments)
-    return reading, part.watched if reading is not None and reading.lasts else None
+    found = module.recall("segments", _segments)
+    reading = found[0][1] if len(found) == 1 else None  # another thread may have added a layer
+    return reading, found[0][0].watched if reading is not None and reading.lasts else None
 
 
 def _one_by_one(parts: Parts, x: Tensor) -> Tensor:

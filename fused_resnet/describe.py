@@ -245,7 +245,8 @@ def _padding(conv: Any) -> tuple[int, ...] | None:
         return _sides(conv.padding, conv)
     if conv.padding == "valid":
         return tuple([0 for _ in conv.kernel_size])
-    total = [dilation * (kernel - 1) for dilation, kernel in zip(_sides(conv.dilation, conv), conv.kernel_size, strict=True)]
+    kernel_size = conv.weight.shape[2:]  # not conv's own: PyTorch does not read that either
+    total = [dilation * (kernel - 1) for dilation, kernel in zip(_sides(conv.dilation, conv), kernel_size, strict=True)]
     return tuple([side // 2 for side in total]) if all(side % 2 == 0 for side in total) else None
 
 

@@ -67,7 +67,7 @@ class Watched:
     """
 
     __slots__ = (
-        *("children", "count", "kind", "objects", "objects_of", "uncalled", "values", "values_of"),
+        *("children", "count", "kind", "names", "objects", "objects_of", "uncalled", "values", "values_of"),
         *("matrices", "tensors", "vectors"),
     )
 
@@ -94,11 +94,13 @@ class Watched:
         self.objects_of = tuple(objects)
         self.objects = tuple(own[name] for name in objects)
         self.children = dict(own["_modules"])
+        self.names = tuple(self.children)
         self.tensors = (*own["_parameters"].items(), *own["_buffers"].items())
         try:
-            places = [(tensor, tensor.data_ptr(), tensor.shape) for _, tensor in self.tensors if tensor is not None]
+            tensors = [tensor for _, tensor in self.tensors if tensor is not None]
+            places = [(tensor, tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
             self.vectors = tuple(place for place in places if len(place[2]) < 2)
-            self.matrices = tuple((*place, place[0].stride()) for place in places if len(place[2]) >= 2)
+            self.matrices = tuple(place for place in places if len(place[2]) >= 2)
         except RuntimeError as error:  # of a transform, or without memory
             raise CannotWatchError(str(error)) from None
 
@@ -124,7 +126,10 @@ def unchanged(seen: Iterable[tuple[nn.Module, Watched]], places: int = ALL) -> b
     """
     for module, was in seen:
         own = module.__dict__
-        if module.__class__ is not was.kind or len(own) != was.count or own["_modules"] != was.children:
+        children = own["_modules"]
+        if module.__class__ is not was.kind or len(own) != was.count or children != was.children:
+            return False
+        if children and tuple(children) != was.names:  # dicts in another order are equal
             return False
         if not was.uncalled and (
             own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
@@ -154,8 +159,8 @@ def unchanged(seen: Iterable[tuple[nn.Module, Watched]], places: int = ALL) -> b
                 if tensor.data_ptr() != address or tensor.shape != shape or tensor.stride() != strides:
                     return False
             if places == ALL:
-                for tensor, address, shape in was.vectors:
-                    if tensor.data_ptr() != address or tensor.shape != shape:
+                for tensor, address, shape, strides in was.vectors:
+                    if tensor.data_ptr() != address or tensor.shape != shape or tensor.stride() != strides:
                         return False
     return True
 
@@ -176,7 +181,7 @@ class Children:
         self.inner = tuple((outer, dict(outer._modules)) for outer in map(module.get_submodule, sorted(above)))
 
     def same(self, module: nn.Module) -> bool:
-        """Whether they are the same modules."""
+        """Whether they are the same modules, in whatever order."""
         return module._modules == self.own and all([outer._modules == children for outer, children in self.inner])
 
 
@@ -223,6 +228,10 @@ class Memory:
             return entry.value
         self.entries.clear()
         return None
+
+    def knows(self, what: Any) -> bool:
+        """Whether something is remembered by that name, holding or not."""
+        return what in self.entries
 
     def remember(self, what: Any, value: Any, module: nn.Module, others: Iterable[nn.Module]) -> None:
         """Remember ``value`` for as long as the module and the others stay as they are."""

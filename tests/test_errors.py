@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -185,6 +186,8 @@ def test_backend_order_argument_context_environment_device(monkeypatch: pytest.M
         assert ran_on(fuse(tiny(), backend="reference")) == {"reference"}
     monkeypatch.setenv("FUSED_RESNET_BACKEND", "")
     assert ran_on(net) == {"cpu"}, "empty is not set"
+    with mock.patch("os.environ", {**os.environ, "FUSED_RESNET_BACKEND": "reference"}):
+        assert ran_on(net) == {"reference"}, "a dict in the environment's place"
 
 
 def test_context_is_left_after_an_error() -> None:

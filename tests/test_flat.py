@@ -214,6 +214,21 @@ def test_little_work_is_trained_unfused_unless_a_backend_is_chosen(name: str, mo
     assert steps(fused, x) == launches
 
 
+def test_little_work_is_known_once_nothing_stands_in_the_way() -> None:
+    """Hooks, and a mode in which there is no chain, say nothing about the calls to come."""
+    net, x = fused_resnet.fuse(mlp()), torch.randn(9, 12)
+    handle = net[0].register_forward_hook(lambda _m, _x, y: y)
+    assert steps(net, x) == 0
+    handle.remove()
+    assert steps(net, x) == 0
+    net.eval()
+    assert steps(net, x) == 0
+    with nn.modules.module.register_module_forward_hook(lambda _m, _x, y: y):
+        net.train()
+        assert steps(net, x) == 0
+    assert steps(net, x) == 0
+
+
 def test_what_little_work_is() -> None:
     """Its multiplications count, of both layers of a block; images have none too few."""
     block = fused_resnet.fuse(ResidualMLP(500, 500))

@@ -243,6 +243,80 @@ def test_a_module_that_is_one_chain_sees_what_changes(make: Callable[[int], nn.M
     assert relative_error(again, plain(x) if how == "training mode" else expected) < CLOSE
 
 
+class Structured(Whole):
+    """The same in what ``kind`` makes of it."""
+
+    def __init__(self, kind: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__(2)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(super().forward(x), x)
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda y, x: {"out": y}, lambda y, x: (y,), lambda y, x: (y, x), lambda y, x: [y, y], lambda y, x: x]
+)
+def test_a_chain_in_a_structure_stays_there(kind: Callable[[Tensor, Tensor], Any]) -> None:
+    plain = randomise(Structured(kind)).eval()
+    fused, x = fuse(copy.deepcopy(plain)), torch.randn(4, 8)
+    with torch.no_grad():
+        for _ in range(5):
+            torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_the_order_of_children_is_seen() -> None:
+    plain = randomise(_in_a_row(4)).eval()
+    fused, x = fuse(copy.deepcopy(plain)), torch.randn(4, 8, 5, 6)
+    with torch.no_grad():
+        for _ in range(4):
+            fused(x)
+        for net in (plain, fused):
+            norm = net._modules.pop("1")
+            net._modules["1"] = norm
+        assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+@pytest.mark.parametrize("dimensions", [2, 4])
+def test_vectors_that_lie_otherwise_in_the_same_memory(dimensions: int) -> None:
+    plain = randomise(Whole(dimensions)).eval()
+    memory = torch.rand(8, 2) + 0.5
+    plain.norm.running_var = memory.flatten()[:8]
+    fused, x = fuse(copy.deepcopy(plain)), torch.randn(4, 8, *(5, 6)[: dimensions - 2])
+    with torch.no_grad():
+        for _ in range(4):
+            fused(x)
+        other = fused.norm.running_var.as_strided((8,), (2,))
+        assert other.data_ptr() == fused.norm.running_var.data_ptr()
+        fused.norm.running_var.data = other
+        plain.norm.running_var = memory[:, 0]
+        assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+def test_same_padding_goes_by_the_filters() -> None:
+    """As in eager PyTorch, which does not ask for the attribute ``kernel_size``."""
+    plain = randomise(nn.Sequential(nn.Conv2d(8, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    fused, x = fuse(copy.deepcopy(plain)), torch.randn(2, 8, 9, 7)
+    other = nn.Parameter(torch.randn(8, 8, 5, 5))
+    with torch.no_grad():
+        for _ in range(4):
+            fused(x)
+        plain[0].weight, fused[0].weight = other, other
+        assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+def test_what_is_called_with_a_list_in_between_is_told_as_it_was_called_last() -> None:
+    class Either(Whole):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x[0] if isinstance(x, list) else x)
+
+    net, x = fuse(randomise(Either(2)).eval()), torch.randn(4, 8)
+    with torch.no_grad():
+        for given in (x, x, x, x, [x], x):
+            net(given)
+    assert net.fused_region.called[False] is None
+
+
 def test_what_hooks_see_comes_back_with_their_end(reads: list[Any]) -> None:
     net, x, calls = fuse(_net()), _x(), []
     with torch.no_grad():

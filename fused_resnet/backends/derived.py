@@ -63,7 +63,7 @@ def _look(source: Tensor) -> Callable[[], Any] | None:
 class Entry:
     """A value, and the tensors that it was made of as they were: addresses, versions, shapes, strides, (some) values.
 
-    The version is None for inference tensors, the strides are None for vectors.
+    The version is None for inference tensors, the strides are None for contiguous vectors.
     """
 
     __slots__ = ("seen", "value")
@@ -72,7 +72,7 @@ class Entry:
         seen = []
         for index, source in enumerate(sources):
             version = None if source.is_inference() else source._version
-            strides = source.stride() if source.dim() > 1 else None
+            strides = None if source.dim() < 2 and source.is_contiguous() else source.stride()
             look = _look(source)
             was = None if look is None else look()
             seen.append((ref(source, None if index else forget), source.data_ptr(), version, source.shape, strides, look, was))
@@ -89,7 +89,7 @@ class Entry:
                 or source.data_ptr() != address
                 or (version is not None and source._version != version)
                 or source.shape != shape
-                or (strides is not None and source.stride() != strides)
+                or (not source.is_contiguous() if strides is None else source.stride() != strides)
                 or (look is not None and look() != was)
             ):
                 return False

@@ -202,8 +202,11 @@ class _Writer:
         required, _ = arguments_of(self.module)
         reasons = {**self.matcher.reasons, **self.traced.leaves}
         inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
-        nodes = [node.op for node in self.graph.nodes]
-        whole = len(sites) == 1 and structure is None and nodes == ["placeholder", "placeholder", "call_function", "output"]
+        itself, *nodes = self.graph.nodes
+        whole = (
+            structure is None and len(sites) == 1 and [node.op for node in nodes] == ["placeholder", "call_function", "output"]
+        )
+        whole = whole and nodes[1].args == (itself, nodes[0]) and nodes[2].args == (nodes[1],)
         return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure, whole)
 
     def _folded_parent(self, frame: Frame) -> Frame | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import Fused, read_off
 from ..describe import Entry, Parts, Reading, WeightLayer, hooks_everywhere
+from ..watch import Memory
 from .arguments import Structure, structure_of, tensors_of, told
 from .guards import Guard, descend
 from .tracing import LOCK
@@ -255,7 +256,7 @@ def _inside(module: nn.Module, region: Region) -> list[nn.Module]:
 def _whole(module: Any) -> tuple[Reading | None, list[nn.Module] | None]:
     """The chain that is all of a region's forward, as it is remembered, and what all of that was read off."""
     region, _ = usable(module)
-    if region is None or not region.whole:
+    if region is None or not region.whole:  # another thread
         return None, None
     parts_of = region.sites[0].parts
     reading = module.recall(parts_of, partial(read_off, parts_of))
@@ -293,12 +294,13 @@ class FusedRegion(Fused):
             region = self.recall(*_OF_TENSORS)
         else:
             region = self.recall(("region", structure), partial(_region, structure))
+            Memory.of(self).entries.pop(_whole, None)  # the next call with a tensor is one of another kind again
         regions: Regions | None = self.__dict__.get("fused_region")
         if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
             regions.called[self.training] = structure
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
         out = region.run(self, *(args if plain else tensors_of(args)))
-        if region.whole and plain and not torch.is_grad_enabled():
+        if region.whole and plain and not torch.is_grad_enabled() and Memory.of(self).knows(region.sites[0].parts):
             self.recall(_whole, _whole)  # the next call asks once for both
         return out

@@ -103,7 +103,7 @@ def ranked(launch: Launch, device: Device, tf32: bool = False) -> list[tuple[flo
         # Fewer stages where that makes room for another program.
         depths = {tile.num_stages, *(stages for stages in (2, 3) if stages < tile.num_stages)}
         for stages in sorted(depths):
-            held = max(1, model.resident(limit, registers, shared * stages + 1024, warps)[0])
+            held = max(1, model.resident(limit, registers, shared * stages + 1024, tile.num_warps)[0])
             for splits in _splits(launch, tile, held, device.multiprocessors):
                 option = replace(tile, num_stages=stages, splits=splits)
                 option = replace(option, group=order_of_programs(launch, option, device, held))
