@@ -29,8 +29,10 @@ SMALL = 20480
 #: Multiplications, elements of the filters, and pixels times taps times channels, up to which it is faster. *Measured* on 2
 #: threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, medians of 60: 1x1 64 to 64 at 16x16 (1.0 M multiplications)
 #: 18 us (oneDNN, laid out, 37), 80 to 480 at 7x7 (1.9 M) 33 (44), 160 to 960 (7.5 M) 112 (97); 3x3, of 2.4 M each, 64 at 8x8 37
-#: (46), 32 at 16x16 40 (47), but 16 at 32x32 59 (49), and 512 at 1x1, whose filters come from memory, 156 (36).
-MOST_WORK, MOST_FILTERS, MOST_READ = 5 * 2**19, 2**18, 2**17
+#: (46), 32 at 16x16 40 (47), but 16 at 32x32 59 (49), and 512 at 1x1, whose filters come from memory, 156 (36). Six layers in
+#: turn: 192 of 3 taps on 16 samples (110,592 elements) 41 (44), 512 to 256 at 4x4 (131,072) 47 (48), 3x3 128 at 4x4 (147,456)
+#: 52 (46), 480 to 480 at 3x3 (230,400) 81 (56).
+MOST_WORK, MOST_FILTERS, MOST_READ = 5 * 2**19, 2**17, 2**17
 #: Elements of a Linear's filters from which they are laid out for oneDNN. *Measured* likewise, twelve Linears in turn, us each,
 #: PyTorch's product, oneDNN's: 256 to 256 features, 1 row 10, 26; 16 rows 29, 31; 128 rows 149, 140. 512 to 512: 142, 114; 173,
 #: 91; 570, 410. 1024 to 1024: 298, 198; 661, 288; 2097, 1315. 2048 to 2048: 898, 618; 2279, 987; 8405, 5634.
