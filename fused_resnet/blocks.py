@@ -77,13 +77,20 @@ class Fused(nn.Module):
                 memory.remember(what, value, self, modules)
         return value
 
+    def remembers(self, what: Any) -> bool:
+        """Whether a call without gradients finds something remembered as ``what``."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        memory: Memory | None = self.__dict__.get(ATTRIBUTE)
+        return memory is not None and what in memory.entries
+
     def again(self, what: Any, x: Any, second: Tensor | None = None, donate: bool = False) -> Any:
         """``x`` through the chain whose reading is remembered as ``what``, where all is as it was and the chain is prepared for
         such a call without gradients; else None. In one look at each module: where their tensors lie the prepared launches see
         for themselves (but for filters that they were given as images, and for what a BatchNorm on load reads).
         """
         if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or hooks_everywhere():
-            return None  # (other tracers come with tensors of their own)
+            return None  # (other tracers of compilers come with tensors of their own)
         memory: Memory | None = self.__dict__.get(ATTRIBUTE)
         entry = None if memory is None else memory.entries.get(what)
         if entry is None or not entry.value.ready or inputs.transformed_eagerly():
@@ -464,8 +471,7 @@ class FusedSequential(Fused):
                 found = self.recall("segments", _segments)
                 for part, reading in found:
                     x = part(x) if reading is None else self.run_reading(reading, x, partial(_one_by_one, part))[0]
-                alone = len(found) == 1 and found[0][1] is not None and Memory.of(self).knows("segments")
-                if alone and not torch.is_grad_enabled():
+                if len(found) == 1 and found[0][1] is not None and self.remembers("segments"):
                     self.recall(_whole, _whole)
         return x.contiguous() if self.gives_contiguous else x
 

@@ -229,10 +229,6 @@ class Memory:
         self.entries.clear()
         return None
 
-    def knows(self, what: Any) -> bool:
-        """Whether something is remembered by that name, holding or not."""
-        return what in self.entries
-
     def remember(self, what: Any, value: Any, module: nn.Module, others: Iterable[nn.Module]) -> None:
         """Remember ``value`` for as long as the module and the others stay as they are."""
         try:

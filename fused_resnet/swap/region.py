@@ -294,13 +294,14 @@ class FusedRegion(Fused):
             region = self.recall(*_OF_TENSORS)
         else:
             region = self.recall(("region", structure), partial(_region, structure))
-            Memory.of(self).entries.pop(_whole, None)  # the next call with a tensor is one of another kind again
+            if self.remembers(_whole):
+                Memory.of(self).entries.pop(_whole, None)  # the next call with a tensor is one of another kind again
         regions: Regions | None = self.__dict__.get("fused_region")
         if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
             regions.called[self.training] = structure
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
         out = region.run(self, *(args if plain else tensors_of(args)))
-        if region.whole and plain and not torch.is_grad_enabled() and Memory.of(self).knows(region.sites[0].parts):
+        if region.whole and plain and self.remembers(region.sites[0].parts):
             self.recall(_whole, _whole)  # the next call asks once for both
         return out
