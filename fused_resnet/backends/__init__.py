@@ -391,14 +391,14 @@ class Ready:
         rows: it takes rows [N, C] as they are, which need not be made images of one pixel.
     """
 
-    __slots__ = ("inputs", "row", "rows", "steps")
+    __slots__ = ("in_turn", "inputs", "rows", "steps")
 
     def __init__(self, inputs: tuple[str, ...], steps: tuple[Any, ...]) -> None:
         self.inputs, self.steps = inputs, steps
         self.rows = all(getattr(call, "rows", False) for call, *_ in steps)
-        self.row = self._row()
+        self.in_turn = self._in_turn()
 
-    def _row(self) -> tuple[tuple[Any, bool], ...] | None:
+    def _in_turn(self) -> tuple[tuple[Any, bool], ...] | None:
         """The steps with whether the input is the shortcut, where each reads what the one before has made."""
         before = self.inputs[0]
         for _, x, shortcut, out, _ in self.steps:
@@ -434,10 +434,10 @@ class Ready:
             OtherParametersError: what it says; no input has been written to.
         """
         images = inputs[0].dim() == 4
-        if self.row is not None:
+        if self.in_turn is not None:
             x = inputs[0].contiguous(memory_format=torch.channels_last) if images else inputs[0]
             y = x
-            for call, adds in self.row:
+            for call, adds in self.in_turn:
                 y = call(y, x if adds else None)
             return y
         given = [x.contiguous(memory_format=torch.channels_last) for x in inputs] if images else inputs
