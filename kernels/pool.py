@@ -164,8 +164,8 @@ def max_pool_backward(
             if BACKWARD is not None:
                 z = value.to(tl.float32)
                 if x_bn is not None:
-                    # Rounded, as what was pooled. In fp32: the form for 16 bits spills here (sm_90).
-                    z = rounded(batch_norm(z, channels, exists, None, *x_bn), value.dtype).to(tl.float32)
+                    # In fp32: the form for 16 bits spills here (sm_90).
+                    z = batch_norm(z, channels, exists, None, *x_bn)
                 gradient = BACKWARD(gradient, z, slope)
         gradient = rounded(gradient, dx.dtype.element_ty)
         tl.store(dx + offsets, gradient, mask=mask)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nets import CHAINS, TRAINING_CHAINS, chain_inputs, copies, images, plain_chain, randomise, tiny
 from test_reference import GEOMETRIES, ONE_RESULT, make, statistics, tensors, truth
-from tolerances import assert_close, assert_no_worse, relative_error
+from tolerances import assert_close, assert_no_worse, distance, relative_error
 from torch import nn
 
 from fused_resnet import backends, count_launches, fuse
@@ -241,6 +241,16 @@ def test_statistics_are_no_worse_than_eagers(shape: tuple[int, ...], deviations:
         theirs = eagers, invstd.double() ** -2
         for what, ours, eager, expected in zip(("mean", "variance"), cpu._moments(shifted), theirs, truth, strict=True):
             assert_no_worse(relative_error(ours, expected), relative_error(eager, expected), what)
+
+
+@pytest.mark.parametrize("shape", [(8, 256, 28, 28), (2, 64, 56, 56), (8, 1024, 7, 7)], ids=str)
+def test_statistics_are_as_exact_as_if_added_up_in_fp64(shape: tuple[int, ...]) -> None:
+    """Which is what eager does with contiguous tensors, though not with channels_last ones."""
+    y = torch.randn(shape)
+    truth = y.double().var((0, 2, 3), correction=0)
+    _, _, invstd = torch.native_batch_norm(y, None, None, None, None, True, 0.1, 0.0)
+    _, var = cpu._moments(y.contiguous(memory_format=torch.channels_last))
+    assert_no_worse(distance([(var, truth)]), distance([(invstd.double() ** -2, truth)]), "variance", floor=1e-7)
 
 
 def test_one_channel_with_a_large_mean_harms_no_other() -> None:

@@ -16,7 +16,7 @@ import torch
 from fused_resnet.backends.triton_compile import weightless_operands
 from fused_resnet.gpu import networks, operands, profile, scope, suite, summary, timing, warm
 from fused_resnet.gpu.results import empty
-from fused_resnet.launch import Launch
+from fused_resnet.launch import Launch, PoolGeometry
 from fused_resnet.network import Use
 
 CPU = torch.device("cpu")
@@ -42,17 +42,15 @@ def test_a_wrong_element_is_found(kind: str, dtype: torch.dtype) -> None:
     launch = launch_of(kind, dtype=dtype)
     given = operands.random_operands(launch, CPU, 3)
     truth = operands.truth(launch, given)
-    assert (
-        operands.compare(launch, {role: t.to(launch.dtype) if t.dim() == 4 else t for role, t in truth.items()}, truth).wrong
-        == ()
-    )
+    stored = {role: tensor.to(launch.dtype) if tensor.dim() == 4 else tensor for role, tensor in truth.items()}
+    assert operands.compare(launch, given, stored, truth).wrong == ()
     for role, tensor in truth.items():
         if not tensor.is_floating_point():
             continue
         for value in (0.03 * tensor.abs().max().item(), torch.nan):
             changed = {**truth, role: tensor.clone()}
             changed[role][(-1,) * tensor.dim()] += value
-            assert [text.split()[0] for text in operands.compare(launch, changed, truth).wrong] == [role]
+            assert [text.split()[0] for text in operands.compare(launch, given, changed, truth).wrong] == [role]
 
 
 def test_a_mask_may_fall_on_either_side_rarely() -> None:
@@ -61,13 +59,38 @@ def test_a_mask_may_fall_on_either_side_rarely() -> None:
     truth = {"dx": torch.randn(64, 64, 64, 64)}
     one = {"dx": truth["dx"].clone()}
     one["dx"][3, 2, 1, 0] += 3
-    verdict = operands.compare(launch, one, truth)
+    verdict = operands.compare(launch, {}, one, truth)
     assert verdict.wrong == () and 0 < verdict.undecided < 1e-5
     column = {"dx": truth["dx"].clone()}
     column["dx"][0, :, :, -1] = 0
-    assert operands.compare(launch, column, truth).wrong
+    assert operands.compare(launch, {}, column, truth).wrong
     plain = launch_of("dgrad", epilogue="store")
-    assert operands.compare(plain, one, truth).wrong
+    assert operands.compare(plain, {}, one, truth).wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_choice_of_a_pooling_is_worth_its_maximum(dtype: torch.dtype) -> None:
+    """One of two that are apart by a rounding is as good as the other; one of many equal ones only rarely; a smaller one never."""
+    g = PoolGeometry(1, 6, 6, 2, kernel=(3, 3), stride=(2, 2), padding=(1, 1))
+    launch = Launch("max_pool", "", g, dtype, (("x", "x"),), (("y", "y"), ("indices", "indices")))
+    x = torch.linspace(1, 8, 72, dtype=dtype).view(1, 2, 6, 6)
+    given = {"x": x}
+    truth = operands.truth(launch, given)
+
+    def wrong_with(place: int) -> tuple[str, ...]:
+        """As the truth but for the last window of the first channel, whose taps 0 to 8 are the last nine pixels."""
+        indices = operands.truth(launch, given)["indices"].clone()
+        indices[0, 0, -1, -1] = place
+        return operands.compare(launch, given, {**truth, "indices": indices}, truth).wrong
+
+    assert truth["indices"][0, 0, -1, -1] == 8 and wrong_with(8) == ()
+    for place in (7, 0, 9, 255):
+        assert wrong_with(place) == ("indices 0.0e+00 of equal maxima, 1 of others",), place
+    x[0, 0, -1, -2] = torch.nextafter(x[0, 0, -1, -1], torch.zeros((), dtype=dtype))
+    assert wrong_with(7) == () and len(wrong_with(6)) == 1
+    x[0, 0, -1, -2] = x[0, 0, -1, -1]
+    truth = operands.truth(launch, given)
+    assert truth["indices"][0, 0, -1, -1] == 7 and len(wrong_with(8)) == 1  # one of 18 is no rare one
 
 
 def test_operands_are_fresh_and_of_the_roles() -> None:

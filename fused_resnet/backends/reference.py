@@ -312,15 +312,20 @@ def _steps(index: Tensor, length: int, count: int) -> Tensor | None:
     return steps
 
 
-def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """Gradient of the pooling's input from the places of :func:`pooled`. Of ``x`` only shape and type matter."""
-    rows, columns = _window_starts(g, x.device)
+def flat_places(g: PoolGeometry, indices: Tensor) -> Tensor:
+    """Where in its plane each place of :func:`pooled` lies, as ``F.max_pool2d(return_indices=True)`` counts; int64."""
+    rows, columns = _window_starts(g, indices.device)
     place, r = indices.to(_within(g)), _steps(indices, g.kernel[1], g.kernel[0])
     if g.dilation[1] > 1:
         place.mul_(g.dilation[1])
     if r is not None:  # indices is r * S + s
         place.add_(r, alpha=g.dilation[0] * g.W - g.dilation[1] * g.kernel[1])
-    flat = place.to(torch.int32).add_(rows + columns).to(torch.int64, memory_format=torch.channels_last)
+    return place.to(torch.int32).add_(rows + columns).to(torch.int64, memory_format=torch.channels_last)
+
+
+def scattered(g: PoolGeometry, dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """Gradient of the pooling's input from the places of :func:`pooled`. Of ``x`` only shape and type matter."""
+    flat = flat_places(g, indices)
     dy = dy.contiguous(memory_format=torch.channels_last)
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, g.kernel, g.stride, g.padding, g.dilation, False, flat)
 

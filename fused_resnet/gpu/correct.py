@@ -84,7 +84,7 @@ def _check(use: Use, device: torch.device, seed: int, gpu: str) -> Row:
     given = operands.random_operands(launch, device, seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         first, second = (operands.run(launch, given) for _ in range(2))
-    verdict = operands.compare(launch, first, operands.truth(launch, given))
+    verdict = operands.compare(launch, given, first, operands.truth(launch, given))
     unequal = [role for role in first if not _same(first[role], second[role])]
     how = choose(launch, arch_of(device) or "interpreter", gpu=gpu, multiprocessors=multiprocessors_of(device)).how
     problems = list(verdict.wrong)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..backends import reference
 from ..backends.triton_arguments import weightless_operands
-from ..launch import PROLOGUES, Geometry, Launch
+from ..launch import PROLOGUES, Geometry, Launch, PoolGeometry
 
 Operands = dict[str, Tensor]
 
@@ -24,7 +24,8 @@ Operands = dict[str, Tensor]
 IN_PLACE = ("running_mean", "running_var", "batches")
 
 #: Part of the elements that may differ where a value next to zero decides: on which side of a ReLU it falls, which of two
-#: equal maxima is the first. A wrong rim, tile or tap is more than that.
+#: equal maxima is the first. A wrong rim, tile or tap is more than that. Where two maxima are apart by a rounding either may be
+#: chosen, and any other choice is wrong: see :func:`_choices`.
 _UNDECIDED = {"mask": 1e-5, "indices": 1e-3}
 
 
@@ -145,12 +146,25 @@ class Verdict:
     wrong: tuple[str, ...]
 
 
-def compare(launch: Launch, made: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Verdict:
-    """Hold all outputs of a launch against their truth. NaN is always wrong."""
+def compare(launch: Launch, given: Operands, made: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Verdict:
+    """Hold all outputs of a launch against their truth. NaN is always wrong.
+
+    Args:
+        launch: what was run.
+        given: its operands, which tell what a max-pooling's choices are worth.
+        made: the outputs by role, as of :func:`run`.
+        expected: the truth, as of :func:`truth`.
+    """
     allowed = tolerance(launch)
     error = norm = undecided = 0.0
     wrong = []
     for role, truth_of_role in expected.items():
+        if role == "indices":
+            ties, off = _choices(launch, given, made[role], truth_of_role, allowed)
+            undecided = max(undecided, ties)
+            if off or ties > _UNDECIDED[role]:
+                wrong.append(f"indices {ties:.1e} of equal maxima, {off} of others")
+            continue
         difference, scale = _difference(made[role], truth_of_role)
         may_differ = _may_differ(launch, role)
         beyond = (difference > allowed * scale).float().mean().item() if difference.numel() else 0.0
@@ -182,6 +196,33 @@ def tolerance(launch: Launch) -> float:
     )
 
 
+def _choices(launch: Launch, given: Operands, made: Tensor, expected: Tensor, allowed: float) -> tuple[float, int]:
+    """What a max-pooling chose otherwise than its truth.
+
+    Returns:
+        The part of all choices that are another one of equal maxima; and how many lie outside their plane, or on a value that
+        is less than the maximum by more than a rounding.
+    """
+    g = launch.geometry
+    assert isinstance(g, PoolGeometry)
+    wide = {role: tensor.double() if tensor.is_floating_point() else tensor for role, tensor in given.items()}
+    # Rounded as what is pooled: of 16 bits many are equal. Not by the truth's fp32, where GELU's tail is zero long before.
+    pooled = reference.prologue(replace(launch, dtype=torch.float64), wide).to(launch.dtype).double().flatten(2)
+
+    def values(indices: Tensor) -> Tensor:
+        places = reference.flat_places(g, indices).flatten(2)
+        inside = (places >= 0) & (places < g.H * g.W) & (indices.flatten(2) < g.kernel[0] * g.kernel[1])
+        return pooled.gather(2, places.where(inside, 0)).where(inside, torch.nan)
+
+    largest, chosen = values(expected), values(made)
+    # The scale's part: what cancels in a BatchNorm is fp32's rounding of the larger values.
+    rounding = allowed * largest.abs() + 8 * torch.finfo(torch.float32).eps * largest.abs().max()
+    other = (made != expected).flatten(2)
+    equal = chosen == largest
+    off = other & ~equal & ~((largest - chosen).abs() <= rounding)
+    return (other & equal).float().mean().item(), int(off.sum())
+
+
 def _difference(made: Tensor, expected: Tensor) -> tuple[Tensor, float]:
     wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
     expected = expected.to(wide)
@@ -196,8 +237,6 @@ def _root_mean_square(value: Tensor) -> float:
 
 def _may_differ(launch: Launch, role: str) -> float:
     """Part of an output's elements that may differ."""
-    if role == "indices":
-        return _UNDECIDED["indices"]
     recomputed = launch.epilogue == "bn_mask" or launch.kind == "max_pool_backward"
     masked = recomputed and launch.activation != "identity"
     return _UNDECIDED["mask"] if masked and role == "dx" else 0.0

@@ -209,7 +209,7 @@ def _problem(
 ) -> tuple[str, bool]:
     """Why a way is no choice, and whether that is because its values are off. A lost device raises."""
     try:
-        verdict = operands.compare(launch, operands.run(launch, given, way.tile, way.how), expected)
+        verdict = operands.compare(launch, given, operands.run(launch, given, way.tile, way.how), expected)
         return "; ".join(verdict.wrong), bool(verdict.wrong)
     except Exception as error:
         problem = describe(error)

@@ -68,7 +68,7 @@ def check(place: str, launch: Launch) -> None:
     for role in ("x", "y", "z_previous"):
         if role in given and not launch.kind.startswith("max_pool"):  # where far below zero many values are one
             given[role] = given[role] * 3  # past the bends at -3, 3 and 6
-    verdict = device.compare(launch, device.run(launch, given, how="fused"), device.truth(launch, given))
+    verdict = device.compare(launch, given, device.run(launch, given, how="fused"), device.truth(launch, given))
     # A value next to a bend may fall on its other side in fp32.
     assert not verdict.wrong, f"{place}: {verdict.wrong}, allowed {verdict.allowed:.1e}"
 
