@@ -70,7 +70,7 @@ def test_a_mask_may_fall_on_either_side_rarely() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_choice_of_a_pooling_is_worth_its_maximum(dtype: torch.dtype) -> None:
-    """One of two that are apart by a rounding is as good as the other; one of many equal ones only rarely; a smaller one never."""
+    """Of two that are apart by a rounding either is good; another one of equal ones only rarely; a smaller one never."""
     g = PoolGeometry(1, 6, 6, 2, kernel=(3, 3), stride=(2, 2), padding=(1, 1))
     launch = Launch("max_pool", "", g, dtype, (("x", "x"),), (("y", "y"), ("indices", "indices")))
     x = torch.linspace(1, 8, 72, dtype=dtype).view(1, 2, 6, 6)

@@ -111,7 +111,7 @@ LARGE_MEAN = 32
 
 @lru_cache(maxsize=1024)
 def _pixels_together(pixels: int, channels: int) -> int:
-    """How many neighbouring pixels :func:`_moments` takes for one: what divides, up to 4096 values (what fits a first cache)."""
+    """How many neighbouring pixels :func:`_moments` takes for one: what divides, up to 4096 values (a first cache)."""
     return max(count for count in range(1, max(4096 // channels, 1) + 1) if pixels % count == 0)
 
 
