@@ -357,8 +357,9 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     if hooks_everywhere():
         return "a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)"
     for module in (*parts.modules, *parts.containers):
-        if "forward" in module.__dict__:
-            return f"forward was replaced on its {type(module).__name__}"
+        for name in ("forward", "_conv_forward"):
+            if name in module.__dict__:
+                return f"{name} was replaced on its {type(module).__name__}"
         if hooked(module):
             return f"a hook looks into its {type(module).__name__}"
     return None

@@ -138,7 +138,9 @@ def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
 def _grouped_moments(y: Tensor, together: int) -> tuple[Tensor, Tensor]:
     channels = y.shape[1]
     rows = y.permute(0, 2, 3, 1).reshape(-1, together * channels, 1, 1)
-    running = (None, None) if y.dtype == torch.float32 else (torch.zeros(rows.shape[1]), torch.zeros(rows.shape[1]))
+    running: tuple[Tensor | None, ...] = (None, None)
+    if y.dtype != torch.float32:
+        running = tuple(torch.zeros(rows.shape[1], dtype=torch.float32, device=y.device) for _ in range(2))
     # In fp32 for fp16 and bf16 too, if running statistics are there in fp32.
     means, variances = torch.ops.aten.batch_norm_update_stats(rows, *running, 0.0)
     if together == 1:
@@ -327,7 +329,7 @@ def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
         w = (w.to(torch.float32) * scale.view(-1, 1, 1, 1)).to(launch.dtype)
     like = next((operands[role] for role in ("x", "a_previous", "z_previous", "dshortcut") if role in operands), None)
     if like is None:  # only its shape and layout matter
-        like = torch.empty(g.x_shape, dtype=launch.dtype, memory_format=torch.channels_last)
+        like = torch.empty(g.x_shape, dtype=launch.dtype, device=dy.device, memory_format=torch.channels_last)
     return _behind_dgrad(launch, operands, shared, _convolution_gradient(launch, dy, like, w, 0))
 
 
@@ -357,9 +359,11 @@ def _differentiated_at(launch: Launch, operands: Operands, shared: Shared) -> Te
     return _normalised(operands["x"], operands, "x_", launch.x_eps)
 
 
-def _no_gradient_of_bias(launch: Launch) -> dict[str, Tensor]:
+def _no_gradient_of_bias(launch: Launch, dz: Tensor) -> dict[str, Tensor]:
     """In front of a BatchNorm by the batch's statistics a bias changes nothing."""
-    return {"dbias": torch.zeros(launch.geometry.y_shape[1])} if any(role == "dbias" for role, _ in launch.outputs) else {}
+    if all(role != "dbias" for role, _ in launch.outputs):
+        return {}
+    return {"dbias": torch.zeros(launch.geometry.y_shape[1], dtype=torch.float32, device=dz.device)}
 
 
 def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
@@ -367,13 +371,13 @@ def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
         return reference.run(launch, operands)
     g = launch.geometry
     assert isinstance(g, Geometry)
-    made = _no_gradient_of_bias(launch)
+    made = _no_gradient_of_bias(launch, operands["dz"])
     if "x" in operands:
         dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
         if cpu_wgrad.suits(g, launch.dtype):
             made["dw"] = cpu_wgrad.wgrad(g, dy, x)
         else:
-            like = torch.empty(g.w_shape, dtype=launch.dtype, memory_format=torch.channels_last)
+            like = torch.empty(g.w_shape, dtype=launch.dtype, device=dy.device, memory_format=torch.channels_last)
             made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
     return _listed(launch, made)
 
@@ -404,7 +408,7 @@ def _gradients(
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, True, False]
     )
-    made = _listed(first, {"dw": dw, **_no_gradient_of_bias(first)}), _behind_dgrad(second, operands, shared, dx)
+    made = _listed(first, {"dw": dw, **_no_gradient_of_bias(first, dy)}), _behind_dgrad(second, operands, shared, dx)
     return tuple(tensor for part in made for tensor in ((part,) if isinstance(part, Tensor) else part))
 
 

@@ -82,8 +82,8 @@ class Inference:
         self.native = g.K * g.C < MOST_ROWS if self.rows else launch.dtype == torch.float32 and is_small(g)
         self.tiles = cpu_winograd.suits(g, launch.dtype)
         # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
-        kind = ("cpu", g.N == 1, self.native, self.tiles, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles))
-        self.purpose = repr(kind)
+        how = (g.N == 1, self.native, self.rows, self.tiles)
+        self.purpose = repr(("cpu", *how, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles)))
         self.sources = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in roles)
         self.end = None if launch.activation == "identity" else ACTIVATIONS[launch.activation].in_place
         self.slope = launch.slope

@@ -14,7 +14,22 @@ from ..describe import hooked
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def printed(value: Any, depth: int = 3) -> Any:
+class _Object:
+    """An object that is told by being the same one. It is kept: another one may be made at the address of one that is gone."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Object and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def printed(value: Any, depth: int = 10) -> Any:
     """What two equal values have in common: plain values themselves, containers by their contents, others as objects."""
     if type(value) in (*_PLAIN, complex, bytes, torch.dtype, torch.device):
         return (type(value), value)
@@ -24,7 +39,7 @@ def printed(value: Any, depth: int = 3) -> Any:
         return (type(value), tuple((printed(key, 0), printed(part, depth - 1)) for key, part in value.items()))
     if depth and type(value) in (set, frozenset):
         return (type(value), frozenset(printed(part, 0) for part in value))
-    return (type(value), id(value))
+    return (type(value), _Object(value))
 
 
 #: Attributes of every nn.Module that say nothing about its forward, or that are compared otherwise.
@@ -38,13 +53,16 @@ def original(kind: Any) -> type[Any]:
 
 @dataclass(frozen=True)
 class Guard:
-    """What a traced forward may have read of one module: its class, its attributes and its children's classes."""
+    """What a traced forward may have read of one module: its class, its attributes, its children's classes, and which of its
+    parameters and buffers are None.
+    """
 
     path: tuple[str, ...]
     kind: type[Any]
     plain: tuple[tuple[str, Any], ...]
     others: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, type[Any]], ...]
+    tensors: tuple[tuple[str, bool], ...]
     training: bool
     called: bool
 
@@ -56,7 +74,7 @@ class Guard:
         others = tuple((key, printed(value)) for key, value in own.items() if type(value) not in _PLAIN)
         children = tuple((name, original(type(child))) for name, child in module._modules.items())
         names = tuple(path.split(".")) if path else ()
-        return Guard(names, original(type(module)), plain, others, children, module.training, called)
+        return Guard(names, original(type(module)), plain, others, children, _which(module), module.training, called)
 
     def broken(self, root: nn.Module) -> str | None:
         """What has changed, or None."""
@@ -73,9 +91,11 @@ class Guard:
         children = module._modules
         if len(children) != len(self.children):
             return f"the children of its {self.kind.__name__} changed"
-        for name, kind in self.children:
-            if name not in children or original(type(children[name])) is not kind:
+        for now, (name, kind) in zip(children, self.children, strict=True):
+            if now != name or original(type(children[name])) is not kind:
                 return f"{name} of its {self.kind.__name__} was replaced"
+        if _which(module) != self.tensors:
+            return f"its {self.kind.__name__} has other parameters or buffers"
         for key, value in self.plain:
             if key not in found or type(found[key]) is not type(value) or found[key] != value:
                 return f"the attribute {key} of its {self.kind.__name__} changed"
@@ -85,6 +105,11 @@ class Guard:
             if key not in found or printed(found[key]) != value:
                 return f"the attribute {key} of its {self.kind.__name__} changed"
         return None
+
+
+def _which(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """Its parameters and buffers by name, and which are not None."""
+    return tuple((key, value is not None) for key, value in (*module._parameters.items(), *module._buffers.items()))
 
 
 def signature(module: nn.Module) -> Any:

@@ -122,8 +122,9 @@ class Nodes:
     def is_pure(self, node: Node) -> bool:
         """Whether a node surely writes to nothing that it is given."""
         if node.op == "call_module":
-            module: Any = self.module(node)
-            return type(module).__module__.startswith("torch.nn") and not getattr(module, "inplace", False)
+            parts: list[Any] = list(cast(nn.Module, self.module(node)).modules())
+            ours = all(type(part).__module__.startswith("torch.nn") for part in parts)
+            return ours and not any(getattr(part, "inplace", False) for part in parts)
         if node.op == "call_method":
             return not str(node.target).endswith("_")
         if node.op == "call_function":

@@ -95,7 +95,12 @@ class Matcher(Nodes):
         norm: nn.Module | None = None
         passed: list[Node] = []
         following = self.follow(conv, passed)
-        if following is not None and self.is_norm(following) and self.fits(conv, following):
+        if (
+            following is not None
+            and self.is_norm(following)
+            and self.fits(conv, following)
+            and self._quiet([*nodes, *passed, following], following)
+        ):
             nodes += [*passed, following]
             norm = self.module(following)
             place = replace(place, norm=str(following.target))
@@ -103,7 +108,7 @@ class Matcher(Nodes):
                 return replace(place, activation=f"{following.target}.act"), nodes
             passed = []
             following = self.follow(following, passed)
-        if following is not None and self.is_activation(following):
+        if following is not None and self.is_activation(following) and self._quiet([*nodes, *passed, following], following):
             nodes += [*passed, following]
             place = replace(place, activation=self.activation(following))
         return place, nodes
@@ -171,7 +176,8 @@ class Matcher(Nodes):
             x: Any = node.args[0]
             match = Match([place], nodes, x, nodes[-1])
             before = self._before(match, by_out)
-            if before is not None and same(before.nodes[-1], node) and not self.is_bare(before):
+            joined = before is not None and same(before.nodes[-1], node) and not self.is_bare(before)
+            if before is not None and joined and self._quiet([*before.nodes, *self.strip(match.x)[1], *nodes], match.out):
                 if self.is_bare(match):
                     self.cut[match.out] = before
                 match = self._appended(before, match, by_out)

@@ -17,30 +17,28 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from dis import get_instructions
+from functools import cache
 from itertools import count
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from .. import watch
 from ..describe import hooked, hooks_everywhere
 from .arguments import Given, Structure, hands_on, may_change, put_together
-from .guards import original, printed
+from .guards import original
+from .harmless import CannotTrace as CannotTrace
+from .harmless import watched
 from .quantised import quantised
 
 LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
-
-
-class CannotTrace(Exception):
-    """Why a forward cannot be traced, in a sentence without a full stop."""
 
 
 class TakesApart(CannotTrace):
@@ -61,11 +59,47 @@ class _Proxy(fx.Proxy):
         cast(_Tracer, self.tracer).take_apart(self)
         return super().__len__()
 
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """An attribute of a stand-in, which becomes a node when something is made of it.
+
+    Of what nothing is made, a decision may have been: ``x.dtype is torch.float32``, ``x.grad_fn is None``. Such ones are found
+    among :attr:`_Tracer.attributes`.
+    """
+
+    def __init__(self, root: fx.Proxy, name: str) -> None:
+        super().__init__(root, name)
+        self.called = False
+        cast(_Tracer, self.tracer).attributes.append(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        return super().__call__(*args, **kwargs)
+
+
+@cache
+def _asks_for_classes(code: CodeType) -> bool:
+    """Whether Python code asks objects for their classes."""
+    names = ("isinstance", "issubclass", "__class__")
+    return any(name in code.co_names for name in names) or "MATCH_CLASS" in (step.opname for step in get_instructions(code))
+
 
 class _TensorProxy(_Proxy):
-    """A stand-in that says it is a tensor: ``isinstance(x, Tensor)`` must decide as it will for the real one."""
+    """A stand-in that says it is a tensor: ``isinstance(x, Tensor)`` must decide as it will for the real one.
 
-    __class__ = property(lambda self: Tensor)
+    It says so to Python alone. What is written in C would believe it as well, and read memory that is not there.
+    """
+
+    __class__ = property(lambda self: Tensor if _asks_for_classes(sys._getframe(1).f_code) else type(self))
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            cast(_Tracer, self.tracer).take_apart(self)  # it may be no tensor
+            raise AttributeError(f"a tensor has no {name}")
+        return super().__getattr__(name)
 
 
 def _written(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -179,6 +213,7 @@ class _Tracer(fx.Tracer):
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
         self.looking = False  # at a module's parameters, not on the way through its forward
+        self.attributes: list[_Attribute] = []
         self.traced = Traced(fx.Graph(), {}, {})
 
     # ---- what torch.fx calls
@@ -218,6 +253,14 @@ class _Tracer(fx.Tracer):
         if self.structure is None:
             raise TakesApart("its forward takes apart an argument")
 
+    def check_attributes(self) -> None:
+        """Raise if the forward read an attribute of a tensor, of which no node was made: it has decided by it."""
+        for attribute in self.attributes:
+            if attribute._node is None and not attribute.called:
+                raise CannotTrace(
+                    f"its forward reads {attribute.attr} of a tensor, and nothing that a graph could hold is made of it"
+                )
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.take_apart(obj)
         return super().iter(obj)
@@ -242,6 +285,8 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # it says that it is a tensor
             return a.node
+        if type(a).__module__ == "numpy" and hasattr(a, "item"):  # torch.fx would write np.float64(0.5) into the code
+            return self.create_arg(a.item())
         if isinstance(a, OrderedDict) and type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (self.create_arg([*a.items()]),), {})
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
@@ -312,75 +357,6 @@ class _Tracer(fx.Tracer):
         return None
 
 
-@contextmanager
-def _watched(module: nn.Module) -> Iterator[None]:
-    """Raise if what runs inside does more than compute: attributes set, random numbers drawn, the gradient mode read.
-
-    What was changed is put back.
-    """
-    before = [(part, dict(part.__dict__), printed(_plain(part))) for part in module.modules()]
-    lists = [(value, value.copy()) for _, state, _ in before for value in state.values() if type(value) in (list, dict, set)]
-    states = random.getstate(), torch.random.get_rng_state()
-    asked: list[str] = []
-    thread = threading.get_ident()
-    modes = {name: getattr(torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")}
-
-    def spy(name: str) -> Callable[..., Any]:
-        def spied(*args: Any) -> Any:
-            if threading.get_ident() == thread:
-                asked.append(name)
-            return modes[name](*args)
-
-        return spied
-
-    switched: list[nn.Module] = []
-    set_attribute: Any = nn.Module.__setattr__
-
-    def setting(self: nn.Module, name: str, value: Any) -> None:
-        if name == "training" and threading.get_ident() == thread:
-            switched.append(self)  # in this mode it may be what it was
-        set_attribute(self, name, value)
-
-    for name in modes:
-        setattr(torch, name, spy(name))
-    patched: Any = nn.Module
-    patched.__setattr__ = setting
-    try:
-        yield
-    finally:
-        patched.__setattr__ = set_attribute
-        for name, function in modes.items():
-            setattr(torch, name, function)
-        changed = [part for part, _, mark in before if printed(_plain(part)) != mark]
-        for value, copy in lists:
-            if type(value) is list:
-                value[:] = copy
-            elif value != copy or len(value) != len(copy):
-                value.clear()
-                value.update(copy)
-        for part, state, _ in before:
-            if part in changed:
-                part.__dict__.clear()
-                part.__dict__.update(state)
-    changed += switched
-    if changed:
-        raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
-    if random.getstate() != states[0] or not torch.equal(torch.random.get_rng_state(), states[1]):
-        random.setstate(states[0])
-        torch.random.set_rng_state(states[1])
-        raise CannotTrace("its forward draws random numbers")
-    if asked:
-        raise CannotTrace(f"its forward asks torch.{asked[0]}()")
-
-
-#: What other threads, which run the module meanwhile, may keep in it.
-_OURS = ("_forward_hooks", "_modules", "fused_region", watch.ATTRIBUTE)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if key not in _OURS}
-
-
 def _message(error: BaseException) -> str:
     if isinstance(error, CannotTrace):
         return str(error)
@@ -418,8 +394,9 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
             tracer = _Tracer(opaque, untraceable, structure)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
-                with _watched(module):
+                with watched(module, tracer):
                     graph = tracer.trace(module)
+                tracer.check_attributes()
             except Exception as error:  # the code of others, run on stand-ins: whatever it raises
                 if not tracer.running:
                     if isinstance(error, CannotTrace):

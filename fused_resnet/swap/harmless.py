@@ -1,0 +1,272 @@
+"""Whether the forward of others does no more than compute, while it runs once on stand-ins for tensors.
+
+What it asks and enters is noticed, what it changes is put back, and what would take a stand-in for a tensor refuses it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .. import watch
+from .guards import printed
+
+
+class Looks(Protocol):
+    """Who traces, as far as this module cares."""
+
+    looking: bool
+
+
+class CannotTrace(Exception):
+    """Why a forward cannot be traced, in a sentence without a full stop."""
+
+
+#: What other threads, which run the module meanwhile, may keep in it.
+_OURS = ("_forward_hooks", "_modules", "fused_region", watch.ATTRIBUTE)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in module.__dict__.items() if key not in _OURS}
+
+
+#: How the state of a generator is read, in values that can be compared, and set.
+Source = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+#: Containers whose contents are put back.
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter, set)
+
+
+def _put_back(value: Any, copy: Any) -> None:
+    """Give a container its contents again."""
+    value.clear()
+    getattr(value, "extend" if isinstance(value, (list, deque)) else "update")(copy)
+
+
+def _same_contents(value: Any, copy: Any) -> bool:
+    """Whether a container holds the same objects; asked by identity, since stand-ins and tensors have another ``==``."""
+    if len(value) != len(copy):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and value[key] is part for key, part in copy.items())
+    if isinstance(value, set):
+        return all(part in value for part in copy)
+    return all(one is other for one, other in zip(value, copy, strict=True))
+
+
+def _objects(state: Mapping[str, Any]) -> Iterator[Any]:
+    """Attributes that are objects with attributes of their own, of nobody's class that is known."""
+    for value in state.values():
+        known = isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType, watch.Memory))
+        if not known and hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch", "fused_resnet")):
+            yield value
+
+
+def _generators(state: Mapping[str, Any]) -> Iterator[Source]:
+    """How the state of each generator of random numbers among attributes is read, and set."""
+    for value in state.values():
+        if isinstance(value, torch.Generator):
+            yield partial(_of_torch, value), partial(_set_torch, value)
+        elif isinstance(value, random.Random):
+            yield value.getstate, value.setstate
+        elif isinstance(value, np.random.RandomState):
+            yield partial(_of_numpy, value), value.set_state
+        elif isinstance(value, np.random.Generator):
+            yield partial(getattr, value.bit_generator, "state"), partial(setattr, value.bit_generator, "state")
+
+
+def _of_torch(source: torch.Generator) -> Any:
+    return source.get_state().tolist()
+
+
+def _set_torch(source: torch.Generator, state: Any) -> None:
+    source.set_state(torch.tensor(state, dtype=torch.uint8))
+
+
+def _of_numpy(source: Any) -> Any:
+    name, keys, *rest = source.get_state()
+    return name, keys.tolist(), *rest
+
+
+#: What a forward may enter that a graph does not know of.
+_ENTERED = (torch.inference_mode, torch.autograd.graph.saved_tensors_hooks)
+#: What reads parameters for real: the graph would not see that they are of another type or frozen later.
+_READ = ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
+#: What would take a stand-in that says it is a tensor for one, and read memory that is not there.
+_UNSAFE = (
+    # By this torch.autograd.Function.apply looks at its arguments; bound methods of that may be older than the trace.
+    (torch._functorch.utils, "unwrap_dead_wrappers", "a torch.autograd.Function"),
+    (torch.jit.ScriptFunction, "__call__", "a scripted function"),
+    (torch, "tensor", "torch.tensor"),
+    (torch, "as_tensor", "torch.as_tensor"),
+    (torch.nested, "nested_tensor", "torch.nested.nested_tensor"),
+    (torch.nested, "as_nested_tensor", "torch.nested.as_nested_tensor"),
+    (torch.utils.dlpack, "to_dlpack", "to_dlpack"),
+)
+
+
+class _Legacy:
+    """Stands for ``torch.FloatTensor`` and its like, ``isinstance`` of which reads the memory of what it takes for a tensor."""
+
+    def __init__(self, kind: Any, thread: int) -> None:
+        self.kind, self.thread = kind, thread
+
+    def __instancecheck__(self, value: Any) -> bool:
+        if threading.get_ident() == self.thread and issubclass(type(value), fx.Proxy):
+            raise CannotTrace(f"its forward asks whether a tensor is a {self.kind.__name__}")
+        return isinstance(value, self.kind)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kind(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind, name)
+
+
+#: The type of ``torch.FloatTensor``.
+_LEGACY = type(torch.FloatTensor)
+
+
+@contextmanager
+def _spied(tracer: Looks) -> Iterator[list[str]]:
+    """A list of what the code of others asks or enters in this thread, while it runs on stand-ins."""
+    asked: list[str] = []
+    thread = threading.get_ident()
+    undo: list[tuple[Any, str, Any, bool]] = []
+
+    def put(owner: Any, name: str, new: Any) -> None:
+        own = vars(owner)
+        undo.append((owner, name, own.get(name), name in own))
+        setattr(owner, name, new)
+
+    def asking(owner: Any, name: str, called: str) -> None:
+        function = getattr(owner, name)
+
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                asked.append(called)
+            return function(*args, **kwargs)
+
+        put(owner, name, spied)
+
+    def reading(name: str) -> None:
+        function = getattr(nn.Module, name)
+
+        def spied(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if threading.get_ident() == thread and not tracer.looking and not caller.startswith(("torch.", "fused_resnet.")):
+                asked.append(f"its module for {name}")
+            return function(self, *args, **kwargs)
+
+        put(nn.Module, name, spied)
+
+    def refusing(owner: Any, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs)) if threading.get_ident() == thread else ()
+            if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
+                raise CannotTrace(f"its forward gives a tensor to {what}")
+            return function(*args, **kwargs)
+
+        put(owner, name, refused)
+
+    try:
+        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+            asking(torch, name, f"torch.{name}()")
+        for kind in _ENTERED:
+            asking(kind, "__enter__", f"for {kind.__name__}")
+        for name in _READ:
+            reading(name)
+        for owner, name, what in _UNSAFE:
+            refusing(owner, name, what)
+        for owner in (torch, torch.cuda):
+            for name, kind in list(vars(owner).items()):
+                if type(kind) is _LEGACY:
+                    put(owner, name, _Legacy(kind, thread))
+        yield asked
+    finally:
+        for owner, name, old, there in reversed(undo):
+            if there:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+
+@contextmanager
+def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
+    """Raise if what runs inside does more than compute: attributes set, random numbers drawn, the gradient mode read.
+
+    What was changed is put back.
+
+    Args:
+        module: whose forward runs.
+        tracer: tells when it is not the forward that asks but the tracer itself.
+
+    Raises:
+        CannotTrace: it does.
+    """
+    before = [(part, dict(part.__dict__), printed(_plain(part))) for part in module.modules()]
+    objects = [(value, dict(vars(value))) for _, state, _ in before for value in _objects(state)]
+    states = [state for _, state, _ in before] + [state for _, state in objects]
+    lists = [(value, value.copy()) for state in states for value in state.values() if type(value) in _CONTAINERS]
+    sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (partial(_of_numpy, np.random), np.random.set_state),
+    ]
+    sources += [pair for state in states for pair in _generators(state)]
+    drawn = [(read, put, read()) for read, put in sources]
+    of_torch = torch.random.get_rng_state()
+    switched: list[nn.Module] = []
+    set_attribute: Any = nn.Module.__setattr__
+    thread = threading.get_ident()
+
+    def setting(self: nn.Module, name: str, value: Any) -> None:
+        if name == "training" and threading.get_ident() == thread:
+            switched.append(self)  # in this mode it may be what it was
+        set_attribute(self, name, value)
+
+    patched: Any = nn.Module
+    patched.__setattr__ = setting
+    try:
+        with _spied(tracer) as asked:
+            yield
+    finally:
+        patched.__setattr__ = set_attribute
+        changed: list[Any] = [part for part, _, mark in before if printed(_plain(part)) != mark]
+        for value, copy in lists:
+            if not _same_contents(value, copy):
+                changed += [part for part, state, _ in before if any(own is value for own in state.values())]
+                _put_back(value, copy)
+        for value, copy in objects:
+            if not _same_contents(vars(value), copy):
+                changed.append(value)
+                vars(value).clear()
+                vars(value).update(copy)
+        for part, state, _ in before:
+            if part in changed:
+                part.__dict__.clear()
+                part.__dict__.update(state)
+    changed += switched
+    if changed:
+        raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
+    moved = [(put, state) for read, put, state in drawn if read() != state]
+    if moved or not torch.equal(torch.random.get_rng_state(), of_torch):
+        for put, state in moved:
+            put(state)
+        torch.random.set_rng_state(of_torch)
+        raise CannotTrace("its forward draws random numbers")
+    if asked:
+        raise CannotTrace(f"its forward asks {asked[0]}")
