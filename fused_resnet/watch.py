@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 
 #: The attribute of a fused module that is its :class:`Memory`.
@@ -213,10 +214,14 @@ class Memory:
 
     @staticmethod
     def of(module: nn.Module) -> Memory:
-        """The memory of a module, made if it has none."""
+        """The memory of a module, made if it has none. Under torch.jit.trace, to which an attribute more is another class, it
+        does not stay.
+        """
         memory: Memory | None = module.__dict__.get(ATTRIBUTE)
         if memory is None:
-            memory = module.__dict__[ATTRIBUTE] = Memory()
+            memory = Memory()
+            if not torch.jit.is_tracing():
+                module.__dict__[ATTRIBUTE] = memory
         return memory
 
     def recall(self, what: Any, module: nn.Module) -> Any:

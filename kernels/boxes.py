@@ -40,6 +40,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+#: Arguments that differ from batch to batch, for ``do_not_specialize_on_alignment``: the compiler is not told whether they
+#: divide by 16, so that all batches and images are one compiled kernel, but for extents of 1. (Triton asks so of an argument by
+#: itself, not of the members of a tuple: 3.8.)
+EXTENTS = ("N", "H", "W", "P", "Q")
+
+
+class Depths(NamedTuple):
+    """What a layer has in any batch. Of multiples of 16 the compiler makes wide loads."""
+
+    C: int
+    K: int
+
 
 class Sizes(NamedTuple):
     """Extents known when the kernel starts, as in :class:`fused_resnet.launch.Geometry`."""

@@ -28,19 +28,19 @@ With a prologue the pixels are in registers anyway and come first.
 import triton
 import triton.language as tl
 
-from .boxes import Place, Step, in_bands, lanes_of, loaded, locate, next_tap
+from .boxes import EXTENTS, Place, Sizes, Step, in_bands, lanes_of, loaded, locate, next_tap
 from .epilogues import At, Index
-from .finish import joined_shares, leave_share, own_program, own_share
+from .finish import MEETING, joined_shares, leave_share, own_program, own_share, shares_of
 from .numerics import dot, rounded
 
 
 @triton.jit
-def tile_index(sizes, shares, TILE: tl.constexpr):
+def tile_index(sizes, shares, group, TILE: tl.constexpr):
     """Which tile of the output this program makes."""
     pixel_tiles = tl.cdiv(sizes.N, TILE.images) * tl.cdiv(sizes.P, TILE.rows) * tl.cdiv(sizes.Q, TILE.columns)
     filter_tiles = tl.cdiv(sizes.K, TILE.filters)
     pixel_tile, filter_tile = in_bands(own_program(shares), pixel_tiles, filter_tiles, TILE.group)
-    return Index(pixel_tile, pixel_tiles, filter_tile, filter_tiles)
+    return Index(pixel_tile, pixel_tiles, filter_tile, filter_tiles, group)
 
 
 @triton.jit
@@ -165,14 +165,22 @@ def write(
         AFTER(z.to(tl.float32), at, index, *after_args)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=(*EXTENTS, *MEETING))
 def conv_forward(
     x,
     w,
     y,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     exact,
     shares,
+    tiles,
+    group,
+    memory,
     PROLOGUE: tl.constexpr,
     prologue_args,
     EPILOGUE: tl.constexpr,
@@ -197,10 +205,11 @@ def conv_forward(
         x: [N, H, W, C] fp32, fp16 or bf16: descriptor or pointer, whichever ``PIXELS`` wants.
         w: [K, R, S, C / groups] of the same type, as ``FILTERS`` wants it.
         y: pointer to [N, P, Q, K].
-        sizes: :class:`Sizes`.
+        N, H, W, P, Q, depths: :class:`.boxes.Sizes`.
         exact: pointers (x, w) where a tile may have to be (re)computed by :func:`direct`, else None.
         ACTIVATION, slope: function of activations.py and its second argument.
-        shares: :class:`.finish.Shares`, or None where a program makes a whole tile. Not where there is an ``exact``.
+        shares, tiles, memory: :class:`.finish.Shares`; no memory where a program makes a whole tile. Not beside an ``exact``.
+        group: see :class:`.epilogues.Index`.
         AFTER: function of epilogues.py that goes on behind the store, or None.
         PIXELS, FILTERS: loaders of boxes.py; ``None`` for both means :func:`direct` alone.
         TAPS: :class:`Taps`.
@@ -213,7 +222,9 @@ def conv_forward(
     """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
     K: tl.constexpr = TILE.filters
-    index = tile_index(sizes, shares, TILE)
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
+    shared = shares_of(shares, tiles, memory)
+    index = tile_index(sizes, shared, group, TILE)
     place = own_tile(index, sizes, TAPS, TILE, SPANS)
     lanes = lanes_of(place, sizes, TILE, WIDE)
     filters = place.k + tl.arange(0, K)
@@ -230,7 +241,7 @@ def conv_forward(
             lanes,
             filters,
             sizes,
-            shares,
+            shared,
             PROLOGUE,
             prologue_args,
             PIXELS,
@@ -251,8 +262,8 @@ def conv_forward(
     offsets = (pixels * sizes.K)[:, None] + filters[None, :]
     mask = lanes.inside[:, None] & (filters < sizes.K)[None, :]
     at = At(pixels, filters, lanes.inside, filters < sizes.K, offsets, mask)
-    if shares is None:
+    if shared is None:
         write(acc, y, at, index, EPILOGUE, epilogue_args, ACTIVATION, slope, AFTER, after_args)
-    elif leave_share(acc, shares):
-        acc = joined_shares(shares, M, K)
+    elif leave_share(acc, shared):
+        acc = joined_shares(shared, M, K)
         write(acc, y, at, index, EPILOGUE, epilogue_args, ACTIVATION, slope, AFTER, after_args)

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import Lanes, Place, Step, in_bands, next_tap
+from .boxes import EXTENTS, Lanes, Place, Sizes, Step, in_bands, next_tap
 from .epilogues import At
-from .finish import Column, finish_sums, joined_shares, leave_share, own_program, own_share
+from .finish import MEETING, Column, finish_sums, joined_shares, leave_share, own_program, own_share, shares_of
 from .gradients import shifted
 from .numerics import dot, rounded
 
@@ -40,12 +40,10 @@ class Class(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Memory of the sums over the pixels, see :class:`.finish.Column`; ``counters_of``: counters of a tile of channels."""
+    """Memory of the sums over the pixels, see :class:`.finish.Column`."""
 
     partials: Any
     counters: Any
-    counters_of: Any
-    group: Any
 
 
 @triton.jit
@@ -242,15 +240,24 @@ def write(acc, dx, at, column, outputs, EPILOGUE: tl.constexpr, epilogue_args, B
             finish_sums(column, (total, tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)), outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=(*EXTENTS, *MEETING))
 def dgrad(
     dz,
     y,
     w,
     dx,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     exact,
     shares,
+    tiles,
+    group,
+    counters_of,
+    memory,
     outputs,
     sums,
     COEFFICIENTS: tl.constexpr,
@@ -276,9 +283,10 @@ def dgrad(
         y: likewise, for a ``GRADIENT`` that reads it, else None.
         w: [K, R, S, C / groups] of the same type, as ``FILTERS`` wants it.
         dx: pointer to [N, H, W, C].
-        sizes: :class:`.boxes.Sizes`, of the forward convolution.
+        N, H, W, P, Q, depths: :class:`.boxes.Sizes` of the forward convolution.
         exact: pointers (dz, y, w) where a tile may have to be (re)computed by :func:`direct`, else None.
-        shares: :class:`.finish.Shares`, or None where a program makes a whole tile. Not where there is an ``exact``.
+        shares, tiles, memory: :class:`.finish.Shares`; no memory where a program makes a whole tile. Not beside an ``exact``.
+        group, counters_of: of :class:`.finish.Column`, and counters of a tile of channels; None without outputs.
         outputs: pointers to fp32 [C]: nothing, or the sum of dx over the pixels, and of dx times the epilogue's factor.
         sums: :class:`Sums`, or None without outputs.
         COEFFICIENTS, GRADIENT, EPILOGUE: functions of gradients.py.
@@ -292,7 +300,9 @@ def dgrad(
         WIDE: 64-bit offsets.
     """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
-    place, k_end, own, pixel_tile, pixel_tiles, channel_tile = own_tile(sizes, shares, TAPS, TILE, SPANS, PERIODS)
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
+    shared = shares_of(shares, tiles, memory)
+    place, k_end, own, pixel_tile, pixel_tiles, channel_tile = own_tile(sizes, shared, TAPS, TILE, SPANS, PERIODS)
     m = tl.arange(0, M)
     n = place.n + m // (TILE.rows * TILE.columns)
     if WIDE:
@@ -333,7 +343,7 @@ def dgrad(
             own,
             channel_tile - place.c // TILE.channels,
             sizes,
-            shares,
+            shared,
             COEFFICIENTS,
             GRADIENT,
             gradient_args,
@@ -373,10 +383,10 @@ def dgrad(
     at = At(pixels, channels, lanes.inside, exists, offsets, mask)
     reduced = None
     if sums is not None:
-        counters = sums.counters + channel_tile * sums.counters_of
-        reduced = Column(sums.partials, counters, pixel_tile, pixel_tiles, sums.group, channels, exists, sizes.C)
-    if shares is None:
+        counters = sums.counters + channel_tile * counters_of
+        reduced = Column(sums.partials, counters, pixel_tile, pixel_tiles, group, channels, exists, sizes.C)
+    if shared is None:
         write(acc, dx, at, reduced, outputs, EPILOGUE, epilogue_args, BACKWARD)
-    elif leave_share(acc, shares):
-        acc = joined_shares(shares, M, TILE.channels)
+    elif leave_share(acc, shared):
+        acc = joined_shares(shared, M, TILE.channels)
         write(acc, dx, at, reduced, outputs, EPILOGUE, epilogue_args, BACKWARD)

@@ -40,7 +40,7 @@ def added_up(y, y_bn, shortcut, shortcut_bn, channels, exists):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels"])
 def bn_add_relu(
     y,
     y_bn,
@@ -87,7 +87,7 @@ def standardised(x, channels, exists, mean, invstd):
     return (x.to(tl.float32) - per_channel(mean, channels, exists)) * per_channel(invstd, channels, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels", "group"])
 def bn_add_relu_backward(
     dout,
     out,

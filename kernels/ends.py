@@ -19,7 +19,7 @@ from .numerics import rounded
 
 
 @triton.jit
-def strip_of(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+def strip_of(pixels, K, group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
     """Where a program's strip lies (:class:`.epilogues.At`), and which it is (:class:`.epilogues.Index`)."""
     strip, channel_tile, channel_tiles = strip_index(K, CHANNELS)
     channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
@@ -31,10 +31,10 @@ def strip_of(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.c
     inside = pixel < pixels
     offsets = (pixel * K)[:, None] + channels[None, :]
     at = At(pixel, channels, inside, exists, offsets, inside[:, None] & exists[None, :])
-    return at, Index(strip, tl.num_programs(0) // channel_tiles, channel_tile, channel_tiles)
+    return at, Index(strip, tl.num_programs(0) // channel_tiles, channel_tile, channel_tiles, group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels"])
 def output_gradient(
     dz,
     y,
@@ -53,7 +53,7 @@ def output_gradient(
 
     ``y`` is None where the gradient does not read it, ``dshortcut`` where there is no shortcut.
     """
-    at, _ = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    at, _ = strip_of(pixels, K, None, PIXELS, CHANNELS, WIDE)
     gradient = tl.load(dz + at.offsets, mask=at.mask, other=0.0).to(tl.float32)
     made = None
     if y is not None:
@@ -65,12 +65,13 @@ def output_gradient(
     tl.store(dy + at.offsets, rounded(gradient, dy.dtype.element_ty), mask=at.mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels", "group"])
 def conv_end(
     raw,
     y,
     pixels,
     K,
+    group,
     EPILOGUE: tl.constexpr,
     epilogue_args,
     ACTIVATION: tl.constexpr,
@@ -81,8 +82,11 @@ def conv_end(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What :func:`.conv.conv_forward` does behind its main loop. ``y``: pointer like raw, or None where raw stays as it is."""
-    at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    """What :func:`.conv.conv_forward` does behind its main loop.
+
+    ``y``: pointer like raw, or None where raw stays as it is; ``group``: None where nothing is reduced.
+    """
+    at, index = strip_of(pixels, K, group, PIXELS, CHANNELS, WIDE)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
     z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args), slope), acc.dtype)
     if y is not None:
@@ -91,7 +95,7 @@ def conv_end(
         AFTER(z.to(tl.float32), at, index, *after_args)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels", "group"])
 def dgrad_end(
     raw,
     dx,
@@ -109,7 +113,7 @@ def dgrad_end(
     WIDE: tl.constexpr,
 ):
     """What :func:`.dgrad.dgrad` does behind its main loop. ``K``: channels; ``group``: None where nothing is summed."""
-    at, index = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    at, index = strip_of(pixels, K, group, PIXELS, CHANNELS, WIDE)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
     made, factor = EPILOGUE(acc.to(tl.float32), at, BACKWARD, *epilogue_args)
     stored = rounded(made, acc.dtype)

@@ -44,12 +44,16 @@ class At(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Which of the tiles of pixels and of filters a program makes, and how many there are."""
+    """Which of the tiles of pixels and of filters a program makes, and how many there are.
+
+    ``group``: tiles of pixels that the first level of :mod:`.finish` merges, or None.
+    """
 
     pixel_tile: Any
     pixel_tiles: Any
     filter_tile: Any
     filter_tiles: Any
+    group: Any
 
 
 @triton.jit
@@ -141,7 +145,6 @@ def statistics(
     at,
     index,
     K,
-    group,
     partials,
     counters,
     mean,
@@ -158,18 +161,17 @@ def statistics(
 
     Args:
         K: filters.
-        group: pixel tiles that the first level of :mod:`.finish` merges.
         partials: fp32: means [pixel_tiles, K], M2 [pixel_tiles, K], and pixels counted [filter_tiles, pixel_tiles].
-        counters: ``cdiv(pixel_tiles, group) + 1`` a column of tiles, and one for the columns.
+        counters: ``cdiv(pixel_tiles, index.group) + 1`` a column of tiles, and one for the columns.
         mean, invstd: outputs, fp32 [K]; ``var``, biased, is written instead of ``invstd`` where that is None.
         running_mean, running_var: updated in place, or None. The variance is the unbiased one there.
         before: output, fp32 [2, K]: what these two were, for a block of which a later launch fails.
         batches: int64 [1], counted up, or None.
         momentum: None for the cumulative average, 1 / batches.
     """
-    groups = tl.cdiv(index.pixel_tiles, group)
+    groups = tl.cdiv(index.pixel_tiles, index.group)
     own = counters + index.filter_tile * (groups + 1)
-    column = Column(partials, own, index.pixel_tile, index.pixel_tiles, group, at.filters, at.filters_inside, K)
+    column = Column(partials, own, index.pixel_tile, index.pixel_tiles, index.group, at.filters, at.filters_inside, K)
     counts = partials + 2 * index.pixel_tiles * K + index.filter_tile * index.pixel_tiles
     count, mean_k, m2_k = moments(y, at.pixels_inside)
     last, count, mean_k, m2_k = finish_moments(column, counts, count, mean_k, m2_k)
@@ -210,7 +212,6 @@ AFTERS = {
         statistics,
         (
             "K",
-            "group",
             "partials",
             "counters",
             "mean",

@@ -101,6 +101,17 @@ def ordered_sum(partials, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexp
     return total
 
 
+#: Arguments that say how programs meet; they differ from batch to batch, as those of :data:`.boxes.EXTENTS`.
+MEETING = ("shares", "tiles", "group", "counters_of")
+
+
+class Memory(NamedTuple):
+    """Where programs meet: pointers of :class:`Shares`."""
+
+    partials: Any
+    counters: Any
+
+
 class Shares(NamedTuple):
     """How the sum of an output tile is shared between programs (split-K), and the memory they meet in.
 
@@ -115,6 +126,15 @@ class Shares(NamedTuple):
     tiles: Any
     partials: Any
     counters: Any
+
+
+@triton.jit
+def shares_of(shares, tiles, memory):
+    """:class:`Shares`, or None where a program makes a whole tile."""
+    if memory is None:
+        return None
+    else:
+        return Shares(shares, tiles, memory.partials, memory.counters)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def normalised_or_not(value, channels, exists, vectors):
     return value.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels"])
 def gate(
     y,
     y_bn,
@@ -70,7 +70,7 @@ def gate(
     tl.store(out + offsets, rounded(mixed, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pixels", "group"])
 def gate_backward(
     dout,
     y,

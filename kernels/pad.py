@@ -9,6 +9,7 @@ A program owns a strip of ``PIXELS`` pixels by ``CHANNELS`` channels of what it 
 import triton
 import triton.language as tl
 
+from .boxes import EXTENTS, Sizes
 from .elementwise import strip_index
 
 
@@ -23,11 +24,16 @@ def written(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.co
     return pixel, channels, (pixel < pixels)[:, None] & (channels < K)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=EXTENTS)
 def zero_pad(
     x,
     y,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -39,9 +45,10 @@ def zero_pad(
     Args:
         x: pointer to [N, H, W, C] fp32, fp16 or bf16.
         y: pointer to [N, P, Q, K] of the same type.
-        sizes: :class:`.boxes.Sizes`.
+        N, H, W, P, Q, depths: :class:`.boxes.Sizes`.
         WIDE: 64-bit offsets.
     """
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
     pixel, channels, inside = written(sizes.N * sizes.P * sizes.Q, sizes.K, PIXELS, CHANNELS, WIDE)
     row, column = pixel // sizes.Q, pixel % sizes.Q
     source = ((row // sizes.P) * sizes.H + (row % sizes.P) * STRIDE_H) * sizes.W + column * STRIDE_W
@@ -50,11 +57,16 @@ def zero_pad(
     tl.store(y + (pixel * sizes.K)[:, None] + channels[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=EXTENTS)
 def zero_pad_backward(
     dz,
     dx,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -62,6 +74,7 @@ def zero_pad_backward(
     WIDE: tl.constexpr,
 ):
     """Backward: the arguments of :func:`zero_pad`, with the gradients of y and x."""
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
     pixel, channels, inside = written(sizes.N * sizes.H * sizes.W, sizes.C, PIXELS, CHANNELS, WIDE)
     row, column = pixel // sizes.W, pixel % sizes.W
     image, h = row // sizes.H, row % sizes.H

@@ -17,9 +17,9 @@ are no atomics and the order of the sum is that of the taps::
 import triton
 import triton.language as tl
 
-from .boxes import Lanes, locate
+from .boxes import EXTENTS, Lanes, Sizes, locate
 from .elementwise import standardised, strip_index
-from .finish import Column, finish_sums
+from .finish import MEETING, Column, finish_sums
 from .numerics import rounded
 from .prologues import batch_norm
 
@@ -57,12 +57,17 @@ def window_maximum(x, lanes, channels, sizes, PROLOGUE: tl.constexpr, prologue_a
         return largest, None
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=EXTENTS)
 def max_pool(
     x,
     y,
     indices,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     PROLOGUE: tl.constexpr,
     prologue_args,
     TAPS: tl.constexpr,
@@ -76,12 +81,13 @@ def max_pool(
         x: pointer to [N, H, W, C] fp32, fp16 or bf16.
         y: pointer to [N, P, Q, C] of the same type.
         indices: pointer to uint8 [N, P, Q, C], or None.
-        sizes: :class:`.boxes.Sizes` with K = C.
+        N, H, W, P, Q, depths: :class:`.boxes.Sizes`, K = C.
         PROLOGUE: function of prologues.py.
         TAPS: :class:`.boxes.Taps`.
         PIXELS, CHANNELS: a program's tile, powers of two.
         WIDE: 64-bit offsets.
     """
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
     first, channel_tile, _ = strip_index(sizes.C, CHANNELS)
     channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
     if WIDE:
@@ -96,7 +102,7 @@ def max_pool(
         tl.store(indices + offsets, index.to(tl.uint8), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=(*EXTENTS, *MEETING))
 def max_pool_backward(
     dy,
     x,
@@ -104,7 +110,12 @@ def max_pool_backward(
     x_bn,
     dx,
     sums,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     group,
     partials,
     counters,
@@ -130,6 +141,7 @@ def max_pool_backward(
         PROLOGUE: the identity.
         BACKWARD, slope: function of activations.py, None without an activation, and its third argument.
     """
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
     strip, channel_tile, channel_tiles = strip_index(sizes.C, CHANNELS)
     channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
     exists = channels < sizes.C

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import Place, Step, lanes_of, loaded, locate
-from .finish import arrive, ordered_sum, part_offsets
+from .boxes import EXTENTS, Place, Sizes, Step, lanes_of, loaded, locate
+from .finish import MEETING, arrive, ordered_sum, part_offsets
 from .numerics import dot
 from .wgrad_end import write_rest, write_tile
 
@@ -36,23 +36,17 @@ from .wgrad_end import write_rest, write_tile
 PIECE = tl.constexpr(4096)
 
 
-class Shares(NamedTuple):
-    """How the pixels are shared between programs, and the memory they meet in.
+class Memory(NamedTuple):
+    """Where programs meet that share the pixels.
 
     Attributes:
-        shares: programs of a tile of dw.
-        group: how many of them the first level of the sum takes, see finish.py.
         partials: pointer to fp32 [tiles, shares, a tile's accumulators].
         counters: pointer to ``counters_of`` zeros, int32, a tile of dw; then one a tile of filters.
-        counters_of: ``cdiv(shares, group) + 1``.
         products: pointer to fp32 [tiles of a filter, K]: parts of ``<w_k, G_k>``.
     """
 
-    shares: Any
-    group: Any
     partials: Any
     counters: Any
-    counters_of: Any
     products: Any
 
 
@@ -246,16 +240,24 @@ def where(
         return elements(k, filters, column, first, sizes, WIDTH, TAPS, TILE, FLAT, SPANS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=(*EXTENTS, *MEETING))
 def wgrad(
     dz,
     y,
     x,
-    sizes,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    depths,
     columns,
     results,
     given,
     shares,
+    group,
+    counters_of,
+    memory,
     COEFFICIENTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     gradient_args,
@@ -280,9 +282,11 @@ def wgrad(
         dz: [N, P, Q, K] fp32, fp16 or bf16: descriptor or pointer, whichever ``LOAD`` wants.
         y: likewise, for a ``GRADIENT`` that reads it, else None.
         x: [N, H, W, C] of the same type, as ``PIXELS`` wants it.
-        sizes: :class:`.boxes.Sizes`, of the forward convolution.
+        N, H, W, P, Q, depths: :class:`.boxes.Sizes` of the forward convolution.
         columns: tiles of dw in a row, taps by chunks of channels (of the groups of a tile of filters).
-        results, given: of wgrad_end.py. shares: :class:`Shares`.
+        results, given: of wgrad_end.py.
+        shares: programs of a tile of dw. group: how many of them the first level of the sum takes, see finish.py.
+        counters_of: ``cdiv(shares, group) + 1``. memory: :class:`Memory`.
         COEFFICIENTS, GRADIENT: functions of gradients.py. PROLOGUE: of prologues.py.
         LOAD: loader of gradients.py. PIXELS: of boxes.py; ``None`` for both means :func:`direct`.
         TAPS: :class:`.boxes.Taps`. TILE: extents, powers of two: ``images, rows, columns`` a step's box of output pixels.
@@ -294,6 +298,7 @@ def wgrad(
         PRECISION: ``ieee`` or ``tf32`` for fp32 operands.
         WIDE: 64-bit offsets.
     """
+    sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
     tiles = tl.cdiv(sizes.K, TILE.filters) * columns
     tile = tl.program_id(0) % tiles
     share = tl.program_id(0) // tiles
@@ -309,7 +314,7 @@ def wgrad(
     q_tiles = tl.cdiv(sizes.Q, TILE.columns)
     p_tiles = tl.cdiv(sizes.P, TILE.rows)
     pixel_tiles = tl.cdiv(sizes.N, TILE.images) * p_tiles * q_tiles
-    per_share = tl.cdiv(pixel_tiles, shares.shares)
+    per_share = tl.cdiv(pixel_tiles, shares)
     first = share * per_share
     end = tl.minimum(first + per_share, pixel_tiles)
 
@@ -324,15 +329,15 @@ def wgrad(
             LOAD, PIXELS, TAPS, TILE, FLAT, SPANS, RIM, PRECISION, WIDE,
         )  # fmt: skip
     if SHARED:
-        groups = tl.cdiv(shares.shares, shares.group)
-        own = share // shares.group
-        start = own * shares.group
-        of_group = tl.minimum(shares.shares - start, shares.group)
-        counters = shares.counters + tile * shares.counters_of
+        groups = tl.cdiv(shares, group)
+        own = share // group
+        start = own * group
+        of_group = tl.minimum(shares - start, group)
+        counters = memory.counters + tile * counters_of
         C: tl.constexpr = acc.shape[1]
         SIZE: tl.constexpr = TILE.filters * C
         WIDTH: tl.constexpr = min(C, max(16, PIECE // TILE.filters))
-        parts = shares.partials + tile.to(tl.int64) * (shares.shares * SIZE)
+        parts = memory.partials + tile.to(tl.int64) * (shares * SIZE)
         tl.store(parts + share * SIZE + part_offsets(TILE.filters, C, C), acc)
         if arrive(counters + own, of_group):
             of_first = parts + start * SIZE
@@ -343,15 +348,18 @@ def wgrad(
             if arrive(counters + groups, groups):
                 inner = tl.zeros((TILE.filters,), dtype=tl.float32)
                 for piece in range(0, C, WIDTH):
-                    total = ordered_sum(parts + piece, groups, shares.group * SIZE, TILE.filters, WIDTH, C)
+                    total = ordered_sum(parts + piece, groups, group * SIZE, TILE.filters, WIDTH, C)
                     offsets, mask = where(k, filters, exists, column, piece, sizes, WIDTH, LOAD, TAPS, TILE, FLAT, SPANS)
                     of_piece = write_tile(total, offsets, mask, filters, exists, results, given, SCALED)
                     if results.dgamma is not None:
                         inner += of_piece
                 write_rest(
-                    inner, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH
+                    inner, filters, exists, column, columns, row, tiles, sizes.K, counters_of, memory, results, given,
+                    SCALED, BATCH,
                 )  # fmt: skip
     else:
         offsets, mask = where(k, filters, exists, column, 0, sizes, acc.shape[1], LOAD, TAPS, TILE, FLAT, SPANS)
         inner = write_tile(acc, offsets, mask, filters, exists, results, given, SCALED)
-        write_rest(inner, filters, exists, column, columns, row, tiles, sizes.K, shares, results, given, SCALED, BATCH)
+        write_rest(
+            inner, filters, exists, column, columns, row, tiles, sizes.K, counters_of, memory, results, given, SCALED, BATCH
+        )  # fmt: skip

@@ -87,7 +87,8 @@ def write_rest(
     row,
     tiles,
     K,
-    shares,
+    counters_of,
+    memory,
     results,
     given,
     SCALED: tl.constexpr,
@@ -95,9 +96,9 @@ def write_rest(
 ):
     """What follows from a tile of dw, ``inner``: its :func:`write_tile`'s. ``column``, ``row``: index of the tile."""
     if results.dgamma is not None:
-        parts = Column(shares.products, shares.counters, column, columns, columns, filters, exists, K)
+        parts = Column(memory.products, memory.counters, column, columns, columns, filters, exists, K)
         store_row(parts, 0, column, inner)
-        if arrive(shares.counters + tiles * shares.counters_of + row, columns):
+        if arrive(memory.counters + tiles * counters_of + row, columns):
             inner = sum_rows(parts, 0, 0, columns, 1)
             write_vectors(inner[None, :], filters, exists, results, given, SCALED, BATCH)
     elif column == 0:
@@ -105,7 +106,7 @@ def write_rest(
 
 
 @triton.jit
-def vectors_only(sizes, results, given, FILTERS: tl.constexpr, SCALED: tl.constexpr, BATCH: tl.constexpr):
+def vectors_only(depths, results, given, FILTERS: tl.constexpr, SCALED: tl.constexpr, BATCH: tl.constexpr):
     """Gradients of a layer's per-filter parameters where nobody wants those of its filters (they are frozen)."""
     filters = tl.program_id(0) * FILTERS + tl.arange(0, FILTERS)
-    write_vectors(None, filters, filters < sizes.K, results, given, SCALED, BATCH)
+    write_vectors(None, filters, filters < depths.K, results, given, SCALED, BATCH)

@@ -171,11 +171,14 @@ def test_an_eps_that_pytorch_refuses() -> None:
         fused.eval()(x)
 
 
-def test_traced_by_torch_jit() -> None:
+@pytest.mark.parametrize("called", [False, True])
+def test_traced_by_torch_jit(called: bool) -> None:
     """Into PyTorch's own operators."""
     plain, fused = copies(randomise(ResNet(BasicBlock, [1, 1, 1, 1])).eval())
     x = torch.randn(1, 3, 33, 32)
     with torch.no_grad():
+        if called:
+            fused(x)
         traced = torch.jit.trace(fused, x)
         other = torch.randn(2, 3, 40, 33)
         assert relative_error(traced(other), plain(other).double()) < 1e-5

@@ -35,7 +35,8 @@ from .triton_start import (
     needs_wide_offsets,
     numbers_of,
     outputs_of,
-    shares_of,
+    shared_by,
+    sized,
     start_on,
     updates,
 )
@@ -341,16 +342,17 @@ def bind(
     x, w = operands["x"], operands["w"]
     named: dict[str, Any] = {**operands, **{role: tensor for role, tensor in outputs.items() if role != "y"}}
     named |= {**numbers_of(launch), "C": start.sizes.C, "K": start.sizes.K, "momentum": launch.momentum}
-    named |= {"counters": space.counters, "partials": space.partials, "before": space.before, "group": start.group}
+    named |= {"counters": space.counters, "partials": space.partials, "before": space.before}
     constants = start.constants
     after = epilogues.AFTERS.get(launch.epilogue)
     return {
         "x": x if start.x_view is None else start.x_view.of(x),
         "w": w if start.w_view is None else start.w_view.of(w),
         "y": outputs["y"],
-        "sizes": start.sizes,
+        **sized(start),
         "exact": (x, w) if constants["SPANS"] or constants["PIXELS"] is None else None,
-        "shares": shares_of(start, space),
+        **shared_by(start, space),
+        "group": start.group or None,
         "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
         "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[launch.epilogue][1]),
         "slope": named["slope"],

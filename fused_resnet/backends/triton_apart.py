@@ -189,7 +189,8 @@ def bind(
         arguments = tuple(named.get(name) for name in gradients.GRADIENTS[launch.gradient][2])
         tensors = {"dz": named["dz"], "y": named.get("y"), "dshortcut": named.get("dshortcut"), "dy": outputs["dy"]}
         return {**tensors, "gradient_args": arguments, **sized}
-    named |= {"counters": space.counters, "partials": space.partials, "before": space.before, "group": start.group}
+    named |= {"counters": space.counters, "partials": space.partials, "before": space.before}
+    group = start.group if start.counters else None
     if launch.kind in ("conv_end", "statistics"):
         named |= {role: tensor for role, tensor in outputs.items() if role != "y"}
         after = epilogues.AFTERS.get(_epilogue(launch))
@@ -199,6 +200,7 @@ def bind(
             "y": None if untouched else outputs["y"],
             "epilogue_args": tuple(named.get(name) for name in epilogues.EPILOGUES[_epilogue(launch)][1]),
             "slope": named["slope"],
+            "group": group,
             "after_args": tuple(named.get(name) for name in after[1]) if after else (),
             **sized,
         }
@@ -209,7 +211,7 @@ def bind(
         "epilogue_args": tuple(named.get(name) for name in gradients.EPILOGUES[launch.epilogue][1]),
         "counters": space.counters,
         "partials": space.partials,
-        "group": start.group if start.counters else None,
+        "group": group,
         **sized,
     }
 

@@ -264,15 +264,16 @@ def tile_of(start: Start) -> Tile | Strip | None:
 def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> ASTSource:
     """A kernel and the types of its arguments, specialised as Triton's launcher would.
 
-    1 is a constant, a multiple of 16 is known to be one, and AMD's backend knows of tensors under 2 GiB that 32-bit offsets do.
+    1 is a constant, a multiple of 16 is known to be one unless the kernel asks not to be told, and AMD's backend knows of
+    tensors under 2 GiB that 32-bit offsets do.
     """
     types: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[str | int]]] = {}
 
-    def describe(value: Any, path: tuple[int, ...]) -> Any:
+    def describe(value: Any, path: tuple[int, ...], aligned: bool) -> Any:
         if isinstance(value, tuple):
-            members = [describe(member, (*path, i)) for i, member in enumerate(value)]
+            members = [describe(member, (*path, i), aligned) for i, member in enumerate(value)]
             return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         if isinstance(value, TensorDescriptor):
             return f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
@@ -286,7 +287,7 @@ def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> 
         if value is None or value == 1:
             constants[path] = value
             return "constexpr"
-        if value % 16 == 0:
+        if value % 16 == 0 and aligned:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if value < 1 << 31 else "i64"
 
@@ -295,5 +296,5 @@ def source_of(kernel: Any, arguments: dict[str, Any], backend: str = "cuda") -> 
             constants[(i,)] = arguments[name]
             types[name] = "constexpr"
         else:
-            types[name] = describe(arguments[name], (i,))
+            types[name] = describe(arguments[name], (i,), not parameter.do_not_specialize_on_alignment)
     return ASTSource(kernel, types, constants, attributes)

@@ -13,7 +13,7 @@ from ..kernels import activations, boxes, elementwise, gate, pad, pool, prologue
 from ..launch import Geometry, Launch, PoolGeometry
 from ..tuning.tile import Strip, choose_strip, covered
 from . import workspace
-from .triton_start import Space, Start, needs_wide_offsets, numbers_of, slope_of
+from .triton_start import Space, Start, needs_wide_offsets, numbers_of, sized, slope_of
 
 _PADS = ("zero_pad", "zero_pad_backward")
 KINDS = ("bn_add_relu", "bn_add_relu_backward", "gate", "gate_backward", "max_pool", "max_pool_backward", *_PADS)
@@ -102,7 +102,7 @@ def bind(
     g = launch.geometry
     named: dict[str, Any] = dict(operands)
     if launch.kind in _PADS:
-        return {**named, **outputs, "sizes": start.sizes, **start.constants}
+        return {**named, **outputs, **sized(start), **start.constants}
     if "var" in named:
         named["eps"] = launch.eps
     group = start.group if start.counters else None
@@ -114,7 +114,7 @@ def bind(
             "x": named["x"],
             "y": outputs["y"],
             "indices": outputs.get("indices"),
-            "sizes": start.sizes,
+            **sized(start),
             "prologue_args": arguments,
             **start.constants,
         }
@@ -127,7 +127,7 @@ def bind(
             "dx": outputs["dx"],
             "sums": (outputs.get("sum"), outputs.get("dot")) if start.counters else None,
             "slope": slope_of(launch),
-            "sizes": start.sizes,
+            **sized(start),
             **meeting,
             **start.constants,
         }

@@ -31,7 +31,8 @@ from .triton_start import (
     needs_wide_offsets,
     numbers_of,
     outputs_of,
-    shares_of,
+    shared_by,
+    sized,
     start_on,
     whole_lines,
 )
@@ -356,7 +357,7 @@ def bind(
     results = wgrad_end.Results(*(outputs.get(role) for role in wgrad_end.Results._fields))
     given = wgrad_end.Given(*(named.get(name) for name in wgrad_end.Given._fields))
     if start.kernel is wgrad_end.vectors_only:
-        return {"sizes": start.sizes, "results": results, "given": given, **start.constants}
+        return {"depths": sized(start)["depths"], "results": results, "given": given, **start.constants}
     reads_y = launch.gradient == "bn_backward"
     common_arguments = {
         "gradient_args": tuple(named.get(name) for name in gradients.GRADIENTS[_on_load(launch)][2]),
@@ -364,32 +365,35 @@ def bind(
     }
     numbers = start.numbers
     if launch.kind == "wgrad":
-        split = numbers["shares"], numbers["group"]
-        shares = wgrad.Shares(*split, partials, counters, numbers["counters_of"], space.partials_behind)
         return {
             "dz": viewed["dz"],
             "y": viewed["y"] if reads_y else None,
             "x": viewed["x"],
-            "sizes": start.sizes,
+            **sized(start),
             "columns": numbers["columns"],
             "results": results,
             "given": given,
-            "shares": shares,
+            "shares": numbers["shares"],
+            "group": numbers["group"],
+            "counters_of": numbers["counters_of"],
+            "memory": wgrad.Memory(partials, counters, space.partials_behind),
             "prologue_args": tuple(named.get(name) for name in prologues.PROLOGUES[launch.prologue][1]),
             **common_arguments,
         }
     exact = (operands["dz"], operands["y"] if reads_y else None, operands["w"])
-    constants = start.constants
+    constants, summed = start.constants, len(launch.outputs) > 1
     return {
         "dz": viewed["dz"],
         "y": viewed["y"] if reads_y else None,
         "w": viewed["w"],
         "dx": outputs["dx"],
-        "sizes": start.sizes,
+        **sized(start),
         "exact": exact if constants["SPANS"] or constants["LOAD"] is None else None,
-        "shares": shares_of(start, space),
+        **shared_by(start, space),
+        "group": numbers["group"] if summed else None,
+        "counters_of": numbers["counters_of"] if summed else None,
         "outputs": tuple(outputs[role] for role, _ in launch.outputs[1:]),
-        "sums": dgrad.Sums(partials, counters, numbers["counters_of"], numbers["group"]) if len(launch.outputs) > 1 else None,
+        "sums": dgrad.Sums(partials, counters) if summed else None,
         "epilogue_args": tuple(named.get(name) for name in gradients.EPILOGUES[launch.epilogue][1]),
         **common_arguments,
     }

@@ -23,7 +23,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import JITFunction, jit
 
 from ..kernels import epilogues
-from ..kernels.finish import Shares
+from ..kernels.boxes import EXTENTS, Depths
+from ..kernels.finish import Memory
 from ..launch import Geometry, Launch
 from . import before_slot, record_kernel, workspace
 from .derived import channels_last_filters
@@ -151,7 +152,7 @@ class Meeting:
         return whole_lines(self.partials) + self.splits * self.tiles * self.size if self.splits > 1 else self.partials
 
     def numbers(self) -> dict[str, int]:
-        """For :attr:`Start.numbers`; :func:`shares_of` reads them."""
+        """For :attr:`Start.numbers`; :func:`shared_by` reads them."""
         return {"shares": self.splits, "tiles": self.tiles}
 
     @property
@@ -174,12 +175,19 @@ def _from(tensor: Tensor, offset: int | None) -> Tensor | None:
     return tensor[offset:] if offset else None if offset is None else tensor
 
 
-def shares_of(start: Start, space: Space) -> Shares | None:
-    """The kernel's ``shares``."""
-    numbers = start.numbers
-    if numbers["shares"] == 1:
-        return None
-    return Shares(numbers["shares"], numbers["tiles"], space.partials_behind, space.counters_behind)
+def sized(start: Start) -> dict[str, Any]:
+    """The kernel's sizes, by name."""
+    sizes = start.sizes
+    return {**{name: getattr(sizes, name) for name in EXTENTS}, "depths": Depths(sizes.C, sizes.K)}
+
+
+def shared_by(start: Start, space: Space) -> dict[str, Any]:
+    """The kernel's ``shares``, ``tiles`` and ``memory``, all None where a program makes a whole tile."""
+    shares = start.numbers["shares"]
+    if shares == 1:
+        return {"shares": None, "tiles": None, "memory": None}
+    memory = Memory(space.partials_behind, space.counters_behind)
+    return {"shares": shares, "tiles": start.numbers["tiles"], "memory": memory}
 
 
 def outputs_of(launch: Launch, device: torch.device) -> dict[str, Tensor]:

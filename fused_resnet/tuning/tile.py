@@ -141,7 +141,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     1. A step loads 128 bytes of channels (one swizzled row of shared memory), fewer where there are fewer channels, or where
        that makes the chunk divide them. Half of it for flat loads, whose every element has an address in registers, and for
        exact fp32 on NVIDIA, whose products run on the CUDA cores: with 128 bytes they spill (compiled, sm_80 to sm_100). So do
-       (8 to 24 bytes) given statistics on load on Blackwell, and grouped tiles on sm_120.
+       (8 to 24 bytes) given statistics on load on Blackwell, and grouped tiles on sm_120. A quarter for flat loads of 16 bits
+       in front of statistics on sm_80 and sm_120 (half: 16 and 8 bytes spilled).
     2. 128 filters, fewer where there are fewer, by 128 pixels: each element loaded then takes part in 128 multiply-adds, which
        is what keeps the tensor cores busy from the L2. Half the filters for fp32, whose tiles are twice as large, and for
        grouped convolutions, where a wider tile only multiplies more zeros.
@@ -172,7 +173,9 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     given = arch in BLACKWELL and "x_var" in launch.roles
     grouped = arch == "sm_120" and 1 < g.groups < g.C
     half = flat or (single and not tf32 and arch.startswith("sm_")) or given or grouped
-    channels = power_of_two(_reduced_together(g, flat), 16, (512 if interpreted else 64 if half else 128) // itemsize)
+    quarter = flat and itemsize == 2 and launch.epilogue == "stats" and arch in ("sm_80", "sm_120")
+    most = 512 if interpreted else 32 if quarter else 64 if half else 128
+    channels = power_of_two(_reduced_together(g, flat), 16, most // itemsize)
     while not flat and channels > 32 and g.C % channels:
         channels //= 2
     filters = power_of_two(g.K, 16, 64 if g.groups > 1 or single else 128)

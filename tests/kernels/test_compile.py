@@ -119,3 +119,46 @@ except (ValueError, RuntimeError) as error:
             environment["TRITON_INTERPRET"] = interpret
         process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
         assert process.stdout.startswith(message), process.stdout + process.stderr
+
+
+KEYS = """
+import sys
+from dataclasses import replace
+import torch
+from triton.runtime.jit import JITFunction
+from fused_resnet.backends import triton_compile
+from fused_resnet.gpu import networks, warm
+from fused_resnet.tuning.choice import by_rule
+
+warm._begin("sm_90")
+keys = []
+JITFunction._do_compile = lambda self, key, *rest: keys.append(key)
+launches = {}
+for mode in ("infer", "train"):
+    for use in networks.uses("toy", 64, 48, torch.bfloat16, mode):
+        launches.setdefault((use.launch.kind, use.launch.prologue, use.launch.gradient), use.launch)
+kinds = set()
+for launch in launches.values():
+    tile, found = by_rule(launch, "sm_90"), set()
+    for batch, rows, columns in ((64, 48, 48), (63, 48, 48), (5, 48, 48), (64, 80, 48), (3, 48, 112)):
+        g = launch.geometry
+        one = replace(launch, geometry=replace(g, N=batch, H=g.H * rows // 48, W=g.W * columns // 48))
+        start, arguments = triton_compile._start_of(one, "sm_90", tile, False, torch.float32)
+        keys.clear()
+        start.kernel.warmup(grid=(start.programs,), **arguments, num_warps=start.num_warps, num_stages=start.num_stages)
+        rim = start.constants.get("RIM")  # a kernel for either
+        found.add((rim, keys[0], triton_compile.prepare(one, "sm_90", tile).key))
+    assert len(found) == len({rim for rim, *_ in found}), launch.kind
+    kinds.add(launch.kind)
+print(*sorted(kinds))
+"""
+
+
+def test_another_batch_or_image_is_no_other_kernel() -> None:
+    """By Triton's own rule and by ours, with the same tile; of filters' gradients it is one where a rim comes or goes."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parent.parent)
+    done = subprocess.run([sys.executable, "-c", KEYS], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [
+        "bn_add_relu", "bn_add_relu_backward", "conv", "dgrad", "max_pool", "max_pool_backward", "wgrad",
+    ], done.stderr  # fmt: skip

@@ -15,7 +15,7 @@ from launches import DEVICE, conv, operands_of, run_all, run_poisoned
 from tolerances import assert_close
 
 from fused_resnet.backends import triton, triton_gradients
-from fused_resnet.backends.triton_start import arch_of, shares_of
+from fused_resnet.backends.triton_start import arch_of, shared_by
 from fused_resnet.launch import DGRAD_EPILOGUES, EPILOGUES, GRADIENTS, Launch
 from fused_resnet.tuning import Tile
 
@@ -150,9 +150,9 @@ def test_the_shares_memory_starts_at_a_whole_line() -> None:
     launch = test_stats.conv(2, 13, 11, 16, 24, 3, 3, epilogue="stats")
     start = triton.plan_start(launch, arch_of(DEVICE), Tile(1, 4, 4, 16, 16, splits=2))
     space = start.workspace(DEVICE)
-    shares = shares_of(start, space)
-    assert shares is not None and space.counters is not None and space.partials is not None
-    offsets = [behind.storage_offset() for behind in (shares.counters, shares.partials)]
+    memory = shared_by(start, space)["memory"]
+    assert memory is not None and space.counters is not None and space.partials is not None
+    offsets = [behind.storage_offset() for behind in (memory.counters, memory.partials)]
     assert all(offset > 0 and offset % 32 == 0 for offset in offsets) and offsets == [
         start.counters_behind, start.partials_behind,
     ]  # fmt: skip
