@@ -220,7 +220,7 @@ class Memory:
         memory: Memory | None = module.__dict__.get(ATTRIBUTE)
         if memory is None:
             memory = Memory()
-            if not torch.jit.is_tracing():
+            if torch._C._get_tracing_state() is None:
                 module.__dict__[ATTRIBUTE] = memory
         return memory
 

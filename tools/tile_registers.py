@@ -27,10 +27,10 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: An odd batch, so that there is a rim; sizes that are no multiples of the box.
 _1x1 = Geometry(51, 14, 14, 256, 1024, 1, 1)
 _3x3 = Geometry(51, 14, 14, 256, 256, 3, 3, padding=(1, 1))
-#: In front of statistics also boxes of many images, which take other registers: of the two what takes more counts.
-_MANY: dict[Any, Geometry] = {
-    _1x1: Geometry(301, 28, 28, 512, 1024, 1, 1, stride=(2, 2)),
-    _3x3: Geometry(301, 7, 7, 512, 512, 3, 3, padding=(1, 1)),
+#: In front of statistics also boxes of many images, and of large ones, which take other registers: what takes most counts.
+_OTHERS: dict[Any, tuple[Geometry, ...]] = {
+    _1x1: (Geometry(301, 28, 28, 512, 1024, 1, 1, stride=(2, 2)),),
+    _3x3: (Geometry(301, 7, 7, 512, 512, 3, 3, padding=(1, 1)), Geometry(51, 56, 56, 64, 256, 3, 3, padding=(1, 1))),
 }
 
 
@@ -80,7 +80,8 @@ def write(data: dict[str, Any]) -> None:
 
 def _sizes(launch: Launch) -> list[Launch]:
     """A launch of each geometry that its class is compiled for."""
-    return [launch, replace(launch, geometry=_MANY[launch.geometry])] if launch.epilogue == "stats" else [launch]
+    others = _OTHERS[launch.geometry] if launch.epilogue == "stats" else ()
+    return [launch, *(replace(launch, geometry=other) for other in others)]
 
 
 def _read(launch: Launch, m: int, n: int, warps: int, arch: str) -> tuple[int, int] | None:

@@ -220,12 +220,10 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
     """
     before = [(part, dict(part.__dict__), printed(_plain(part))) for part in module.modules()]
     objects = [(value, dict(vars(value))) for _, state, _ in before for value in _objects(state)]
-    states = [state for _, state, _ in before] + [state for _, state in objects]
+    states = [_plain(part) for part, _, _ in before] + [state for _, state in objects]
     lists = [(value, value.copy()) for state in states for value in state.values() if type(value) in _CONTAINERS]
-    sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
-        (random.getstate, random.setstate),
-        (partial(_of_numpy, np.random), np.random.set_state),
-    ]
+    children = [(part._modules, part._modules.copy()) for part, _, _ in before]
+    sources: list[Source] = [(random.getstate, random.setstate), (partial(_of_numpy, np.random), np.random.set_state)]
     sources += [pair for state in states for pair in _generators(state)]
     drawn = [(read, put, read()) for read, put in sources]
     of_torch = torch.random.get_rng_state()
@@ -250,13 +248,16 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
             if not _same_contents(value, copy):
                 changed += [part for part, state, _ in before if any(own is value for own in state.values())]
                 _put_back(value, copy)
+        for value, copy in children:
+            if not _same_contents(value, copy):
+                _put_back(value, copy)
         for value, copy in objects:
             if not _same_contents(vars(value), copy):
                 changed.append(value)
                 vars(value).clear()
                 vars(value).update(copy)
         for part, state, _ in before:
-            if part in changed:
+            if any(part is one for one in changed):
                 part.__dict__.clear()
                 part.__dict__.update(state)
     changed += switched
