@@ -250,7 +250,7 @@ def test_statistics_are_as_exact_as_if_added_up_in_fp64(shape: tuple[int, ...]) 
     truth = y.double().var((0, 2, 3), correction=0)
     _, _, invstd = torch.native_batch_norm(y, None, None, None, None, True, 0.1, 0.0)
     _, var = cpu._moments(y.contiguous(memory_format=torch.channels_last))
-    assert_no_worse(distance([(var, truth)]), distance([(invstd.double() ** -2, truth)]), "variance", floor=1e-7)
+    assert_no_worse(distance([(var, truth)]), distance([(invstd.double() ** -2, truth)]), "variance", floor=2e-7)
 
 
 def test_one_channel_with_a_large_mean_harms_no_other() -> None:
