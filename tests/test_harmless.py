@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import logging
+import queue
 import random
+import threading
+import weakref
 from collections import deque
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -436,3 +441,156 @@ def test_unfuse_gives_back_what_was_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Writes("buffer"))
     kinds = [type(part) for part in model.modules()]
     assert [type(part) for part in unfuse(fuse(model)).modules()] == kinds
+
+
+# ---- what must not cost a fusion, or be decided for good
+
+
+class Config:
+    def __init__(self) -> None:
+        self.lazy = None
+
+    @cached_property
+    def scale(self) -> float:
+        return 2.0
+
+    def width(self) -> int:
+        self.lazy = self.lazy or 3
+        return self.lazy
+
+
+class Logs(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.log, self.queue = Config(), logging.getLogger("fused_resnet.tests"), queue.Queue()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.debug("of %s", x.shape)
+        assert hasattr(x, "permute") and isinstance(x, Tensor) and isinstance(x * 1.0, Tensor) and isinstance(x[:, :2], Tensor)
+        return self.made(x) * self.config.scale + self.config.width()
+
+
+def test_books_of_others_and_questions_about_tensors_are_no_hindrance() -> None:
+    plain = randomise(Logs().eval())
+    fused, x = fuse(Logs().eval()), images()
+    fused.load_state_dict(plain.state_dict())
+    assert launches(fused, x) == 1 and relative_error(fused(x), plain(x)) < CLOSE
+
+
+def test_what_other_threads_put_in_meanwhile_stays() -> None:
+    class Net(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queue: queue.Queue[int] = queue.Queue()
+
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: (self.queue.put(1), self.bn.register_forward_pre_hook(print)))
+            thread.start()
+            thread.join()
+            return self.made(x)
+
+    model = fuse(Net().eval())
+    assert model.queue.qsize() > 0 and len(model.bn._forward_pre_hooks) > 0
+
+
+class OneDecides(nn.Module):
+    """Only one of its parts cannot be traced."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.first, self.one, self.last = Made(), Decides(by) if by in DECISIONS else AsItsParameters(), Made()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.one(torch.relu(self.first(x) + x))) + x
+
+
+class Made(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(x)
+
+
+@pytest.mark.parametrize("by", ["dtype", "parameters"])
+def test_who_decides_is_to_blame(by: str) -> None:
+    plain = randomise(OneDecides(by).eval())
+    fused, x = fuse(copy.deepcopy(plain)), images()
+    with torch.no_grad():
+        assert launches(fused, x) == 2 and relative_error(fused(x), plain(x)) < CLOSE
+
+
+LOOKED_UP = {
+    "type": lambda x: x.dtype in {torch.float32},
+    "size": lambda x: x.shape[0] in {2, 3},
+    "table": lambda x: {8: True}.get(x.shape[2], False),
+    "is a tuple": lambda x: isinstance(x.shape[-2:], tuple) and isinstance(x.shape, (tuple, list)),
+}
+
+
+class LooksUp(Base):
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.made(x).to(x.dtype)
+        return y * 2 if LOOKED_UP[self.by](x) else y
+
+
+@pytest.mark.parametrize("by", LOOKED_UP)
+def test_what_is_looked_up_by_a_tensor(by: str) -> None:
+    plain = randomise(LooksUp(by).eval())
+    fused, x = fuse(copy.deepcopy(plain)), images()
+    with torch.no_grad():
+        assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+def test_an_array_is_no_number() -> None:
+    class Net(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = np.array([2.0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.made(x) * self.scale
+
+    plain = randomise(Net().eval())
+    fused, x = fuse(copy.deepcopy(plain)), images()
+    with torch.no_grad():
+        assert fused(x).dtype == plain(x).dtype
+        fused.scale[0] = plain.scale[0] = 5
+        assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+def test_a_guard_keeps_nothing_alive() -> None:
+    model, x = fuse(Scaled().eval()), images()
+    model(x)
+    kept = weakref.ref(model.act)
+    model.act = partial(F.leaky_relu, negative_slope=0.3)
+    model(x)
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("name", ["asarray", "new_tensor", "full", "scalar_tensor", "func", "trace"])
+@pytest.mark.filterwarnings("ignore")
+def test_functions_in_c_beside_a_question(name: str) -> None:
+    """In a function that asks for classes too; what they make of a stand-in is refused."""
+
+    def made(x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor)
+        made = {
+            "asarray": lambda: torch.asarray(x) if isinstance(x, Tensor) else x,
+            "new_tensor": lambda: x.new_tensor(x) if isinstance(x, Tensor) else x,
+            "full": lambda: torch.full((2,), x.sum()).sum() * x if isinstance(x, Tensor) else x,
+            "scalar_tensor": lambda: torch.scalar_tensor(x.sum()) * x if isinstance(x, Tensor) else x,
+            "func": lambda: torch.func.grad(lambda y: (y * y).sum())(x),
+            "trace": lambda: torch.jit.trace(torch.tanh, (x,))(x),
+        }
+        return made[name]()
+
+    class Net(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return made(self.made(x).detach())
+
+    plain = randomise(Net().eval())
+    fused, x = fuse(copy.deepcopy(plain)), images()
+    assert relative_error(fused(x), plain(x)) < CLOSE

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -15,18 +17,22 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 class _Object:
-    """An object that is told by being the same one. It is kept: another one may be made at the address of one that is gone."""
+    """An object that is told by being the same one, not by its address, at which there may be another when it is gone."""
 
-    __slots__ = ("value",)
+    __slots__ = ("hash", "value")
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        try:
+            self.value: Callable[[], Any] = ref(value)
+        except TypeError:
+            self.value = lambda: value
+        self.hash = id(value)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is _Object and other.value is self.value
+        return type(other) is _Object and (value := self.value()) is not None and other.value() is value
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self.hash
 
 
 def printed(value: Any, depth: int = 10) -> Any:

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ class Looks(Protocol):
     """Who traces, as far as this module cares."""
 
     looking: bool
+    running: list[nn.Module]
 
 
 class CannotTrace(Exception):
@@ -35,14 +37,14 @@ class CannotTrace(Exception):
 
 
 #: What other threads, which run the module meanwhile, may keep in it.
-_OURS = ("_forward_hooks", "_modules", "fused_region", watch.ATTRIBUTE)
+_OURS = ("_modules", "fused_region", watch.ATTRIBUTE)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if key not in _OURS}
+    return {key: value for key, value in module.__dict__.items() if key not in _OURS and "_hooks" not in key}
 
 
-#: How the state of a generator is read, in values that can be compared, and set.
+#: How the state of a generator is read and set.
 Source = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 #: Containers whose contents are put back.
@@ -66,11 +68,24 @@ def _same_contents(value: Any, copy: Any) -> bool:
     return all(one is other for one, other in zip(value, copy, strict=True))
 
 
+#: Modules of classes whose objects other threads may work on, or that are nobody's books.
+_SHARED = (
+    *("torch", "fused_resnet", "queue", "_queue", "threading", "_thread", "logging"),
+    *("concurrent", "multiprocessing", "asyncio"),
+)
+
+
+def _completed(state: Mapping[str, Any], copy: Mapping[str, Any]) -> bool:
+    """Whether an object has only found something that it keeps for later, as a cached property does, of no tensor."""
+    kept = all(key in state and (state[key] is part or part is None) for key, part in copy.items())
+    return kept and not any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves(dict(state)))
+
+
 def _objects(state: Mapping[str, Any]) -> Iterator[Any]:
     """Attributes that are objects with attributes of their own, of nobody's class that is known."""
     for value in state.values():
         known = isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType, watch.Memory))
-        if not known and hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch", "fused_resnet")):
+        if not known and hasattr(value, "__dict__") and not type(value).__module__.startswith(_SHARED):
             yield value
 
 
@@ -78,71 +93,38 @@ def _generators(state: Mapping[str, Any]) -> Iterator[Source]:
     """How the state of each generator of random numbers among attributes is read, and set."""
     for value in state.values():
         if isinstance(value, torch.Generator):
-            yield partial(_of_torch, value), partial(_set_torch, value)
+            yield value.get_state, value.set_state
         elif isinstance(value, random.Random):
             yield value.getstate, value.setstate
         elif isinstance(value, np.random.RandomState):
-            yield partial(_of_numpy, value), value.set_state
+            yield partial(value.get_state, legacy=False), value.set_state
         elif isinstance(value, np.random.Generator):
             yield partial(getattr, value.bit_generator, "state"), partial(setattr, value.bit_generator, "state")
 
 
-def _of_torch(source: torch.Generator) -> Any:
-    return source.get_state().tolist()
-
-
-def _set_torch(source: torch.Generator, state: Any) -> None:
-    source.set_state(torch.tensor(state, dtype=torch.uint8))
-
-
-def _of_numpy(source: Any) -> Any:
-    name, keys, *rest = source.get_state()
-    return name, keys.tolist(), *rest
+def _listed(state: Any) -> Any:
+    """A state of a generator in values that can be compared."""
+    if isinstance(state, dict):
+        return {key: _listed(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, (np.ndarray, Tensor)) else state
 
 
 #: What a forward may enter that a graph does not know of.
 _ENTERED = (torch.inference_mode, torch.autograd.graph.saved_tensors_hooks)
 #: What reads parameters for real: the graph would not see that they are of another type or frozen later.
 _READ = ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
-#: What would take a stand-in that says it is a tensor for one, and read memory that is not there.
+#: What would run on stand-ins, or take them for tensors whose memory it reads.
 _UNSAFE = (
     # By this torch.autograd.Function.apply looks at its arguments; bound methods of that may be older than the trace.
     (torch._functorch.utils, "unwrap_dead_wrappers", "a torch.autograd.Function"),
     (torch.jit.ScriptFunction, "__call__", "a scripted function"),
-    (torch, "tensor", "torch.tensor"),
-    (torch, "as_tensor", "torch.as_tensor"),
-    (torch.nested, "nested_tensor", "torch.nested.nested_tensor"),
-    (torch.nested, "as_nested_tensor", "torch.nested.as_nested_tensor"),
-    (torch.utils.dlpack, "to_dlpack", "to_dlpack"),
 )
 
 
-class _Legacy:
-    """Stands for ``torch.FloatTensor`` and its like, ``isinstance`` of which reads the memory of what it takes for a tensor."""
-
-    def __init__(self, kind: Any, thread: int) -> None:
-        self.kind, self.thread = kind, thread
-
-    def __instancecheck__(self, value: Any) -> bool:
-        if threading.get_ident() == self.thread and issubclass(type(value), fx.Proxy):
-            raise CannotTrace(f"its forward asks whether a tensor is a {self.kind.__name__}")
-        return isinstance(value, self.kind)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.kind(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kind, name)
-
-
-#: The type of ``torch.FloatTensor``.
-_LEGACY = type(torch.FloatTensor)
-
-
 @contextmanager
-def _spied(tracer: Looks) -> Iterator[list[str]]:
-    """A list of what the code of others asks or enters in this thread, while it runs on stand-ins."""
-    asked: list[str] = []
+def _spied(tracer: Looks) -> Iterator[list[tuple[str, list[nn.Module]]]]:
+    """A list of what the code of others asks or enters in this thread, while it runs on stand-ins, and in which modules."""
+    asked: list[tuple[str, list[nn.Module]]] = []
     thread = threading.get_ident()
     undo: list[tuple[Any, str, Any, bool]] = []
 
@@ -156,7 +138,7 @@ def _spied(tracer: Looks) -> Iterator[list[str]]:
 
         def spied(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == thread:
-                asked.append(called)
+                asked.append((called, tracer.running.copy()))
             return function(*args, **kwargs)
 
         put(owner, name, spied)
@@ -167,7 +149,7 @@ def _spied(tracer: Looks) -> Iterator[list[str]]:
         def spied(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if threading.get_ident() == thread and not tracer.looking and not caller.startswith(("torch.", "fused_resnet.")):
-                asked.append(f"its module for {name}")
+                asked.append((f"its module for {name}", tracer.running.copy()))
             return function(self, *args, **kwargs)
 
         put(nn.Module, name, spied)
@@ -192,10 +174,6 @@ def _spied(tracer: Looks) -> Iterator[list[str]]:
             reading(name)
         for owner, name, what in _UNSAFE:
             refusing(owner, name, what)
-        for owner in (torch, torch.cuda):
-            for name, kind in list(vars(owner).items()):
-                if type(kind) is _LEGACY:
-                    put(owner, name, _Legacy(kind, thread))
         yield asked
     finally:
         for owner, name, old, there in reversed(undo):
@@ -223,9 +201,10 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
     states = [_plain(part) for part, _, _ in before] + [state for _, state in objects]
     lists = [(value, value.copy()) for state in states for value in state.values() if type(value) in _CONTAINERS]
     children = [(part._modules, part._modules.copy()) for part, _, _ in before]
-    sources: list[Source] = [(random.getstate, random.setstate), (partial(_of_numpy, np.random), np.random.set_state)]
+    of_numpy = partial(np.random.get_state, legacy=False), np.random.set_state
+    sources: list[Source] = [(random.getstate, random.setstate), of_numpy]
     sources += [pair for state in states for pair in _generators(state)]
-    drawn = [(read, put, read()) for read, put in sources]
+    drawn = [(read, put, deepcopy(read())) for read, put in sources]
     of_torch = torch.random.get_rng_state()
     switched: list[nn.Module] = []
     set_attribute: Any = nn.Module.__setattr__
@@ -252,7 +231,7 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
             if not _same_contents(value, copy):
                 _put_back(value, copy)
         for value, copy in objects:
-            if not _same_contents(vars(value), copy):
+            if not _same_contents(vars(value), copy) and not _completed(vars(value), copy):
                 changed.append(value)
                 vars(value).clear()
                 vars(value).update(copy)
@@ -263,11 +242,11 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
     changed += switched
     if changed:
         raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
-    moved = [(put, state) for read, put, state in drawn if read() != state]
+    moved = [(put, state) for read, put, state in drawn if _listed(read()) != _listed(state)]
     if moved or not torch.equal(torch.random.get_rng_state(), of_torch):
         for put, state in moved:
             put(state)
         torch.random.set_rng_state(of_torch)
         raise CannotTrace("its forward draws random numbers")
-    if asked:
-        raise CannotTrace(f"its forward asks {asked[0]}")
+    for what, tracer.running in asked:  # the module that asks is to blame
+        raise CannotTrace(f"its forward asks {what}")

@@ -22,12 +22,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from dis import get_instructions
+from dis import Instruction, get_instructions, stack_effect
 from functools import cache
 from itertools import count
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -45,6 +46,13 @@ class TakesApart(CannotTrace):
     """An argument is counted or looped over. It may be a container: it can be traced once it is known what is in it."""
 
 
+def _unknown(stand_in: fx.Proxy, frame: FrameType) -> type[Any]:
+    """The class of a stand-in for nobody knows what. torch.fx may ask."""
+    if _asks_for_class(frame) and not frame.f_globals.get("__name__", "").startswith(("torch.", "fused_resnet.")):
+        raise CannotTrace("its forward asks for the class of a size, or of another value that is not there yet")
+    return type(stand_in)
+
+
 class _Proxy(fx.Proxy):
     """A stand-in for any value. ``x += y`` stays what it is: torch.fx would make ``x = x + y`` of it, which whoever else has
     the same x does not see.
@@ -55,12 +63,17 @@ class _Proxy(fx.Proxy):
             raise CannotTrace(f"its forward sets {name} of a tensor")
         super().__setattr__(name, value)
 
+    __class__ = property(lambda self: _unknown(self, sys._getframe(1)))
+
     def __len__(self) -> int:
         cast(_Tracer, self.tracer).take_apart(self)
         return super().__len__()
 
     def __getattr__(self, name: str) -> Any:
         return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        raise CannotTrace("its forward looks something up by a tensor, or by what a tensor is")
 
 
 class _Attribute(fx.proxy.Attribute):
@@ -72,19 +85,65 @@ class _Attribute(fx.proxy.Attribute):
 
     def __init__(self, root: fx.Proxy, name: str) -> None:
         super().__init__(root, name)
-        self.called = False
-        cast(_Tracer, self.tracer).attributes.append(self)
+        tracer = cast(_Tracer, self.tracer)
+        self.called, self.running = False, tracer.running.copy()
+        tracer.attributes.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
         return super().__call__(*args, **kwargs)
 
+    def __hash__(self) -> int:
+        raise CannotTrace("its forward looks something up by what a tensor is")
+
+    __class__ = property(lambda self: _unknown(self, sys._getframe(1)))
+
+
+def _asks_for_class(frame: FrameType) -> bool:
+    """Whether Python code asks an object for its class just now: not a function written in C that it calls.
+
+    Raises:
+        CannotTrace: that cannot be told, or it asks for ``torch.FloatTensor`` or its like, which reads the tensor's memory.
+    """
+    code = frame.f_code
+    found = _asking(code).get(frame.f_lasti)
+    if found and any(type(getattr(torch, name, None)) is _LEGACY for name in code.co_names):
+        raise CannotTrace("its forward asks for an old type of tensors")
+    if found is None and not _CLASS_NAMES.isdisjoint(code.co_names):
+        raise CannotTrace("its forward asks for a class in a way that is not understood")
+    return bool(found)
+
+
+#: The type of ``torch.FloatTensor``.
+_LEGACY = type(torch.FloatTensor)
+_CLASS_NAMES = frozenset(("isinstance", "issubclass"))
+
 
 @cache
-def _asks_for_classes(code: CodeType) -> bool:
-    """Whether Python code asks objects for their classes."""
-    names = ("isinstance", "issubclass", "__class__")
-    return any(name in code.co_names for name in names) or "MATCH_CLASS" in (step.opname for step in get_instructions(code))
+def _asking(code: CodeType) -> dict[int, bool | None]:
+    """Offset of each instruction that may ask for a class -> whether Python's own functions do; None: it cannot be told."""
+    steps = list(get_instructions(code))
+    found: dict[int, bool | None] = {}
+    for at, step in enumerate(steps):
+        if step.opname == "MATCH_CLASS" or (step.opname == "LOAD_ATTR" and step.argval == "__class__"):
+            found[step.offset] = True
+        elif step.opname.startswith("CALL") and "INTRINSIC" not in step.opname:
+            found[step.offset] = _calls_isinstance(steps, at)
+        else:
+            found[step.offset] = False
+    return found
+
+
+def _calls_isinstance(steps: list[Instruction], at: int) -> bool | None:
+    """Whether a call is of isinstance or issubclass, by the instruction that put the first of what it takes on the stack."""
+    wanted = 1 - stack_effect(steps[at].opcode, steps[at].arg)
+    for step in reversed(steps[:at]):
+        if "JUMP" in step.opname:
+            return None
+        wanted -= stack_effect(step.opcode, step.arg)
+        if wanted <= 0:
+            return step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in _CLASS_NAMES
+    return None
 
 
 class _TensorProxy(_Proxy):
@@ -93,7 +152,7 @@ class _TensorProxy(_Proxy):
     It says so to Python alone. What is written in C would believe it as well, and read memory that is not there.
     """
 
-    __class__ = property(lambda self: Tensor if _asks_for_classes(sys._getframe(1).f_code) else type(self))
+    __class__ = property(lambda self: Tensor if _asks_for_class(sys._getframe(1)) else type(self))
 
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
@@ -189,6 +248,13 @@ def arguments_of(module: nn.Module) -> tuple[int, int]:
     return sum(p.default is kinds.empty for p in parameters), len(parameters)
 
 
+#: What makes a tensor of a tensor.
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+_ARITHMETIC = {
+    getattr(operator, name)
+    for name in ("matmul", "neg", "invert", "getitem", *_BINARY, *(f"i{name.removesuffix('_')}" for name in _BINARY))
+}
+
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
 
@@ -214,6 +280,7 @@ class _Tracer(fx.Tracer):
         self.running: list[nn.Module] = []
         self.looking = False  # at a module's parameters, not on the way through its forward
         self.attributes: list[_Attribute] = []
+        self.tensors: set[fx.Node] = set()  # nodes that are
         self.traced = Traced(fx.Graph(), {}, {})
 
     # ---- what torch.fx calls
@@ -254,12 +321,15 @@ class _Tracer(fx.Tracer):
             raise TakesApart("its forward takes apart an argument")
 
     def check_attributes(self) -> None:
-        """Raise if the forward read an attribute of a tensor, of which no node was made: it has decided by it."""
+        """Raise if the forward read an attribute of a tensor, of which no node was made: it has decided by it.
+
+        The module that read it is to blame. A method, or the shape, is read to be written into a log.
+        """
         for attribute in self.attributes:
-            if attribute._node is None and not attribute.called:
-                raise CannotTrace(
-                    f"its forward reads {attribute.attr} of a tensor, and nothing that a graph could hold is made of it"
-                )
+            method = callable(getattr(Tensor, attribute.attr, None))
+            if attribute._node is None and not attribute.called and not method and attribute.attr != "shape":
+                self.running = attribute.running
+                raise CannotTrace(f"its forward decides by {attribute.attr} of a tensor, or reads it for nothing")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.take_apart(obj)
@@ -272,7 +342,24 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         plain = node.op == "call_function" and not str(getattr(node.target, "__module__", "")).startswith("torch")
-        return _Proxy(node, self) if plain or node.target in ("size", "dim", "numel") else _TensorProxy(node, self)
+        if plain and node.target in _ARITHMETIC:
+            plain = not self._gives_a_tensor(node)
+        if plain or node.target in ("size", "dim", "numel"):
+            return _Proxy(node, self)
+        if node.op != "placeholder":  # which may be a container
+            self.tensors.add(node)
+        return _TensorProxy(node, self)
+
+    def _gives_a_tensor(self, node: fx.Node) -> bool:
+        """Whether arithmetic surely does. An argument may be a list, which can be indexed, lengthened and repeated."""
+        if any(part in self.tensors for part in node.all_input_nodes):
+            return True
+        if all(part.op != "placeholder" for part in node.all_input_nodes):
+            return False
+        if node.target is operator.getitem:
+            return isinstance(node.args[1], tuple)
+        lists = node.target in (operator.add, operator.iadd, operator.mul, operator.imul)
+        return not lists or any(isinstance(argument, float) for argument in node.args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         if threading.get_ident() != self.thread or self.looking:
@@ -285,7 +372,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # it says that it is a tensor
             return a.node
-        if type(a).__module__ == "numpy" and hasattr(a, "item"):  # torch.fx would write np.float64(0.5) into the code
+        if isinstance(a, np.generic):  # torch.fx would write np.float64(0.5) into the code
             return self.create_arg(a.item())
         if isinstance(a, OrderedDict) and type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (self.create_arg([*a.items()]),), {})
