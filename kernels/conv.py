@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .boxes import EXTENTS, Place, Sizes, Step, in_bands, lanes_of, loaded, locate, next_tap
 from .epilogues import At, Index
-from .finish import MEETING, joined_shares, leave_share, own_program, own_share, shares_of
+from .finish import MEETING, Shares, joined_shares, leave_share, own_program, own_share
 from .numerics import dot, rounded
 
 
@@ -223,7 +223,9 @@ def conv_forward(
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
     K: tl.constexpr = TILE.filters
     sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
-    shared = shares_of(shares, tiles, memory)
+    shared = None
+    if memory is not None:
+        shared = Shares(shares, tiles, memory.partials, memory.counters)
     index = tile_index(sizes, shared, group, TILE)
     place = own_tile(index, sizes, TAPS, TILE, SPANS)
     lanes = lanes_of(place, sizes, TILE, WIDE)

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .boxes import EXTENTS, Lanes, Place, Sizes, Step, in_bands, next_tap
 from .epilogues import At
-from .finish import MEETING, Column, finish_sums, joined_shares, leave_share, own_program, own_share, shares_of
+from .finish import MEETING, Column, Shares, finish_sums, joined_shares, leave_share, own_program, own_share
 from .gradients import shifted
 from .numerics import dot, rounded
 
@@ -124,7 +124,9 @@ def direct(
 
     For depthwise convolutions, and for the rare tile of which :func:`dgrad` cannot trust a NaN. Pointers.
     """
-    acc = tl.zeros((TILE.images * TILE.rows * TILE.columns, TILE.channels), dtype=tl.float32)
+    M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
+    C: tl.constexpr = TILE.channels
+    acc = tl.zeros((M, C), dtype=tl.float32)
     exists = channels < sizes.C
     first = channels // TAPS.group_channels * TAPS.group_filters
     for step in range(0, own.rows * own.columns * TAPS.group_filters):
@@ -177,10 +179,11 @@ def main_loop(
     ``chunk``: which tile of channels it is, counted within its group.
     """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
+    C: tl.constexpr = TILE.channels
     if PIXELS_FIRST:
-        acc = tl.zeros((M, TILE.channels), dtype=tl.float32)
+        acc = tl.zeros((M, C), dtype=tl.float32)
     else:
-        acc = tl.zeros((TILE.channels, M), dtype=tl.float32)
+        acc = tl.zeros((C, M), dtype=tl.float32)
     ALONE: tl.constexpr = TAPS.R * TAPS.S == 1
     first, end = own_share(shares, tl.cdiv(k_end - place.k, TILE.filters) * (own.rows * own.columns))
     tap_row = 0
@@ -301,7 +304,9 @@ def dgrad(
     """
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
     sizes = Sizes(N, H, W, depths.C, depths.K, P, Q)
-    shared = shares_of(shares, tiles, memory)
+    shared = None
+    if memory is not None:
+        shared = Shares(shares, tiles, memory.partials, memory.counters)
     place, k_end, own, pixel_tile, pixel_tiles, channel_tile = own_tile(sizes, shared, TAPS, TILE, SPANS, PERIODS)
     m = tl.arange(0, M)
     n = place.n + m // (TILE.rows * TILE.columns)

@@ -129,15 +129,6 @@ class Shares(NamedTuple):
 
 
 @triton.jit
-def shares_of(shares, tiles, memory):
-    """:class:`Shares`, or None where a program makes a whole tile."""
-    if memory is None:
-        return None
-    else:
-        return Shares(shares, tiles, memory.partials, memory.counters)
-
-
-@triton.jit
 def own_share(shares, steps):
     """The steps of the main loop that are this program's: first one, one past the last. All of them without shares."""
     if shares is None:

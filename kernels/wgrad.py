@@ -72,7 +72,8 @@ def direct(
 ):
     """``acc [K, 1]`` without tensor cores: one tap and channel of each filter's own group. For depthwise convolutions."""
     M: tl.constexpr = TILE.images * TILE.rows * TILE.columns
-    acc = tl.zeros((M, TILE.filters), dtype=tl.float32)
+    K: tl.constexpr = TILE.filters
+    acc = tl.zeros((M, K), dtype=tl.float32)
     exists = (filters < sizes.K)[None, :]
     tap = column // TAPS.group_channels
     channels = filters // TAPS.group_filters * TAPS.group_channels + column % TAPS.group_channels
@@ -144,7 +145,9 @@ def main_loop(
 ):
     """The accumulator [K, C] of one tile over the pixel tiles from ``first`` to ``end``."""
     c, c_end = own_channels(k, sizes, TAPS, TILE, SPANS)
-    acc = tl.zeros((TILE.filters, TILE.channels), dtype=tl.float32)
+    K: tl.constexpr = TILE.filters
+    C: tl.constexpr = TILE.channels
+    acc = tl.zeros((K, C), dtype=tl.float32)
     tap = column % (TAPS.R * TAPS.S)
     step = Step(tap // TAPS.S, tap % TAPS.S, column // (TAPS.R * TAPS.S) * TILE.channels, column)
     n, p, q, _, _, _ = box_of(first, rows, columns, k, c, c_end, TILE)
@@ -335,7 +338,8 @@ def wgrad(
         of_group = tl.minimum(shares - start, group)
         counters = memory.counters + tile * counters_of
         C: tl.constexpr = acc.shape[1]
-        SIZE: tl.constexpr = TILE.filters * C
+        K: tl.constexpr = TILE.filters
+        SIZE: tl.constexpr = K * C
         WIDTH: tl.constexpr = min(C, max(16, PIECE // TILE.filters))
         parts = memory.partials + tile.to(tl.int64) * (shares * SIZE)
         tl.store(parts + share * SIZE + part_offsets(TILE.filters, C, C), acc)
@@ -346,7 +350,7 @@ def wgrad(
                 tl.debug_barrier()  # no thread still reads the partials that are written over
                 tl.store(of_first + piece + part_offsets(TILE.filters, WIDTH, C), total)
             if arrive(counters + groups, groups):
-                inner = tl.zeros((TILE.filters,), dtype=tl.float32)
+                inner = tl.zeros((K,), dtype=tl.float32)
                 for piece in range(0, C, WIDTH):
                     total = ordered_sum(parts + piece, groups, group * SIZE, TILE.filters, WIDTH, C)
                     offsets, mask = where(k, filters, exists, column, piece, sizes, WIDTH, LOAD, TAPS, TILE, FLAT, SPANS)
