@@ -27,7 +27,6 @@ FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d", *SHARED]
 #: registers are at a step of the occupancy then, 64 to 128, far from the 255 there are, and the same launch in
 #: another tile or with fewer warps takes more of them and spills nothing. docs/evidence.md has the registers.
 SPILLED = {
-    ("sm_80", "gelu on load 3x3", False): 40,
     ("sm_80", "dgrad 3x3 at 14x14 fp32", True): 16,
     ("sm_80", "dgrad 3x3 stride 2 fp32", True): 16,
     ("sm_86", "dgrad 1x1 fp32", False): 8,
