@@ -19,10 +19,11 @@ from ..chain import shape_behind
 from ..describe import convolutions, dimensions_of
 from .arguments import Structure
 from .guards import Guard, descend, signature
+from .harmless import CannotTrace
 from .layout import to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
 from .region import FusedRegion, Later, Path, Places, Region, Site, waits
-from .tracing import CannotTrace, Frame, TakesApart, Traced, arguments_of, trace
+from .tracing import Frame, TakesApart, Traced, arguments_of, trace
 
 
 def _path(place: str | None) -> Path | None:

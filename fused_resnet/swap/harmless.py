@@ -1,6 +1,6 @@
 """Whether the forward of others does no more than compute, while it runs once on stand-ins for tensors.
 
-What it asks and enters is noticed, what it changes is put back, and what would take a stand-in for a tensor refuses it.
+What it asks and enters is noticed, what it changes is put back, and what would lose something on stand-ins refuses them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
 from .. import watch
@@ -36,12 +37,12 @@ class CannotTrace(Exception):
     """Why a forward cannot be traced, in a sentence without a full stop."""
 
 
-#: What other threads, which run the module meanwhile, may keep in it.
-_OURS = ("_modules", "fused_region", watch.ATTRIBUTE)
+#: What other threads, which run the module meanwhile, may keep in it: hooks, and what is ours.
+_OURS = frozenset(key for key in vars(nn.Module()) if "_hooks" in key) | {"_modules", "fused_region", watch.ATTRIBUTE}
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if key not in _OURS and "_hooks" not in key}
+    return {key: value for key, value in module.__dict__.items() if key not in _OURS}
 
 
 #: How the state of a generator is read and set.
@@ -113,12 +114,6 @@ def _listed(state: Any) -> Any:
 _ENTERED = (torch.inference_mode, torch.autograd.graph.saved_tensors_hooks)
 #: What reads parameters for real: the graph would not see that they are of another type or frozen later.
 _READ = ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
-#: What would run on stand-ins, or take them for tensors whose memory it reads.
-_UNSAFE = (
-    # By this torch.autograd.Function.apply looks at its arguments; bound methods of that may be older than the trace.
-    (torch._functorch.utils, "unwrap_dead_wrappers", "a torch.autograd.Function"),
-    (torch.jit.ScriptFunction, "__call__", "a scripted function"),
-)
 
 
 @contextmanager
@@ -154,16 +149,22 @@ def _spied(tracer: Looks) -> Iterator[list[tuple[str, list[nn.Module]]]]:
 
         put(nn.Module, name, spied)
 
-    def refusing(owner: Any, name: str, what: str) -> None:
-        function = getattr(owner, name)
+    call_script: Any = torch.jit.ScriptFunction.__call__
 
-        def refused(*args: Any, **kwargs: Any) -> Any:
-            leaves = tree_leaves((args, kwargs)) if threading.get_ident() == thread else ()
-            if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
-                raise CannotTrace(f"its forward gives a tensor to {what}")
-            return function(*args, **kwargs)
+    def script(self: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves = tree_leaves((args, kwargs)) if threading.get_ident() == thread else ()
+        if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
+            raise CannotTrace("its forward gives a tensor to a scripted function")
+        return call_script(self, *args, **kwargs)
 
-        put(owner, name, refused)
+    start_context: Any = BackwardCFunction.__init__
+
+    def context(self: Any, *args: Any, **kwargs: Any) -> None:
+        # torch.autograd.Function.apply, written in C, makes one and runs the forward. Of stand-ins that would be traced, and the
+        # backward lost.
+        if threading.get_ident() == thread:
+            raise CannotTrace("its forward calls a torch.autograd.Function")
+        start_context(self, *args, **kwargs)
 
     try:
         for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
@@ -172,8 +173,8 @@ def _spied(tracer: Looks) -> Iterator[list[tuple[str, list[nn.Module]]]]:
             asking(kind, "__enter__", f"for {kind.__name__}")
         for name in _READ:
             reading(name)
-        for owner, name, what in _UNSAFE:
-            refusing(owner, name, what)
+        put(torch.jit.ScriptFunction, "__call__", script)
+        put(BackwardCFunction, "__init__", context)
         yield asked
     finally:
         for owner, name, old, there in reversed(undo):

@@ -35,8 +35,7 @@ from torch import Tensor, fx, nn
 from ..describe import hooked, hooks_everywhere
 from .arguments import Given, Structure, hands_on, may_change, put_together
 from .guards import original
-from .harmless import CannotTrace as CannotTrace
-from .harmless import watched
+from .harmless import CannotTrace, watched
 from .quantised import quantised
 
 LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
