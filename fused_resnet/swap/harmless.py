@@ -160,7 +160,7 @@ def _spied(tracer: Looks) -> Iterator[list[tuple[str, list[nn.Module]]]]:
     start_context: Any = BackwardCFunction.__init__
 
     def context(self: Any, *args: Any, **kwargs: Any) -> None:
-        # torch.autograd.Function.apply, written in C, makes one and runs the forward, which would be traced without its backward.
+        # torch.autograd.Function.apply, written in C, makes one and runs the forward: that would be traced, the backward lost.
         if threading.get_ident() == thread:
             raise CannotTrace("its forward calls a torch.autograd.Function")
         start_context(self, *args, **kwargs)
