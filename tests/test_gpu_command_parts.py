@@ -70,27 +70,29 @@ def test_a_mask_may_fall_on_either_side_rarely() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_choice_of_a_pooling_is_worth_its_maximum(dtype: torch.dtype) -> None:
-    """Of two that are apart by a rounding either is good; another one of equal ones only rarely; a smaller one never."""
-    g = PoolGeometry(1, 6, 6, 2, kernel=(3, 3), stride=(2, 2), padding=(1, 1))
+    """Another one may be chosen rarely, of what is equal or apart by a rounding; never what is smaller, nor outside."""
+    g = PoolGeometry(1, 40, 40, 20, kernel=(3, 3), stride=(2, 2), padding=(1, 1))
     launch = Launch("max_pool", "", g, dtype, (("x", "x"),), (("y", "y"), ("indices", "indices")))
-    x = torch.linspace(1, 8, 72, dtype=dtype).view(1, 2, 6, 6)
+    x = torch.randn(1, 20, 40, 40).clamp_(max=2).to(dtype)
+    x[0, 0, -3:, -3:] = torch.linspace(3, 8, 9, dtype=dtype).view(3, 3)
     given = {"x": x}
-    truth = operands.truth(launch, given)
 
-    def wrong_with(place: int) -> tuple[str, ...]:
-        """As the truth but for the last window of the first channel, whose taps 0 to 8 are the last nine pixels."""
-        indices = operands.truth(launch, given)["indices"].clone()
-        indices[0, 0, -1, -1] = place
-        return operands.compare(launch, given, {**truth, "indices": indices}, truth).wrong
+    def wrong_with(place: int, windows: int = 1) -> str:
+        """As the truth but for the last windows of channel 0; the taps 0 to 8 of the last are the last nine pixels."""
+        truth = operands.truth(launch, given)
+        indices = truth["indices"].clone()
+        indices[0, 0, -1, -windows:] = place
+        return "".join(operands.compare(launch, given, {**truth, "indices": indices}, truth).wrong)
 
-    assert truth["indices"][0, 0, -1, -1] == 8 and wrong_with(8) == ()
+    assert operands.truth(launch, given)["indices"][0, 0, -1, -1] == 8 and wrong_with(8) == ""
     for place in (7, 0, 9, 255):
-        assert wrong_with(place) == ("indices 0.0e+00 of equal maxima, 1 of others",), place
+        assert wrong_with(place).endswith(" 1 of them not of a maximum"), place
     x[0, 0, -1, -2] = torch.nextafter(x[0, 0, -1, -1], torch.zeros((), dtype=dtype))
-    assert wrong_with(7) == () and len(wrong_with(6)) == 1
+    assert wrong_with(7) == "" and wrong_with(6)
     x[0, 0, -1, -2] = x[0, 0, -1, -1]
-    truth = operands.truth(launch, given)
-    assert truth["indices"][0, 0, -1, -1] == 7 and len(wrong_with(8)) == 1  # one of 18 is no rare one
+    assert operands.truth(launch, given)["indices"][0, 0, -1, -1] == 7 and wrong_with(8) == ""
+    x[0, 0] = 1  # all equal: too many others
+    assert wrong_with(8, windows=9).endswith(" 0 of them not of a maximum")
 
 
 def test_operands_are_fresh_and_of_the_roles() -> None:
