@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from nets import launches, randomise
 from tolerances import CLOSE, relative_error
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fused_resnet import fuse, unfuse
 
@@ -609,3 +609,23 @@ def test_functions_in_c_beside_a_question(name: str) -> None:
     plain = randomise(Net().eval())
     fused, x = fuse(copy.deepcopy(plain)), images()
     assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+SEEN: list[object] = []
+
+
+def test_stand_ins_that_outlive_their_trace_are_plain_objects() -> None:
+    """Memory profilers ask all objects of a process whether they are tensors, and meet stand-ins that somebody kept."""
+
+    class Net(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            SEEN.extend([x, x.shape, x.size(0), x + 1, x.dtype])
+            return self.made(x)
+
+    SEEN.clear()
+    fuse(Net().eval())
+    kept = [one for one in SEEN if issubclass(type(one), fx.Proxy)]
+    assert kept
+    assert not any(isinstance(one, Tensor) for one in kept)
+    assert len(set(kept)) == len({id(one) for one in kept})
+    SEEN.clear()

@@ -47,9 +47,16 @@ class TakesApart(CannotTrace):
 
 def _unknown(stand_in: fx.Proxy, frame: FrameType) -> type[Any]:
     """The class of a stand-in for nobody knows what. torch.fx may ask."""
-    if _asks_for_class(frame) and not frame.f_globals.get("__name__", "").startswith(("torch.", "fused_resnet.")):
+    if not _runs_on(stand_in) or not _asks_for_class(frame):
+        return type(stand_in)
+    if not frame.f_globals.get("__name__", "").startswith(("torch.", "fused_resnet.")):
         raise CannotTrace("its forward asks for the class of a size, or of another value that is not there yet")
     return type(stand_in)
+
+
+def _runs_on(stand_in: fx.Proxy) -> bool:
+    """Whether a forward runs on it here and now. To all others, who find it among all objects, it is what it is."""
+    return cast(_Tracer, stand_in.tracer).runs_here()
 
 
 class _Proxy(fx.Proxy):
@@ -72,7 +79,9 @@ class _Proxy(fx.Proxy):
         return _Attribute(self, name)
 
     def __hash__(self) -> int:
-        raise CannotTrace("its forward looks something up by a tensor, or by what a tensor is")
+        if _runs_on(self):
+            raise CannotTrace("its forward looks something up by a tensor, or by what a tensor is")
+        return id(self)
 
 
 class _Attribute(fx.proxy.Attribute):
@@ -93,7 +102,9 @@ class _Attribute(fx.proxy.Attribute):
         return super().__call__(*args, **kwargs)
 
     def __hash__(self) -> int:
-        raise CannotTrace("its forward looks something up by what a tensor is")
+        if _runs_on(self):
+            raise CannotTrace("its forward looks something up by what a tensor is")
+        return id(self)
 
     __class__ = property(lambda self: _unknown(self, sys._getframe(1)))
 
@@ -151,7 +162,7 @@ class _TensorProxy(_Proxy):
     It says so to Python alone. What is written in C would believe it as well, and read memory that is not there.
     """
 
-    __class__ = property(lambda self: Tensor if _asks_for_class(sys._getframe(1)) else type(self))
+    __class__ = property(lambda self: Tensor if _runs_on(self) and _asks_for_class(sys._getframe(1)) else type(self))
 
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
@@ -270,7 +281,7 @@ class _Tracer(fx.Tracer):
         structure: Structure | None = None,
     ) -> None:
         super().__init__()
-        self.thread = threading.get_ident()
+        self.thread: int | None = threading.get_ident()  # none: it is over
         self.opaque = opaque
         self.untraceable = untraceable
         self.structure = structure
@@ -281,6 +292,10 @@ class _Tracer(fx.Tracer):
         self.attributes: list[_Attribute] = []
         self.tensors: set[fx.Node] = set()  # nodes that are
         self.traced = Traced(fx.Graph(), {}, {})
+
+    def runs_here(self) -> bool:
+        """Whether a forward runs on its stand-ins in this thread."""
+        return threading.get_ident() == self.thread
 
     # ---- what torch.fx calls
 
@@ -361,7 +376,7 @@ class _Tracer(fx.Tracer):
         return not lists or any(isinstance(argument, float) for argument in node.args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if threading.get_ident() != self.thread or self.looking:
+        if not self.runs_here() or self.looking:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -380,7 +395,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:  # torch.fx catches the calls of all threads
+        if not self.runs_here():  # torch.fx catches the calls of all threads
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         reason = self._leaf(m, any(isinstance(argument, (list, tuple, dict)) for argument in (*args, *kwargs.values())))
@@ -491,5 +506,7 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
                 blamed = tracer.running[-1]  # try again with a call of it in its place
                 untraceable[blamed] = _message(error)
                 continue
+            finally:
+                tracer.thread = None
             tracer.traced.graph = graph
             return tracer.traced
