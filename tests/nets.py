@@ -11,8 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FrozenBatchNorm2d
+
+try:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+    from torchvision.ops import FrozenBatchNorm2d
+except ImportError:  # a machine with a GPU may have PyTorch alone: the same networks of our own parts
+    from fused_resnet.plain import BasicBlock, Bottleneck
+
+    FrozenBatchNorm2d = nn.BatchNorm2d
 
 from fused_resnet import backends, count_launches, measure
 from fused_resnet.chain import BUFFERS, Chain, Layer, Pool

@@ -228,6 +228,49 @@ def test_small_convolutions_are_pytorchs_own(
     assert ("Mkldnn" not in str(taken)) is small or torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "filters", "product"),
+    [
+        ((1, 30, 9, 7), 12, True),
+        ((3, 30, 9, 7), 12, True),
+        ((1, 256, 3, 5), 256, True),  # as many filters as are few
+        ((1, 256, 3, 5), 257, False),
+        ((1, 64, 26, 32), 64, True),  # as many multiplications as are few
+        ((1, 64, 27, 32), 64, False),
+    ],
+    ids=str,
+)
+def test_small_convolutions_of_one_tap_are_products(
+    shape: tuple[int, ...], filters: int, product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pixels by filters, in any layout and among others' channels; what is not finite stays in its pixel."""
+    net = nn.Sequential(
+        nn.Conv2d(shape[1], filters, 1), nn.BatchNorm2d(filters), nn.Hardswish(), nn.Conv2d(filters, 5, 1, bias=False)
+    )
+    net = randomise(nn.Sequential(*net, nn.BatchNorm2d(5))).eval()
+    fused, truth = fuse(copy.deepcopy(net), backend="cpu"), copy.deepcopy(net).double()
+    multiplied: list[int] = []
+    own = cpu_inference._product
+    monkeypatch.setattr(
+        cpu_inference, "_product", lambda x, weight, *shift: multiplied.append(weight.shape[1]) or own(x, weight, *shift)
+    )
+    wide = torch.randn(shape[0], shape[1] + 3, *shape[2:])
+    wide[0, 5, 1, 2], wide[-1, 6, 2, 3] = torch.inf, torch.nan
+    with torch.no_grad():
+        for _ in range(3):  # the second time it is prepared
+            for x in (wide, wide.contiguous(memory_format=torch.channels_last)):
+                x = x[:, 2:-1]
+                y, expected = fused(x), truth(x.double())
+                finite = expected.isfinite()
+                assert torch.equal(y.isfinite(), finite) and not finite.all()
+                assert relative_error(y[finite], expected[finite]) < 1e-6
+                assert y.is_contiguous(memory_format=torch.channels_last)
+            net[0].weight.mul_(2)
+            fused[0].weight.mul_(2)
+            truth[0].weight.mul_(2)
+    assert (filters in multiplied) is product
+
+
 @pytest.mark.parametrize("deviations", [0, 1, 30, 100, 1000])
 @pytest.mark.parametrize("shape", [(8, 512, 14, 28), (2, 64, 56, 56), (4, 6, 40, 30)], ids=str)
 def test_statistics_are_no_worse_than_eagers(shape: tuple[int, ...], deviations: int) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
-import torchvision
 from nets import randomise
 from tolerances import relative_error
 
 from fused_resnet import fuse
+from fused_resnet.specimens import eager_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """fp32 is fp32, and no tf32, PyTorch's default for convolutions."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def half_resnet() -> torch.nn.Module:
-    model = torchvision.models.resnet18().eval().cuda()
+    model = eager_model("resnet18").cuda()
     randomise(model)
     return model.half().to(memory_format=torch.channels_last)
 
@@ -65,14 +73,14 @@ def test_forward_neither_synchronises_nor_allocates_beyond_activations() -> None
 
 @torch.no_grad()
 def test_tf32_is_used_exactly_when_pytorch_allows_it_for_convolutions() -> None:
-    eager = torchvision.models.resnet18().eval().cuda()
+    eager = eager_model("resnet18").cuda()
     randomise(eager)
     fused = fuse(copy.deepcopy(eager))
     x = batch().float()
     truth = copy.deepcopy(eager).double()(x.double())
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = relative_error(fused(x), truth)
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         rounded = relative_error(fused(x), truth)
     assert exact <= 1e-5
     assert rounded > 10 * exact
@@ -80,7 +88,7 @@ def test_tf32_is_used_exactly_when_pytorch_allows_it_for_convolutions() -> None:
 
 def test_a_training_step_is_captured_and_replayed() -> None:
     torch.manual_seed(0)
-    eager = torchvision.models.resnet18().cuda().to(memory_format=torch.channels_last).train()
+    eager = eager_model("resnet18").cuda().to(memory_format=torch.channels_last).train()
     randomise(eager)
     fused = fuse(copy.deepcopy(eager))
     x = torch.randn(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
@@ -108,7 +116,7 @@ def test_a_training_step_is_captured_and_replayed() -> None:
 
 
 def test_a_training_step_does_not_synchronise_and_is_reproducible() -> None:
-    model = fuse(torchvision.models.resnet18().cuda().to(memory_format=torch.channels_last).train())
+    model = fuse(eager_model("resnet18").cuda().to(memory_format=torch.channels_last).train())
     x = torch.randn(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
     model(x).square().mean().backward()
     gradients = []

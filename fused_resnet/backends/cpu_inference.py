@@ -33,6 +33,11 @@ SMALL = 20480
 #: turn: 192 of 3 taps on 16 samples (110,592 elements) 41 (44), 512 to 256 at 4x4 (131,072) 47 (48), 3x3 128 at 4x4 (147,456)
 #: 52 (46), 480 to 480 at 3x3 (230,400) 81 (56).
 MOST_WORK, MOST_FILTERS, MOST_READ = 5 * 2**19, 2**17, 2**17
+#: Elements of the filters and multiplications up to which PyTorch's matrix product of pixels is done before oneDNN's 1x1
+#: convolution. *Measured* likewise, eight in turn, oneDNN's, the product's: 64 to 64 at 7x7 57, 22, at 28x28 (3.2 M) 104, 72;
+#: 240 to 40 at 14x14 96, 57; 16 to 64 at 56x56 (3.2 M) 75, 69; 256 to 256 at 7x7 (3.2 M) 91, 92; eight images, 64 to 64 at 7x7
+#: 44, 32. But 512 to 256 at 7x7 107, 126; 128 to 512 at 14x14 (13 M) 229, 301.
+MOST_FILTERS_OF_ONE_TAP, MOST_PRODUCT = 2**16, 13 * 2**18
 #: Elements of a Linear's filters from which they are laid out for oneDNN. *Measured* likewise, twelve Linears in turn, us each,
 #: PyTorch's product, oneDNN's: 256 to 256 features, 1 row 10, 26; 16 rows 29, 31; 128 rows 149, 140. 512 to 512: 142, 114; 173,
 #: 91; 570, 410. 1024 to 1024: 298, 198; 661, 288; 2097, 1315. 2048 to 2048: 898, 618; 2279, 987; 8405, 5634.
@@ -66,23 +71,26 @@ class Inference:
         purpose: what folded filters depend on besides the tensors. (Text, whose hash is computed once.)
         sources: roles of the tensors that filters and shift are folded from.
         native: PyTorch's own convolution or matrix product instead of oneDNN's, whose filters are laid out.
-        rows: it is a matrix product.
+        rows: it is a Linear.
+        product: it is a matrix product, of rows or of pixels.
         tiles: by :mod:`.cpu_winograd`.
         where: padding, stride, dilation and groups.
         end: the activation, in place; None for the identity.
     """
 
-    __slots__ = ("end", "native", "purpose", "rows", "slope", "sources", "tiles", "where")
+    __slots__ = ("end", "native", "product", "purpose", "rows", "slope", "sources", "tiles", "where")
 
     def __init__(self, launch: Launch) -> None:
         g, roles = launch.geometry, launch.roles
         assert isinstance(g, Geometry)
         self.where = (g.padding, g.stride, dilation(g), g.groups)
         self.rows = is_rows(g, launch.dtype)
-        self.native = g.K * g.C < MOST_ROWS if self.rows else launch.dtype == torch.float32 and is_small(g)
+        of_pixels = launch.dtype == torch.float32 and is_small_product(g)
+        self.product = self.rows or of_pixels
+        self.native = g.K * g.C < MOST_ROWS if self.rows else of_pixels or (launch.dtype == torch.float32 and is_small(g))
         self.tiles = cpu_winograd.suits(g, launch.dtype)
         # oneDNN lays filters out differently for batches: packed for one image they are a tenth slower for eight.
-        how = (g.N == 1, self.native, self.rows, self.tiles)
+        how = (g.N == 1, self.native, self.rows, self.product, self.tiles)
         self.purpose = repr(("cpu", *how, launch.dtype, launch.eps, *self.where, g.dilation, sorted(roles)))
         self.sources = tuple(role for role in ("w", "bias", "gamma", "beta", "mean", "var") if role in roles)
         self.end = None if launch.activation == "identity" else ACTIVATIONS[launch.activation].in_place
@@ -98,6 +106,12 @@ def is_small(g: Geometry) -> bool:
         return False
     read = g.C * g.R * g.S
     return read * g.K <= MOST_FILTERS and read * g.P * g.Q <= MOST_READ and read * g.P * g.Q * g.K <= MOST_WORK
+
+
+def is_small_product(g: Geometry) -> bool:
+    """Whether it is a product of pixels [N H W, C] by filters [C, K], and a small one."""
+    one_tap = g.R == g.S == 1 and g.stride == (1, 1) and g.padding == (0, 0) and g.groups == 1
+    return one_tap and g.K * g.C <= MOST_FILTERS_OF_ONE_TAP and g.N * g.H * g.W * g.K * g.C <= MOST_PRODUCT
 
 
 class Packed:
@@ -138,19 +152,19 @@ class Packed:
 
 
 def _size(weight: Tensor, g: Geometry) -> tuple[int, int]:
-    """What oneDNN lays filters out for: a Linear's [K, C] for so many rows, filters for so many pixels."""
+    """What oneDNN lays filters out for: a Linear's for so many rows, others for so many pixels."""
     return (g.N, 1) if weight.dim() == 2 else (g.H, g.W)
 
 
 def _dense(packed: Tensor) -> Tensor:
     dense = packed.to_dense()
-    return dense if dense.dim() == 2 else dense.contiguous(memory_format=torch.channels_last)
+    return dense.t() if dense.dim() == 2 else dense.contiguous(memory_format=torch.channels_last)
 
 
 def laid_out(weight: Tensor, g: Geometry) -> Tensor:
-    """Filters, or those of a Linear, [K, C], as oneDNN wants them."""
+    """Filters, or those of a Linear, [C, K], as oneDNN wants them."""
     if weight.dim() == 2:
-        return torch.ops.mkldnn._reorder_linear_weight(weight, g.N)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.t(), g.N)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, g.padding, g.stride, dilation(g), g.groups, list(g.x_shape))
 
 
@@ -166,18 +180,30 @@ def _folded(launch: Launch, g: Geometry, operands: Mapping[str, Tensor]) -> Entr
             weight = weight.to(torch.float32) * scale.view(-1, 1, 1, 1)
         weight = weight.to(launch.dtype).contiguous(memory_format=torch.channels_last)
         shift = None if shift is None else shift.detach().to(launch.dtype)
-        weight = weight.flatten(1) if known.rows else weight
+        if known.product:
+            weight = weight.flatten(1).t()
+            weight = weight.contiguous() if known.native else weight
         return cpu_winograd.Filters(weight, g, shift) if known.tiles else Packed(weight, None if known.native else g, shift)
 
     return entry_of(known.purpose, [operands[role] for role in known.sources], build)
 
 
 def _product(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
-    """[N, C] by [K, C], laid out or not, and a shift."""
+    """[N, C] by [C, K], or by oneDNN's own layout, and a shift."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, shift, "none", [], "")
-    # What F.linear does, which takes a microsecond more.
-    return x.mm(weight.t()) if shift is None else torch.addmm(shift, x, weight.t())
+    # What F.linear does, which takes a microsecond more; and a tenth more where it is given [K, C].
+    return x.mm(weight) if shift is None else torch.addmm(shift, x, weight)
+
+
+def _multiplied(g: Geometry, x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+    """Rows [N, C], or pixels [N, C, H, W] in memory as [N, H, W, C]: [N, K], or [N, K, H, W] likewise."""
+    if x.dim() == 2:
+        return _product(x, weight, shift)
+    if g.H == g.W == 1:
+        return _product(x.flatten(1), weight, shift)[:, :, None, None]
+    y = _product(x.permute(0, 2, 3, 1).reshape(-1, g.C), weight, shift)
+    return y.view(g.N, g.H, g.W, g.K).permute(0, 3, 1, 2)
 
 
 def _convolve(
@@ -195,9 +221,9 @@ def _convolve(
             y.add_(shortcut)
         return y if known.end is None else known.end(y, known.slope)
     weight, shift = packed.weight(g), packed.shift
-    if known.rows or known.native:
-        if known.rows:
-            y = _product(x, weight, shift) if x.dim() == 2 else _product(x.flatten(1), weight, shift)[:, :, None, None]
+    if known.product or known.native:
+        if known.product:
+            y = _multiplied(g, x, weight, shift)
         else:
             padding, stride, spread, groups = known.where
             y = torch.conv2d(x, weight, shift, stride, padding, spread, groups).contiguous(memory_format=torch.channels_last)

@@ -283,17 +283,19 @@ def _plan_conv(launch: Launch, tile: Tile, descriptors: bool, tf32: bool, wide: 
     per_group = (g.C // g.groups, g.K // g.groups) if g.groups > 1 else (0, 0)
     N, H, W, C = g.N, g.H, g.W, g.C
     x_view = w_view = None
+    as_it_is = tf32 and launch.prologue == "identity"
     if pixels == "box":
-        x_view = View((N, H, W, C), (H * W * C, W * C, C, 1), (tile.images, tile.rows, tile.columns, tile.channels))
+        x_view = View((N, H, W, C), (H * W * C, W * C, C, 1), (tile.images, tile.rows, tile.columns, tile.channels), as_it_is)
     elif pixels == "parity":
         x_view = View(
             (N, H // 2, 2, W // 2, 2 * C),
             (H * W * C, 2 * W * C, W * C, 2 * C, 1),
             (tile.images, tile.rows, 1, tile.columns, tile.channels),
+            as_it_is,
         )
     if filters == "matrix":
         length = g.R * g.S * (C // g.groups)
-        w_view = View((g.K, length), (length, 1), (tile.filters, tile.channels))
+        w_view = View((g.K, length), (length, 1), (tile.filters, tile.channels), tf32)
     constants = {
         "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],
         "EPILOGUE": epilogues.EPILOGUES[launch.epilogue][0],

@@ -159,10 +159,11 @@ def _sizes(g: Geometry) -> boxes.Sizes:
     return boxes.Sizes(g.N, g.H, g.W, g.C, g.K, g.P, g.Q)
 
 
-def _view_of_y(g: Geometry, tile: Tile) -> View:
-    """dz or y, ``[N, P, Q, K]``."""
+def _views_of_y(launch: Launch, g: Geometry, tile: Tile, tf32: bool) -> dict[str, View]:
+    """dz and y, ``[N, P, Q, K]``."""
     strides = (g.P * g.Q * g.K, g.Q * g.K, g.K, 1)
-    return View((g.N, g.P, g.Q, g.K), strides, (tile.images, tile.rows, tile.columns, tile.filters))
+    view = View((g.N, g.P, g.Q, g.K), strides, (tile.images, tile.rows, tile.columns, tile.filters))
+    return {"dz": replace(view, rounded=tf32 and _on_load(launch) == "identity"), "y": view}
 
 
 def dgrad_loads(g: Geometry, tile: Tile, itemsize: int, descriptors: bool) -> tuple[str | None, str | None]:
@@ -191,11 +192,12 @@ def dgrad_loads(g: Geometry, tile: Tile, itemsize: int, descriptors: bool) -> tu
 def _plan_dgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, constants: dict[str, Any]) -> GradientStart:
     load, filters = dgrad_loads(g, tile, launch.dtype.itemsize, descriptors)
     views = {}
+    tf32 = constants["PRECISION"] == "tf32"
     if load == "box":
-        views = {role: _view_of_y(g, tile) for role in ("dz", "y")}
+        views = _views_of_y(launch, g, tile, tf32)
     if filters == "matrix":
         length = g.R * g.S * (g.C // g.groups)
-        views["w"] = View((g.K, length), (length, 1), (tile.filters, tile.channels))
+        views["w"] = View((g.K, length), (length, 1), (tile.filters, tile.channels), tf32)
     boxes_of_class = (
         ceil(g.N / tile.images),
         ceil(ceil(g.H / g.stride[0]) / tile.rows),
@@ -249,11 +251,12 @@ def _plan_wgrad(launch: Launch, g: Geometry, tile: Tile, descriptors: bool, cons
     spans = filters == "block_diagonal"
     load = "box" if descriptors and g.K * itemsize % 16 == 0 else "gather"
     views = {}
+    tf32 = constants["PRECISION"] == "tf32"
     if pixels and load == "box":
-        views = {role: _view_of_y(g, tile) for role in ("dz", "y")}
+        views = _views_of_y(launch, g, tile, tf32)
     x_view = _view_of_x(g, tile, pixels)
     if x_view is not None:
-        views["x"] = x_view
+        views["x"] = replace(x_view, rounded=tf32 and launch.prologue == "identity")
     rim = bool(g.N % tile.images or g.P % tile.rows or g.Q % tile.columns)
     constants |= {
         "PROLOGUE": prologues.PROLOGUES[launch.prologue][0],

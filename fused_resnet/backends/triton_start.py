@@ -269,7 +269,7 @@ def begin(start: Start, tensors: Sequence[Tensor], arguments: Sequence[Any], dev
         tensors: all among the arguments.
         arguments: in the kernel's order.
     """
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
             begin(start, tensors, arguments, device)
         return

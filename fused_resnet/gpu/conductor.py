@@ -158,8 +158,8 @@ class Run:
             name,
             "--out",
             str(self.folder),
-            "--seconds",
-            f"{seconds:.1f}",
+            "--until",
+            f"{time.time() + seconds:.1f}",
         ]
         log = self.folder / LOGS
         with log.open("ab") as output:

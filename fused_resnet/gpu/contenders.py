@@ -31,7 +31,11 @@ class Contender:
     Attributes:
         name: what it is called in results.
         module: as ``name`` says, on the device.
+        recorded, captured: input and logits of the pass that was recorded.
     """
+
+    recorded: Tensor
+    captured: Tensor
 
     def __init__(self, name: str, eager: nn.Module, cell: Cell, size: int, device: torch.device) -> None:
         self.name, self.cell, self.device = name, cell, device
@@ -92,7 +96,7 @@ class Contender:
         """Record the pass once; from here on a call replays it. On a CPU there are no graphs: calls stay as they are."""
         if self.device.type != "cuda":
             return
-        x = next(self.inputs)
+        x = self.recorded = next(self.inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -103,6 +107,16 @@ class Contender:
         with torch.cuda.graph(graph):
             self.captured = self.forward(x)
         self.replay = graph.replay
+
+    def replay_error(self) -> float:
+        """How far the recorded pass, replayed a second time over poisoned logits, is from one that is not recorded."""
+        if self.replay is None:
+            return 0.0
+        expected = self.forward(self.recorded)
+        self.replay()
+        self.captured.fill_(torch.nan)
+        self.replay()
+        return measure.relative_error(self.captured, expected.double())
 
 
 def step_bytes(contender: Contender) -> int | None:

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,17 +35,41 @@ _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
 def checked(scope: Scope) -> Iterator[tuple[str, Use]]:
-    """Every launch that is checked, with the network's name and mode; each signature once. bf16, then a few of fp32."""
+    """Every launch that is checked, with the network's name and mode; each signature once.
+
+    bf16, of a single image too, whose products are split; then a few of fp32.
+    """
     seen: set[str] = set()
-    for dtype, part in ((torch.bfloat16, (*scope.layers, *scope.checked)), (torch.float32, scope.layers)):
-        batch = scope.batch if dtype == torch.bfloat16 else min(scope.batch, 8)
-        if dtype == torch.float32 and scope.batch < 8:
-            continue  # the dry run: the interpreter multiplies in fp32 anyway
+    alone = [part for part in scope.layers if part[1] == "infer"]
+    parts = [
+        (torch.bfloat16, scope.batch, scope.layers),
+        (torch.bfloat16, 1, alone),
+        (torch.bfloat16, scope.batch, scope.checked),
+    ]
+    if scope.batch >= 8:  # not in the dry run: the interpreter multiplies in fp32 anyway
+        parts.append((torch.float32, 8, scope.layers))
+    for dtype, images, part in parts:
         for network, mode in part:
-            for use in networks.uses(network, batch, scope.size, dtype, mode):
+            for use in networks.uses(network, images, scope.size, dtype, mode):
                 if use.launch.signature not in seen:
                     seen.add(use.launch.signature)
                     yield f"{network} {mode}", use
+
+
+Entry = tuple[str, Use, str | None]
+
+
+def in_ways(entries: Iterable[tuple[str, Use]], device: torch.device, gpu: str) -> Iterator[Entry]:
+    """Each launch as it runs by choice; behind these, those that run in pieces by their own kernels as well, ``fused``."""
+    entries = tuple(entries)
+    yield from ((where, use, None) for where, use in entries)
+    for where, use in entries:
+        if _how(use, device, gpu) != "fused":
+            yield where, use, "fused"
+
+
+def _how(use: Use, device: torch.device, gpu: str) -> str:
+    return choose(use.launch, arch_of(device) or "interpreter", gpu=gpu, multiprocessors=multiprocessors_of(device)).how
 
 
 def run(stage: Stage) -> None:
@@ -65,12 +89,20 @@ def run(stage: Stage) -> None:
         seed = secrets.randbelow(1 << 31)
         stage.note(f"operands are seeded with {seed}")
 
-        def check(entry: tuple[str, Use]) -> Row:
-            where, use = entry
+        def check(entry: Entry) -> Row:
+            where, use, how = entry
             warm.wait_chosen(use.launch, min(PATIENCE, stage.left()))
-            return {"where": where, "layers": list(use.layers), **_check(use, stage.device, seed, gpu)}
+            return {
+                "where": where,
+                "layers": list(use.layers),
+                **_check(use, stage.device, seed, how or _how(use, stage.device, gpu)),
+            }
 
-        stage.each("checks", entries, lambda entry: entry[1].launch.signature, check)
+        def key(entry: Entry) -> str:
+            _, use, how = entry
+            return use.launch.signature if how is None else f"{use.launch.signature} {how}"
+
+        stage.each("checks", in_ways(entries, stage.device, gpu), key, check)
         stage.ends = ends - whole * (1 - TESTS)
         suite.run(stage)
         stage.ends = ends
@@ -79,14 +111,13 @@ def run(stage: Stage) -> None:
             stage.note(f"{warm.unfinished()} of {len(warm.waiting)} launches were not compiled ahead")
 
 
-def _check(use: Use, device: torch.device, seed: int, gpu: str) -> Row:
+def _check(use: Use, device: torch.device, seed: int, how: str) -> Row:
     launch = use.launch
     given = operands.random_operands(launch, device, seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        first, second = (operands.run(launch, given) for _ in range(2))
+        first, second = (operands.run(launch, given, how=how) for _ in range(2))
     verdict = operands.compare(launch, given, first, operands.truth(launch, given))
     unequal = [role for role in first if not _same(first[role], second[role])]
-    how = choose(launch, arch_of(device) or "interpreter", gpu=gpu, multiprocessors=multiprocessors_of(device)).how
     problems = list(verdict.wrong)
     if how != "vendor":  # whose sums may come in any order
         problems += [f"{role} differs from run to run" for role in unequal]
@@ -117,7 +148,8 @@ def _sanitizer(stage: Stage) -> None:
         return
 
     def check(tool: str) -> Row:
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fused_resnet.gpu.small"]
+        own = ["--report-api-errors", "no"] if tool == "memcheck" else []  # PyTorch asks the driver for what it may not have
+        command = [program, "--tool", tool, *own, "--error-exitcode", "9", sys.executable, "-m", "fused_resnet.gpu.small"]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         code, output = stage.watched(command, environment, stage.left())
         if code is None:

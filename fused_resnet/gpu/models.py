@@ -18,6 +18,9 @@ from .scope import Cell
 from .stage import Stage, describe
 from .timing import summed
 
+#: How far a pass may be from itself, recorded: the vendor's products may be made otherwise, in bf16.
+REPLAYED = 2**-7
+
 
 def run(stage: Stage) -> None:
     """A row for each cell: all contenders but torch.compile, whose stage is the last."""
@@ -79,6 +82,8 @@ def _prepare(
         memory[name] = step_bytes(contender)
         if cell.graph:
             contender.capture()
+            if not contender.replay_error() <= REPLAYED:  # NaN is not either
+                return f"replayed it is {contender.replay_error():.1e} from the pass that is not recorded"
         contenders[name] = contender
         return None
     except Exception as error:

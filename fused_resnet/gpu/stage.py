@@ -1,4 +1,4 @@
-"""One stage, as a process of its own: ``python -m fused_resnet.gpu.stage NAME --out DIR --seconds S [--dry-run]``.
+"""One stage, as a process of its own: ``python -m fused_resnet.gpu.stage NAME --out DIR --until T [--dry-run]``.
 
 Not for people: :mod:`.conductor` starts it. It exits with 0 when the stage is through or its time is over, with
 :data:`POISONED` when an error has left the device's context useless, so that the conductor starts it again behind that row.
@@ -147,11 +147,10 @@ def _end_with_parent() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a stage."""
-    began = time.monotonic()
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True, help="when to stop, by time.time(): importing PyTorch counts")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)
     _end_with_parent()
@@ -164,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         scope = scopes.full(torch.cuda.get_device_properties(device).total_memory)
     wanted = results.data.get("wanted", {})
     scope = scopes.narrowed(scope, wanted)
-    stage = Stage(arguments.name, results, scope, device, began + arguments.seconds)
+    ends = time.monotonic() + arguments.until - time.time()
+    stage = Stage(arguments.name, results, scope, device, ends)
     module: Any = importlib.import_module(f"fused_resnet.gpu.{arguments.name}")
     try:
         module.run(stage)
