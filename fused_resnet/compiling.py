@@ -253,6 +253,11 @@ def run_chain(x: Tensor, operands: Sequence[Tensor], chain: str, contiguous: boo
     return out.contiguous() if contiguous else out
 
 
+def _no_images(x: Tensor) -> bool:
+    """Whether it is known that there are none: torch.compile makes a graph of its own for 0."""
+    return isinstance(x.shape[0], int) and x.shape[0] == 0
+
+
 def fuse_graph(gm: fx.GraphModule) -> int:
     """Put chains into a graph of Dynamo's, in place; returns how many."""
     matcher = _Functions(gm.graph)
@@ -265,6 +270,9 @@ def fuse_graph(gm: fx.GraphModule) -> int:
         entry, vectors = matcher.described_entry(match)
         how: dict[str, Any] = {"skip": match.skip is not None, "entry": entry}
         spec = Chain(tuple(layer for layer, _ in layers), match.residual, projection, **how)
+        x = _example(match.x)
+        if spec.batch and x is not None and _no_images(x):  # PyTorch makes no statistics of them, nor an error
+            continue
         tensors = [] if match.skip is None else [made.get(match.skip, match.skip)]
         tensors += vectors
         tensors += [tensor for _, found in (*layers, *([side] if side is not None else [])) for tensor in found]

@@ -103,6 +103,19 @@ def test_a_view_behind_what_hands_the_layout_on(between: str, monkeypatch: pytes
     assert [call.args[3] for call in calls] == [copied]
 
 
+def test_training_without_images_is_left_to_pytorch() -> None:
+    """Which makes no statistics of them, and no error."""
+    torch._dynamo.reset()
+    plain = randomise(nn.Sequential(Net().stem, *Net().blocks)).train()
+    compiled = torch.compile(copy.deepcopy(plain), backend=backend, options={"inner": "aot_eager"}, fullgraph=True)
+    before = copy.deepcopy(compiled.state_dict())
+    x = torch.randn(0, 3, 12, 12)
+    out = compiled(x)
+    assert out.shape == plain(x).shape
+    out.sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in compiled.state_dict().items() if "running" in key)
+
+
 def test_without_gradients_and_under_autocast() -> None:
     torch._dynamo.reset()
     plain = randomise(Net()).eval()

@@ -95,6 +95,30 @@ def share(name: str, rank: int, backend: str) -> Result:
     return result
 
 
+#: Chains in fp32, which the CPU executor runs itself, and where one rank has no images.
+EMPTY: dict[str, Callable[[], nn.Module]] = {
+    "block": lambda: BasicBlock(4, 4),
+    "in front of a convolution": dense_layer,
+    "stem": lambda: nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+    "stem of another activation": lambda: nn.Sequential(
+        nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.SiLU(), nn.MaxPool2d(2)
+    ),
+}
+
+
+def empty_problem(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(len(name))
+    return randomise(EMPTY[name]()).train(), torch.randn(3, 4, 9, 8)
+
+
+def empty_share(name: str, rank: int) -> Result:
+    """A step of three images on one rank and none on the other."""
+    model, x = empty_problem(name)
+    x = x[: 3 * rank]
+    model = fuse(nn.SyncBatchNorm.convert_sync_batchnorm(model), backend="cpu")
+    return train_step(model, x)
+
+
 def output_gradients(name: str) -> Tensor:
     """For the outputs of all ranks."""
     model, x, _, _ = problem(name)
@@ -107,6 +131,8 @@ def work(rank: int) -> dict[str, Any]:
     for name in CASES:
         for backend in BACKENDS:
             results[f"{name} on {backend}"] = share(name, rank, backend)
+    for name in EMPTY:
+        results[f"no images, {name}"] = empty_share(name, rank)
     results["launches"] = launches_of_a_block()
     results["groups"] = group_of_one()
     results["frozen"] = partly_frozen(rank)
@@ -205,6 +231,19 @@ def test_equal_to_one_big_batch(name: str, backend: str, results: list[dict[str,
     if name == "without running statistics":  # in eval mode SyncBatchNorm is each rank's own, as in PyTorch
         expected["eval"] = torch.cat([model(part) for part in x.split(CASES[name][2])]).detach()
     compare(name, [result[f"{name} on {backend}"] for result in results], expected)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_rank_without_images_in_fp32(name: str, results: list[dict[str, Any]]) -> None:
+    model, x = empty_problem(name)
+    expected = train_step(model.double(), x.double())
+    shares = [result[f"no images, {name}"] for result in results]
+    for what, value in expected.items():
+        empty, full = (part[what] for part in shares)
+        if what in ("out", "gradient of x"):
+            assert empty.shape == (0, *value.shape[1:])
+        actual = empty + full if what.startswith("gradient of") and what != "gradient of x" else full
+        assert relative_error(actual, value) < 1e-5, what
 
 
 def test_an_exchange_stands_between_the_launches(results: list[dict[str, Any]]) -> None:

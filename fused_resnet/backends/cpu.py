@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, from_output
-from ..launch import Geometry, Launch, PoolGeometry
+from ..launch import Geometry, Launch, PoolGeometry, index_dtype
 from . import cpu_inference, cpu_wgrad, reference
 
 Operands = dict[str, Tensor]
@@ -206,6 +206,8 @@ def _behind_norm(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """``(dy, dot, sum)`` of BatchNorm's backward, which PyTorch makes in one operator. With given statistics there is no dy."""
     mean = _fp32(operands[f"{prefix}mean"])
+    if dz.numel() == 0:  # PyTorch's operator divides by the number of pixels, and ends the process
+        return (dz if f"{prefix}var" not in operands else None), torch.zeros_like(mean), torch.zeros_like(mean)
     gamma, given = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}var")
     if gamma is None and dz.dtype != torch.float32:
         gamma = torch.ones_like(mean)
@@ -478,8 +480,9 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
         return _training_conv(launch, g, operands, shared)
     if launch.kind == "max_pool":
         assert isinstance(g, PoolGeometry)
-        if g.N == 0:
-            return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
+        if g.N == 0:  # PyTorch's operator refuses it
+            empty = operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
+            return empty if len(launch.outputs) == 1 else (empty, empty.to(index_dtype(g.kernel)))
         return _max_pool(launch, g, operands)
     if launch.kind == "statistics":
         return _statistics(launch, operands, operands["x"])
