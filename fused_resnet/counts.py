@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import functional
 from .backends import LaunchLog, backend, count_launches
-from .blocks import Fused
+from .blocks import Fused, FusedResidual, FusedStage, watched
 from .chain_function import ChainFunction
 from .describe import read
 from .launch import Geometry
@@ -254,6 +254,17 @@ class _Counter:
         if isinstance(frame.module, Fused) and frame.launches:
             self.kernels += _by_chain(frame.module, frame)
 
+    def stepping(self, block: FusedResidual) -> Any:
+        """The block's own ``step``, followed."""
+
+        def step(*args: Any) -> Any:
+            self.enter(block, args)
+            result = type(block).step(block, *args)
+            self.leave(block, args, result)
+            return result
+
+        return step
+
     def enter_backward(self, gradients: Any) -> None:
         """The backward of a chain starts."""
         self.stack.append(_Frame("", None))
@@ -294,6 +305,13 @@ def _followed(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if id(module) not in inside]
 
 
+def _handed_on(model: nn.Module) -> set[int]:
+    """Blocks whose stage hands on what they make, which it would not do where a hook may look at it."""
+    stages = [module for module in model.modules() if isinstance(module, FusedStage)]
+    blocks = [block for stage in stages for block in stage.children()]
+    return {id(block) for block in blocks if isinstance(block, FusedResidual) and not watched(block)}
+
+
 def _settle(model: nn.Module, x: Any) -> None:
     """Run a model once that has forwards which are traced for what they are called with: what follows hooks into them."""
     regions = [module for module in model.modules() if isinstance(module, FusedRegion)]
@@ -318,7 +336,13 @@ def _counting(model: nn.Module, x: Tensor, training: bool = False) -> Iterator[_
     with count_launches() as log, on():
         counter = _Counter(model, log, training)
         hooks = []
+        handed_on = _handed_on(model)
+        blocks = [module for module in model.modules() if isinstance(module, FusedResidual) and id(module) in handed_on]
+        for block in blocks:
+            block.__dict__["step"] = counter.stepping(block)
         for module in _followed(model):
+            if id(module) in handed_on:
+                continue
             hooks.append(module.register_forward_pre_hook(counter.enter))
             hooks.append(module.register_forward_hook(counter.leave))
         try:
@@ -327,6 +351,8 @@ def _counting(model: nn.Module, x: Tensor, training: bool = False) -> Iterator[_
         finally:
             for hook in hooks:
                 hook.remove()
+            for block in blocks:
+                del block.__dict__["step"]
 
 
 def kernels(model: nn.Module, x: Tensor) -> list[Kernel]:

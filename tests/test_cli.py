@@ -72,7 +72,7 @@ def test_info_counts_a_training_step(capsys: pytest.CaptureFixture[str]) -> None
     )
     assert eager[2:4] == ["227", "228"] and eager[5::2] == ["1.00", "1.00"]
     assert fused[1] == eager[1] and fused[2:4] == ["72", "126"] and fused[5::2] == ["0.69", "0.79"]
-    assert low[3:5] == ["72", "147"] and low[-1] == "0.43"
+    assert low[3:5] == ["72", "154"] and low[-1] == "0.32"
     assert "eager moves 7,945.0 MB (fused: 0.60 of it)" in out
 
 
