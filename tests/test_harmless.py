@@ -629,3 +629,16 @@ def test_stand_ins_that_outlive_their_trace_are_plain_objects() -> None:
     assert not any(isinstance(one, Tensor) for one in kept)
     assert len(set(kept)) == len({id(one) for one in kept})
     SEEN.clear()
+
+
+def test_a_message_tells_the_size_that_came() -> None:
+    class Net(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.shape[2]
+            torch._assert(h == 8, f"expected 8 rows, got {h}")
+            return self.made(x)
+
+    fused = fuse(Net().eval())
+    assert fused(images()).shape == (2, 4, 8, 8)
+    with pytest.raises(AssertionError, match="expected 8 rows, got 9$"):
+        fused(images(9))

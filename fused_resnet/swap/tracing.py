@@ -250,6 +250,8 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # it says that it is a tensor
             return a.node
+        if isinstance(a, str) and "Proxy(" in a:  # torch._assert(h == 224, f"... {h}")
+            raise CannotTrace("its forward passes on a text that tells a tensor or its size")
         if isinstance(a, np.generic):  # torch.fx would write np.float64(0.5) into the code
             return self.create_arg(a.item())
         if isinstance(a, OrderedDict) and type(a) is OrderedDict:
