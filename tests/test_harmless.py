@@ -640,5 +640,5 @@ def test_a_message_tells_the_size_that_came() -> None:
 
     fused = fuse(Net().eval())
     assert fused(images()).shape == (2, 4, 8, 8)
-    with pytest.raises(AssertionError, match="expected 8 rows, got 9$"):
+    with pytest.raises(AssertionError, match=r"expected 8 rows, got 9$"):
         fused(images(9))
