@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fused_resnet.backends.triton_compile import weightless_operands
-from fused_resnet.gpu import networks, operands, profile, scope, suite, summary, timing, warm
+from fused_resnet.gpu import correct, networks, operands, profile, scope, suite, summary, timing, warm
 from fused_resnet.gpu.results import empty
 from fused_resnet.launch import Launch, PoolGeometry
 from fused_resnet.network import Use
@@ -93,6 +93,18 @@ def test_a_choice_of_a_pooling_is_worth_its_maximum(dtype: torch.dtype) -> None:
     assert operands.truth(launch, given)["indices"][0, 0, -1, -1] == 7 and wrong_with(8) == ""
     x[0, 0] = 1  # all equal: too many others
     assert wrong_with(8, windows=9).endswith(" 0 of them not of a maximum")
+
+
+def test_products_of_one_image_and_kernels_that_are_not_chosen_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that runs in pieces is checked so, and behind all others by its own kernel."""
+    toy = scope.toy()
+    entries = list(correct.checked(toy))
+    assert {use.launch.geometry.N for _, use in entries} == {1, 2}
+    assert len({use.launch.signature for _, use in entries}) == len(entries)
+    monkeypatch.setattr(correct, "_how", lambda use, device, gpu: "apart" if use.launch.kind == "dgrad" else "fused")
+    ways = list(correct.in_ways(iter(entries), CPU, ""))
+    again = [entry for entry in entries if entry[1].launch.kind == "dgrad"]
+    assert again and ways == [*((*entry, None) for entry in entries), *((*entry, "fused") for entry in again)]
 
 
 def test_operands_are_fresh_and_of_the_roles() -> None:
@@ -299,7 +311,7 @@ def test_the_chosen_test_files_are_there() -> None:
 
 WARM = """
 import torch
-from fused_resnet.gpu import networks, operands, warm
+from fused_resnet.gpu import correct, networks, operands, warm
 from fused_resnet.backends import triton, triton_start
 warm._begin("sm_90")
 launch = next(u.launch for u in networks.uses("toy", 2, 16, torch.bfloat16, "train") if u.launch.kind == "bn_add_relu")

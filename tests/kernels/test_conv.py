@@ -365,3 +365,15 @@ def test_tf32_by_the_newer_settings() -> None:
             assert executor.tf32_allowed(torch.float32, torch.device("cuda")) is (precision == "tf32" and not torch.version.hip)
     finally:
         conv_settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_factors_are_rounded_to_tf32_as_they_are_loaded(tf32: bool) -> None:
+    """By their descriptors, of fp32; not what a BatchNorm on load reads, nor where fp32 is meant."""
+    for prologue, as_it_is in (("identity", True), ("bn_relu", False)):
+        start = executor.plan_start(conv(2, 16, 16, 64, 64, 3, 3, padding=(1, 1), prologue=prologue), "sm_90", tf32=tf32)
+        assert start.x_view is not None and start.w_view is not None
+        assert (start.x_view.rounded, start.w_view.rounded) == (tf32 and as_it_is, tf32)
+    w = torch.zeros(64, 9 * 64)
+    assert start.w_view.of(w).round_f32_to_tf32 is tf32
+    assert not start.w_view.of(w.half()).round_f32_to_tf32

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_launches import dgrad, expected, last_program_first, operands_of, run_poisoned, two_layers
+from gradient_launches import dgrad, expected, last_program_first, operands_of, run_poisoned, two_layers, wgrad
 from launches import DEVICE
 from tolerances import assert_close
 from torch import Tensor
@@ -333,3 +333,14 @@ def test_the_rules_tiles_are_legal(arch: str, dtype: torch.dtype) -> None:
         for extent in (tile.images, tile.rows, tile.columns, tile.filters, tile.channels):
             assert extent & (extent - 1) == 0
         assert tile.pixels >= 16 and tile.filters >= 16 and tile.channels >= 16
+
+
+@pytest.mark.parametrize("kind", [dgrad, wgrad])
+@pytest.mark.parametrize("gradient", ["identity", "bn_backward"])
+def test_gradients_are_rounded_to_tf32_as_they_are_loaded(gradient: str, kind: Callable[..., Launch]) -> None:
+    """What is multiplied as it is; not what a BatchNorm's backward on load reads."""
+    launch = kind(2, 16, 16, 64, 64, 3, 3, padding=(1, 1), gradient=gradient)
+    views = triton_gradients.plan_start(launch, "sm_90", tf32=True).views
+    assert views["dz"].rounded is (gradient == "identity") and not views["y"].rounded
+    assert views["w" if kind is dgrad else "x"].rounded
+    assert not any(view.rounded for view in triton_gradients.plan_start(launch, "sm_90").views.values())
