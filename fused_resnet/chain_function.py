@@ -130,6 +130,13 @@ def spread(chain: Chain, needs: frozenset[str], gradients: Sequence[Tensor]) -> 
     return [next(given) if slot in needs else None for slot in ("x", *chain.operand_slots)]
 
 
+def _no_view(tensor: Tensor) -> Tensor:
+    """The tensor, in the same memory, as nobody's view: autograd lets nobody write into a view that a function has made."""
+    if not tensor._is_view():
+        return tensor
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
 def _said(tensor: Tensor) -> tuple[int, ...] | None:
     """Strides that a gradient is to have as well: those of a contiguous image or filter, else None (channels_last)."""
     return tensor.stride() if tensor.dim() == 4 and tensor.is_contiguous() else None
@@ -189,6 +196,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.turned = _turned(dict(zip(chain.operand_slots, operands, strict=True)), needs)
         given = [ctx.turned.get(slot, tensor) for slot, tensor in zip(chain.operand_slots, operands, strict=True)]
         outputs = forward(chain, backend, x, given, needs, drop=drop)
+        outputs[0] = _no_view(outputs[0])
         ctx.source, ctx.made, ctx.drop, ctx.version = _dropped(x), None, drop, outputs[0]._version
         slots = {"x": x, **dict(zip(chain.operand_slots, operands, strict=True)), "out": outputs[0]}
         slots.update(zip(kept_slots(chain, needs, drop), outputs[1:], strict=True))

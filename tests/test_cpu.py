@@ -378,3 +378,31 @@ def test_dilated_one_by_one_kernel() -> None:
     g = Geometry(1, 4, 1, 1, 3, 1, 1, (2, 2), (1, 1), (1, 3))
     y, expected = run(g, "bias", "identity", torch.float32)
     assert_close(y, expected, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (nn.Linear(8, 6), nn.BatchNorm1d(6), (5, 8)),
+        (nn.Linear(512, 520), nn.BatchNorm1d(520), (5, 512)),
+        (nn.Conv1d(8, 6, 1), nn.BatchNorm1d(6), (5, 8, 7)),
+        (nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), (5, 8, 7, 3)),
+        (nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), (5, 8, 1, 1)),
+        (nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), (5, 8, 7, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_results_may_be_written_to(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...], training: bool) -> None:
+    """As an activation in place does that is no part of the chain; in eval mode too, where autograd records."""
+    plain = randomise(nn.Sequential(copy.deepcopy(layer), copy.deepcopy(norm)).train(training))
+    fused = fuse(copy.deepcopy(plain), backend="cpu")
+    found = []
+    for net in (fused, plain.double()):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(next(net.parameters()).dtype).requires_grad_()
+        y = net(x)
+        y.tanh_()
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        found.append([y, x.grad, *(p.grad for p in net.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        assert relative_error(actual, expected) < 1e-5 or expected.norm() < 1e-9
