@@ -92,11 +92,8 @@ def run(stage: Stage) -> None:
         def check(entry: Entry) -> Row:
             where, use, how = entry
             warm.wait_chosen(use.launch, min(PATIENCE, stage.left()))
-            return {
-                "where": where,
-                "layers": list(use.layers),
-                **_check(use, stage.device, seed, how or _how(use, stage.device, gpu)),
-            }
+            row = _check(use, stage.device, seed, how, how or _how(use, stage.device, gpu))
+            return {"where": where, "layers": list(use.layers), **row}
 
         def key(entry: Entry) -> str:
             _, use, how = entry
@@ -111,11 +108,12 @@ def run(stage: Stage) -> None:
             stage.note(f"{warm.unfinished()} of {len(warm.waiting)} launches were not compiled ahead")
 
 
-def _check(use: Use, device: torch.device, seed: int, how: str) -> Row:
+def _check(use: Use, device: torch.device, seed: int, wanted: str | None, how: str) -> Row:
+    """``wanted``: the way that is asked for, None for the choice, with its tile; ``how``: the way that is."""
     launch = use.launch
     given = operands.random_operands(launch, device, seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        first, second = (operands.run(launch, given, how=how) for _ in range(2))
+        first, second = (operands.run(launch, given, how=wanted) for _ in range(2))
     verdict = operands.compare(launch, given, first, operands.truth(launch, given))
     unequal = [role for role in first if not _same(first[role], second[role])]
     problems = list(verdict.wrong)
