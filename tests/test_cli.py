@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from nets import look_at_launches
 from torch import nn
 
 from fused_resnet import blocks
-from fused_resnet.cli import main
+from fused_resnet.cli import info, main
 from fused_resnet.cli.zoo import COLUMNS
 from fused_resnet.launch import Launch
 
@@ -74,6 +75,34 @@ def test_info_counts_a_training_step(capsys: pytest.CaptureFixture[str]) -> None
     assert fused[1] == eager[1] and fused[2:4] == ["72", "126"] and fused[5::2] == ["0.69", "0.79"]
     assert low[3:5] == ["72", "154"] and low[-1] == "0.32"
     assert "eager moves 7,945.0 MB (fused: 0.60 of it)" in out
+
+
+def test_a_stdout_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader who went away: all is well. A full disk: one line. No stream at all, as without a console: silence."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["info", "resnet18"]) == 0
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert main(["info", "resnet18"]) == 1
+            assert main(["--version"]) == 0, "what is left in the buffer has found a place"
+        assert capsys.readouterr().err == "fused-resnet: stdout cannot be written (No space left on device)\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["info", "resnet18"]) == 0
+    assert main(["info", "zebra"]) == 2
+
+
+def test_a_name_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printed with its bytes spelt out: a strict stdout would end a command behind its work."""
+    with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(info, "run", lambda arguments: print("image-\udcff.jpg") or 0)
+        assert main(["info", "resnet18"]) == 0
+        assert stream.buffer.getvalue() == b"image-\\udcff.jpg\n"
 
 
 def test_info_where_no_batch_has_statistics(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,7 @@ import torch
 import training
 
 from fused_resnet.cli import main
-from fused_resnet.train import TrainingError, UsageError, WarmUp, checkpoint, data, files, fit, loop
+from fused_resnet.train import TrainingError, UsageError, WarmUp, checkpoint, data, files, fit, loop, progress
 from fused_resnet.train.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +60,32 @@ def test_a_whole_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert before == {path: path.read_bytes() for path in out.glob("*.*")}
     assert train(recipe, out) == 2
     refused(capsys, "checkpoint.pt is there already: --resume goes on behind it, another --out starts anew")
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    """What ``| head -1`` leaves behind."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
+
+
+def test_a_reader_who_goes_away(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``train ... 2>&1 | head -1``: the run comes to its end."""
+    with closed_pipe() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert train(recipe, tmp_path / "run", "--log-every", "1") == 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_progress_that_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent from the first failure on, and where there is no stream at all."""
+    shown = progress.Progress(6, 0, True, closed_pipe())
+    assert shown.show
+    shown.say("a line")
+    assert not shown.show
+    monkeypatch.setattr(sys, "stderr", None)
+    progress.Progress(6, 0, True).say("a line")
 
 
 def test_tensorboard(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,13 @@ returns the exit code. Wrong input is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from . import demo, evaluate, fuse_check, gpu, info, inspect, paper, profile, report, train, tune, zoo
 from .arguments import CommandError, Parser
+from .streams import OutputError, lasting
 
 
 def _parser() -> Parser:
@@ -31,12 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; ``sys.argv``'s by default.
 
     Returns:
-        Exit code: 0 done, 1 the answer is no (``fuse-check``), 2 wrong input, 130 interrupted.
+        Exit code: 0 done, 1 the answer is no (``fuse-check``) or it had to stop, 2 wrong input, 130 interrupted. A reader of
+        the output who goes away (``head``) stops nothing.
     """
+    with lasting():
+        try:
+            code = _run(argv)
+            sys.stdout.flush()
+        except OutputError as error:
+            print(f"fused-resnet: {error}", file=sys.stderr)
+            return 1
+        return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         code: int = arguments.run(arguments)
-        sys.stdout.flush()
         return code
     except CommandError as error:
         print(f"fused-resnet: error: {error}", file=sys.stderr)
@@ -46,6 +57,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fused-resnet: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0

@@ -24,12 +24,15 @@ class Progress:
         total: steps of the run.
         done: steps that were done before.
         show: False for nothing at all.
+        stream: instead of stderr. Nothing is shown where there is none, or behind the first time that it cannot be written:
+            whoever closes a pipe does not want the run to end.
     """
 
     def __init__(self, total: int, done: int, show: bool, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self.total, self.first, self.show = total, done, show
-        self.terminal = show and self.stream.isatty()
+        self.stream: TextIO | None = stream or sys.stderr  # None where a process was started with it closed
+        self.total, self.first = total, done
+        self.show = show and self.stream is not None
+        self.terminal = self.show and self.stream is not None and self.stream.isatty()
         self.began = self.drawn = self.rowed = time.monotonic()
 
     def left(self, step: int) -> str:
@@ -60,13 +63,19 @@ class Progress:
             filled = round(20 * step / self.total)
             numbers = f"loss {loss:.4f}  error {error:.2%}  {speed:,.0f} images/s  {self.left(step)} left"
             text = f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self.total}  {numbers}"
-            print(f"\r\033[K{text}", end="", file=self.stream, flush=True)
+            self._print(f"\r\033[K{text}", end="")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.show:
             start = "\r\033[K" if self.terminal else ""
-            print(f"{start}{text}", file=self.stream, flush=True)
+            self._print(f"{start}{text}")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, file=self.stream, flush=True)
+        except OSError:
+            self.show = self.terminal = False
 
     def tested(self, train: Row | None, test: Row) -> None:
         """A line after an evaluation."""
