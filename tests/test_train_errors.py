@@ -157,11 +157,61 @@ def test_going_on_with_something_else(recipe: Path, tmp_path: Path, capsys: pyte
     for content, code, says in (
         (before[: len(before) // 2], 1, "cut off or damaged"),
         (b"", 1, "cut off or damaged"),
-        (b"step,epoch\n", 1, "cut off or damaged"),
+        (b"\0" * 512, 1, "cut off or damaged"),
+        (b"step,epoch\n", 2, "not weights, expected a file that torch.save wrote"),
     ):
         (out / "checkpoint.pt").write_bytes(content)
         assert train(recipe, out, "--resume") == code
         assert says in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_something(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What passes for one by its header: one line, whoever reads it. The best weights can be evaluated, not gone on behind."""
+    out = tmp_path / "run"
+    assert train(recipe, out) == 0
+    saved, best = (torch.load(out / name, weights_only=True) for name in ("checkpoint.pt", "best.pt"))
+    capsys.readouterr()
+
+    def changed(**changes: object) -> dict:
+        return {key: value for key, value in {**saved, **changes}.items() if value != "gone"}
+
+    for content, says, evaluated in (
+        (changed(identity="gone"), "there is no 'identity' in it: not a checkpoint of fused-resnet train", False),
+        (changed(identity={}), "there is no 'identity.model' in it", False),
+        (changed(model=[]), "'model' in it is a list, expected a dict", False),
+        (best, "holds the weights only (best.pt): cannot be gone on behind", True),
+        (changed(window=[[1.0] * 9]), "'window' in it must be 5 to 7 numbers for each process", True),
+        (changed(window=[]), "'window' in it must be of 1 processes as 'random' is, got 0", True),
+        (changed(ema=None), "'ema' in it, the average of the weights, must be one by the recipe, got none", True),
+        (changed(random=[{}]), "its state is not as train writes it (KeyError: 'python')", True),
+        (changed(falling=3), "its state is not as train writes it (TypeError: ", True),
+    ):
+        torch.save(content, out / "checkpoint.pt")
+        assert train(recipe, out, "--resume") == 2
+        refused(capsys, says)
+        assert main(["evaluate", str(out / "checkpoint.pt"), "--device", "cpu"]) == (0 if evaluated else 2)
+        assert evaluated or says in capsys.readouterr().err
+        capsys.readouterr()
+    (out / "checkpoint.pt").unlink()
+    (out / "checkpoint.pt").mkdir()
+    assert train(recipe, out, "--resume") == 2
+    refused(capsys, "checkpoint.pt: is a folder, expected a file")
+
+
+def test_a_log_that_is_damaged(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blank lines are nothing; of a line that is no row the place is told, and the run can go on when it is out."""
+    out = tmp_path / "run"
+    assert train(recipe, out, "--log-every", "2") == 0
+    good = (out / "log.csv").read_bytes()
+    head, first, *rest = good.splitlines(keepends=True)
+    capsys.readouterr()
+    for line in (b"garbage\n", b"1,2,3\n", b"2,0.1,train,0.5\xff,0.1,0.1,9\n", b"2,0.1,other,0.5,0.1,0.1,9\n", b"2,0,test\n"):
+        (out / "log.csv").write_bytes(head + first + line + b"".join(rest))
+        assert train(recipe, out, "--resume") == 2
+        refused(capsys, f"{out / 'log.csv'}, line 3: not a row, expected step,epoch,split,loss,error")
+    (out / "log.csv").write_bytes(head + b"\n" + first + b"  \n" + b"".join(rest) + b"\n")
+    assert train(recipe, out, "--resume") == 0
+    assert (out / "log.csv").read_bytes() == good
 
 
 def test_nothing_but_tensors_is_unpickled(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,8 @@ def test_torchvisions_weights_from_a_file(folder: Path, tmp_path: Path, capsys: 
 def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     torch.save(models.resnet18(num_classes=4).state_dict(), tmp_path / "four.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.pth").write_text('{"no": "weights"}')
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "four.pth").read_bytes()[:5000])
     model = ["--model", "resnet18", "--device", "cpu", "--data-dir", str(folder)]
     for arguments, code, says in (
         ([], 2, "expected either checkpoints or --model with --weights"),
@@ -142,7 +143,10 @@ def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--model", "resnet34", "--weights", str(tmp_path / "four.pth")], 2, "the weights are of another model"),
         ([*model, "--weights", str(tmp_path / "four.pth")], 2, "has 4 classes, data 'folder' has 3"),
         ([*model, "--weights", str(tmp_path / "list.pth")], 2, "not a state_dict"),
-        ([*model, "--weights", str(tmp_path / "text.pth")], 1, "cut off or damaged"),
+        ([*model, "--weights", str(tmp_path / "text.pth")], 2, "text.pth: not weights, expected a file that torch.save wrote"),
+        ([*model, "--weights", str(tmp_path / "cut.pth")], 1, "cut off or damaged"),
+        ([*model, "--weights", str(tmp_path)], 2, "is a folder, expected a file"),
+        ([*model, "--weights", str(tmp_path / "four.pth"), "--crops", "ten", "--scales", "32"], 2, "--crops ten cuts images"),
         ([str(tmp_path / "four.pth")], 2, "not a checkpoint of fused-resnet train"),
     ):
         assert main(["evaluate", *arguments]) == code

@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where it lies, if it has to be brought")
     parser.add_argument("--size", type=natural, metavar="N", help="rows and columns of a crop (the checkpoint's, or 224)")
     parser.add_argument("--crops", choices=("one", "ten"), default="one", help="views of an image (one)")
-    parser.add_argument("--scales", type=naturals, default=[], metavar="N,N", help="whole images instead: 224,256,384,480,640")
+    parser.add_argument(
+        "--scales", type=naturals, default=[], metavar="N,N", help="whole images instead of crops: 224,256,384,480,640"
+    )
     parser.add_argument("--flip", action="store_true", help="every view mirrored, too")
     parser.add_argument("--batch", type=natural, default=64, metavar="N", help="images at once (64)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
@@ -62,6 +64,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UsageError("expected either checkpoints or --model with --weights")
     if bool(arguments.model) != bool(arguments.weights):
         raise UsageError("--model and --weights belong together")
+    if arguments.scales and arguments.crops == "ten":
+        raise UsageError("--crops ten cuts images and --scales takes them whole: expected one of the two")
     device = World.join(arguments.device).device
     networks.check_backend(arguments.backend, device)
     if arguments.model:

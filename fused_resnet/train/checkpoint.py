@@ -18,6 +18,31 @@ NAME = "checkpoint.pt"
 BEST = "best.pt"
 
 
+#: What is in every file, and of which types.
+CONTENTS: dict[str, tuple[type, ...]] = {
+    "identity": (dict,),
+    "recipe": (dict,),
+    "classes": (list,),
+    "mean": (torch.Tensor,),
+    "std": (torch.Tensor,),
+    "step": (int,),
+    "model": (dict,),
+    "ema": (dict, type(None)),
+    "best": (float, int),
+}
+#: What is needed beside it to go on. :data:`BEST` has none of it.
+STATE: dict[str, tuple[type, ...]] = {
+    "optimizer": (dict,),
+    "scaler": (dict,),
+    "window": (list,),
+    "random": (list,),
+    "untested": (bool,),
+    "bad": (list,),
+}
+#: What is read of ``identity`` where a file is not gone on with.
+_IDENTITY: dict[str, tuple[type, ...]] = {"model": (str,), "model_arguments": (dict,), "data": (str,)}
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint. It is made in memory first, so that all that can fail on the disk is one write.
 
@@ -33,7 +58,7 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint's contents, tensors on the CPU.
 
     Raises:
-        UsageError: no such file, not a checkpoint, or one of a newer version.
+        UsageError: no such file, not a checkpoint, one of a newer version, or one without its :data:`CONTENTS`.
         TrainingError: it cannot be read.
     """
     state = tensors(path)
@@ -41,16 +66,41 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not a checkpoint of fused-resnet train")
     if state["schema"] > SCHEMA:
         raise UsageError(f"{path}: written by a newer version (schema {state['schema']}, this one reads up to {SCHEMA})")
+    _look(path, state, CONTENTS, "a checkpoint of fused-resnet train")
+    _look(path, state["identity"], _IDENTITY, "a checkpoint of fused-resnet train", "identity.")
     return state
+
+
+def check_state(path: Path, state: dict[str, Any]) -> None:
+    """What :func:`load` gave can be gone on with.
+
+    Raises:
+        UsageError: it holds the weights only, or less of a run's state than there should be.
+    """
+    if not STATE.keys() & state.keys():
+        raise UsageError(f"{path}: holds the weights only ({BEST}): cannot be gone on behind")
+    _look(path, state, STATE, "a checkpoint to go on behind")
+
+
+def _look(path: Path, found: dict[str, Any], wanted: dict[str, tuple[type, ...]], what: str, where: str = "") -> None:
+    """Each entry is there, and of its type."""
+    for key, kinds in wanted.items():
+        if key not in found:
+            raise UsageError(f"{path}: there is no '{where}{key}' in it: not {what}")
+        if not isinstance(found[key], kinds):
+            got = type(found[key]).__name__
+            raise UsageError(f"{path}: '{where}{key}' in it is a {got}, expected a {kinds[0].__name__}: not {what}")
 
 
 def tensors(path: Path) -> Any:
     """What ``torch.save`` wrote, of tensors and plain data only.
 
     Raises:
-        UsageError: no such file, or other objects in it.
+        UsageError: no such file, nothing that ``torch.save`` wrote, or other objects in it.
         TrainingError: it is cut off or damaged.
     """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder, expected a file")
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
@@ -60,7 +110,16 @@ def tensors(path: Path) -> Any:
     except Exception as error:  # of the unpickler, the archive or the tensors' sizes
         if "GLOBAL" in str(error) or "Unsupported global" in str(error):
             raise UsageError(f"{path}: holds more than tensors and plain data, and is not loaded") from error
+        if not _begins_well(path):
+            raise UsageError(f"{path}: not weights, expected a file that torch.save wrote") from error
         raise TrainingError(f"{path}: cut off or damaged, cannot be read") from error
+
+
+def _begins_well(path: Path) -> bool:
+    """As an archive of PyTorch (a zip; of old ones a pickle), or as what a power failure leaves of one: nothing, or zeros."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return not start.strip(b"\0") or start.startswith((b"PK", b"\x80"))
 
 
 def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:

@@ -50,22 +50,30 @@ def _format(row: Row) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV file. A last line that was cut off is left out.
+    """The rows of a CSV file. Blank lines are left out, and so is a last line that was cut off.
 
     Raises:
-        UsageError: a file with other columns.
+        UsageError: a file with other columns, or with a line that is not a row.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if not lines or not lines[0].endswith("\n"):
+    lines = path.read_bytes().split(b"\n")[:-1]
+    if not lines:
         return []
-    if tuple(lines[0].strip().split(",")) != COLUMNS:
+    if lines[0].strip() != ",".join(COLUMNS).encode():
         raise UsageError(f"{path}: expected the columns {','.join(COLUMNS)}")
     rows = []
-    for values in csv.reader(line for line in lines[1:] if line.endswith("\n")):
-        step, epoch, split, *numbers = values
-        rows.append(Row(int(step), float(epoch), split, *map(float, numbers)))
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        try:
+            step, epoch, split, *numbers = next(csv.reader([line.decode("utf-8")]))
+            if split not in ("train", "test"):
+                raise ValueError(split)
+            rows.append(Row(int(step), float(epoch), split, *map(float, numbers)))
+        except (ValueError, TypeError, csv.Error) as error:
+            expected = f"{','.join(COLUMNS)} with split train or test and numbers otherwise"
+            raise UsageError(f"{path}, line {number}: not a row, expected {expected}, got {line[:80]!r}") from error
     return rows
 
 

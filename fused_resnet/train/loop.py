@@ -121,6 +121,7 @@ class _Run:
         if not self.config.resume:
             raise UsageError(f"{self.path} is there already: --resume goes on behind it, another --out starts anew")
         saved = checkpoint.load(self.path)
+        checkpoint.check_state(self.path, saved)
         changed = checkpoint.differences(saved["identity"], self.identity)
         if changed:
             raise UsageError(f"{self.path} is of another run, --resume goes on with the same only: {'; '.join(changed)}")
@@ -129,10 +130,11 @@ class _Run:
     def _load(self, saved: dict[str, Any]) -> None:
         try:
             self.state.load(saved, self.world)
-        except KeyError as error:
-            raise UsageError(f"{self.path}: there is no {error} in it: not a checkpoint to go on behind") from error
         except UsageError as error:
             raise UsageError(f"{self.path}: {error}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whatever a file may hold
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'in it'}"
+            raise UsageError(f"{self.path}: its state is not as train writes it ({what}): cannot be gone on behind") from error
 
     def __call__(self) -> History:
         """Go on behind the checkpoint, or start; no other process writes into the folder meanwhile."""

@@ -70,10 +70,14 @@ class State:
         """Put :meth:`save`'s data back.
 
         Raises:
-            UsageError: of another model.
+            UsageError: of another model, or with other sums than a window has.
         """
         own = tensors(self.model)
+        check_windows(saved["window"], len(saved["random"]))
         load_tensors(own, saved["model"])
+        if (saved["ema"] is None) != (self.average is None):
+            got, wanted = ("none", "one") if self.average is not None else ("one", "none")
+            raise UsageError(f"'ema' in it, the average of the weights, must be {wanted} by the recipe, got {got}")
         if self.average is not None:
             load_tensors(self.average.values, saved["ema"])
         parameters = dict(self.model.named_parameters())
@@ -96,6 +100,23 @@ class State:
             seeds.seed_everything("resumed", self.step, world.rank)
 
 
+def check_windows(windows: list[Any], processes: int) -> None:
+    """The sums for the next row, of each process.
+
+    Raises:
+        UsageError: they are not.
+    """
+    most = len(Window().sums())
+    least = most - 2  # older checkpoints lack those of an epoch
+    for sums in windows:
+        if not (
+            isinstance(sums, list) and least <= len(sums) <= most and all(isinstance(number, (int, float)) for number in sums)
+        ):
+            raise UsageError(f"'window' in it must be {least} to {most} numbers for each process, got {sums!r}")
+    if len(windows) != processes:
+        raise UsageError(f"'window' in it must be of {processes} processes as 'random' is, got {len(windows)}")
+
+
 def load_tensors(into: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
     """Write tensors by name.
 
@@ -105,6 +126,8 @@ def load_tensors(into: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) 
     for name in into.keys() ^ saved.keys():
         raise UsageError(f"the weights are of another model: {name!r} is only in {'the model' if name in into else 'the file'}")
     for name, value in saved.items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"the weights must be tensors, {name!r} is a {type(value).__name__}")
         if value.shape != into[name].shape:
             shapes = f"{tuple(value.shape)} in the file, {tuple(into[name].shape)} in the model"
             raise UsageError(f"the weights are of another model: {name!r} is {shapes}")
