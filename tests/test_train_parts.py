@@ -42,6 +42,12 @@ def test_a_cosine_behind_a_warm_up() -> None:
     assert recipe.learning_rate(training.recipe(schedule="constant", lr=0.5), 7, 8) == 0.5
 
 
+@pytest.mark.parametrize("length", [10**400, 1e308, 2.0**54, 0])
+def test_a_length_that_is_none(length: float) -> None:
+    with pytest.raises(UsageError, match=r"steps must be above 0 and at most 9007199254740992, got (1|0)"):
+        training.recipe().lasting(length, "steps")
+
+
 def test_another_length_stretches_the_schedule() -> None:
     short = recipe.load("cifar-paper-deep").lasting(640, "steps")
     assert (short.milestones, short.warm_up) == ((320, 480), WarmUp(4, 0.1, "constant"))
@@ -87,10 +93,43 @@ def test_every_recipe_loads(name: str) -> None:
         ({"warm_up": {"lenth": 1}}, "lenth"),
         ({"schedule": "plateau"}, "plateau of recipe 'test' must be given with the schedule 'plateau'"),
         ({"plateau": {"patience": 2}}, "plateau of recipe 'test' must be given with the schedule 'plateau', and with it alone"),
-        ({"schedule": "plateau", "plateau": {"patience": 0}}, "must have a patience above 0"),
-        ({"schedule": "plateau", "plateau": {"patience": 1, "times": 0}}, "times from 1, got 1, 0.0, 0"),
+        ({"schedule": "plateau", "plateau": {"patience": 0}}, "plateau.patience of recipe 'test' must be a number above 0"),
+        (
+            {"schedule": "plateau", "plateau": {"patience": 1, "times": 0}},
+            "plateau.times of recipe 'test' must be a whole number above 0, got 0",
+        ),
+        ({"schedule": "plateau", "plateau": {"patience": "a"}}, "plateau.patience of recipe 'test' must be a number above 0"),
+        ({"schedule": "plateau", "plateau": 3}, "plateau must be an object or null, got 3"),
         ({"schedule": "plateau", "plateau": {"least": 0.1}}, "patience"),
-        ({"batch": 16.5}, "batch of recipe 'test' must be a whole number, got 16.5"),
+        ({"batch": 16.5}, "batch of recipe 'test' must be a whole number above 0, got 16.5"),
+        ({"batch": True}, "batch of recipe 'test' must be a whole number above 0, got True"),
+        ({"lr": True}, "lr of recipe 'test' must be a number above 0, got True"),
+        ({"length": 1e300}, "length of recipe 'test' must be a number above 0 and at most 9007199254740992, got 1e"),
+        ({"momentum": "a"}, "momentum of recipe 'test' must be at least 0 and below 1, got 'a'"),
+        ({"momentum": -1}, "momentum of recipe 'test' must be at least 0 and below 1, got -1"),
+        ({"momentum": 0}, "momentum of recipe 'test' must be above 0 with nesterov, got 0"),
+        ({"weight_decay": "x"}, "weight_decay of recipe 'test' must be a number from 0, got 'x'"),
+        ({"weight_decay": -1}, "weight_decay of recipe 'test' must be a number from 0, got -1"),
+        ({"label_smoothing": 2}, "label_smoothing of recipe 'test' must be from 0 to 1, got 2"),
+        ({"label_smoothing": "x"}, "label_smoothing of recipe 'test' must be from 0 to 1, got 'x'"),
+        ({"milestones": ["a"]}, "milestones of recipe 'test' must be a list of numbers"),
+        ({"milestones": 5}, "milestones must be a list, got 5"),
+        ({"augment": "flip"}, "augment must be a list, got 'flip'"),
+        ({"factor": "a"}, "factor of recipe 'test' must be a number above 0, got 'a'"),
+        ({"warm_up": {"length": "a"}}, "warm_up.length of recipe 'test' must be a number from 0"),
+        ({"warm_up": {"length": 1, "factor": None}}, "warm_up.factor of recipe 'test' must be a number from 0, got None"),
+        ({"warm_up": [1]}, r"warm_up must be an object or null, got \[1\]"),
+        ({"warm_up": False}, "warm_up must be an object or null, got False"),
+        ({"ema": "x"}, "ema of recipe 'test' must be null, or at least 0 and below 1, got 'x'"),
+        ({"nesterov": "no"}, "nesterov of recipe 'test' must be true or false, got 'no'"),
+        ({"decay_all": "no"}, "decay_all of recipe 'test' must be true or false, got 'no'"),
+        ({"name": 5}, "name of recipe 5 must be a name of a folder, without / and"),
+        ({"name": "../outside"}, "name of recipe '../outside' must be a name of a folder"),
+        ({"name": ".."}, "must be a name of a folder"),
+        ({"model": 5}, "model of recipe 'test' must be text, got 5"),
+        ({"data": 5}, "data of recipe 'test' must be text, got 5"),
+        ({"data": ["x"]}, r"data of recipe 'test' must be text, got \['x'\]"),
+        ({"unit": ["steps"]}, "unit of recipe 'test' must be one of steps, epochs"),
     ],
 )
 def test_a_recipe_that_is_none(changes: dict, says: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from .config import Config
 from .distributed import World, whole, wrap
 from .ema import Average, tensors
 from .errors import DataError, TrainingError, UsageError
+from .fields import LONGEST
 from .logs import Log, Row
 from .progress import Progress
 from .recipe import learning_rate
@@ -93,7 +94,9 @@ class _Run:
             raise UsageError(f"batch must be at most the {len(self.data.train)} training images, got {recipe.batch}")
         if recipe.batch % world.size:
             raise UsageError(f"batch must be a multiple of the {world.size} processes, got {recipe.batch}")
-        self.total = recipe.steps(recipe.length, self.per_epoch)
+        self.total = recipe.total(self.per_epoch)
+        if not 0 <= config.evaluate_every <= LONGEST:
+            raise UsageError(f"evaluate_every must be from 0 to {LONGEST} epochs, got {config.evaluate_every}")
         seeds.seed_everything("weights", config.seed)
         model = networks.make(config.network, len(self.data.classes), config.backend, config.memory, **config.model_arguments)
         model = model.to(world.device).train()

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..specimens import unknown
+from . import fields
 from .errors import UsageError
 
 _FOLDER = Path(__file__).parent / "recipes"
-
-UNITS = ("steps", "epochs")
-NORMALISE = ("pixel_mean", "channels")
-SCHEDULES = ("steps", "plateau", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -93,37 +90,33 @@ class Recipe:
     normalise: str = "pixel_mean"
 
     def __post_init__(self) -> None:
-        for name, choices in (("unit", UNITS), ("schedule", SCHEDULES), ("normalise", NORMALISE)):
-            if getattr(self, name) not in choices:
-                raise UsageError(
-                    f"{name} of recipe {self.name!r} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in ("batch", "length", "lr"):
-            if not (isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) < math.inf):
-                raise UsageError(f"{name} of recipe {self.name!r} must be a number above 0, got {getattr(self, name)!r}")
-        if not isinstance(self.batch, int):
-            raise UsageError(f"batch of recipe {self.name!r} must be a whole number, got {self.batch!r}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise UsageError(f"ema of recipe {self.name!r} must be at least 0 and below 1, got {self.ema}")
-        if self.warm_up is not None and self.warm_up.shape not in ("constant", "linear"):
-            raise UsageError(f"warm_up.shape of recipe {self.name!r} must be constant or linear, got {self.warm_up.shape!r}")
-        if (self.plateau is not None) != (self.schedule == "plateau"):
-            raise UsageError(f"plateau of recipe {self.name!r} must be given with the schedule 'plateau', and with it alone")
-        if self.plateau is not None:
-            patience, least, times = self.plateau.patience, self.plateau.least, self.plateau.times
-            if not (patience > 0 and 0 <= least < 1 and isinstance(times, int) and times > 0):
-                raise UsageError(
-                    f"plateau of recipe {self.name!r} must have a patience above 0, least from 0 to 1, and times from 1, got "
-                    f"{patience}, {least}, {times}"
-                )
+        fields.check(self)
 
     def lasting(self, length: float, unit: str) -> Recipe:
-        """The same recipe for a run of another length: milestones, warm-up and patience stay the same parts of it."""
+        """The same recipe for a run of another length: milestones, warm-up and patience stay the same parts of it.
+
+        Raises:
+            UsageError: no such length.
+        """
+        if not (fields.is_number(length) and 0 < length <= fields.LONGEST):
+            raise UsageError(f"{unit} must be above 0 and at most {fields.LONGEST}, got {fields.shown(length)}")
         scale = length / self.length
         warm_up = self.warm_up and dataclasses.replace(self.warm_up, length=self.warm_up.length * scale)
         plateau = self.plateau and dataclasses.replace(self.plateau, patience=self.plateau.patience * scale)
         milestones = tuple(mark * scale for mark in self.milestones)
         return dataclasses.replace(self, length=length, unit=unit, milestones=milestones, warm_up=warm_up, plateau=plateau)
+
+    def total(self, steps_per_epoch: int) -> int:
+        """Steps of the run.
+
+        Raises:
+            UsageError: there is none.
+        """
+        total = self.steps(self.length, steps_per_epoch)
+        if total < 1:
+            each = f" of {steps_per_epoch} steps" if self.unit == "epochs" else ""
+            raise UsageError(f"{self.unit} must be at least one step together, got {self.length:g} {self.unit}{each}")
+        return total
 
     def steps(self, length: float, steps_per_epoch: int) -> int:
         """A length of this recipe in steps."""
@@ -169,7 +162,11 @@ def load(name: str) -> Recipe:
         UsageError: no such recipe or file, or not a recipe.
     """
     path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a zero in it
+        there = False
+    if not there:
         if name.endswith(".json"):
             raise UsageError(f"recipe {name}: no such file")
         raise UsageError(str(unknown("recipe", name, names())))
@@ -192,11 +189,16 @@ def from_data(data: Any, where: str) -> Recipe:
     for key in data:
         if key not in known:
             raise UsageError(f"recipe {where}: {unknown('field', key, sorted(known))}")
+    for key in ("augment", "milestones"):
+        if not isinstance(data.get(key, []), list):
+            raise UsageError(f"recipe {where}: {key} must be a list, got {fields.shown(data[key])}")
+    for key in ("warm_up", "plateau"):
+        if not isinstance(data.get(key), (dict, type(None))):
+            raise UsageError(f"recipe {where}: {key} must be an object or null, got {fields.shown(data[key])}")
     try:
-        warm_up = WarmUp(**data["warm_up"]) if data.get("warm_up") else None
         changed = {
-            "warm_up": warm_up,
-            "plateau": Plateau(**data["plateau"]) if data.get("plateau") else None,
+            "warm_up": WarmUp(**data["warm_up"]) if data.get("warm_up") is not None else None,
+            "plateau": Plateau(**data["plateau"]) if data.get("plateau") is not None else None,
             "augment": tuple(data.get("augment", ())),
             "milestones": tuple(data.get("milestones", ())),
         }
