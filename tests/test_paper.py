@@ -21,10 +21,12 @@ from fused_resnet.cli import main
 from fused_resnet.models import NAMES
 from fused_resnet.paper import runs as runner
 from fused_resnet.paper import worker
+from fused_resnet.paper.files import LogError
 from fused_resnet.paper.networks import make, responses
 from fused_resnet.paper.page import draw
-from fused_resnet.paper.results import LogError, Outcome, Row, Spread, collect, read, verdict
+from fused_resnet.paper.results import Outcome, Row, Spread, collect, read, verdict
 from fused_resnet.paper.scales import SCALES, Run
+from fused_resnet.train import UsageError
 from fused_resnet.train import recipe as recipes
 
 TINY = SCALES["tiny"]
@@ -164,6 +166,7 @@ def test_data_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Captu
     there = ["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "runs"), "--jobs", "1"]
     assert main(["paper", "--scale", "cifar", *there]) == 2
     assert capsys.readouterr().err.startswith("fused-resnet: error: cifar_plain20-seed0: data 'cifar10': there is no ")
+    assert not [path.name for path in (tmp_path / "runs").iterdir() if path.name != ".lock"], "nothing stands for a run"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,81 @@ def test_a_log_that_is_none(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(LogError, match=message):
         read(path)
+
+
+def finished(out: Path) -> Path:
+    """The folder of a run of the tiny scale that came to its end."""
+    folder = out / "cifar_plain20-seed0"
+    folder.mkdir(parents=True)
+    job = runner.job_of(TINY, Run("cifar_plain20", 0), runner.Options(out, 1))
+    (folder / "done.json").write_text(json.dumps({**job, "processor_seconds": 9.0}), encoding="utf-8")
+    (folder / "responses.json").write_text("[1.0, 2.0]", encoding="utf-8")
+    (folder / "log.csv").write_text("step,epoch,split,loss,error\n1,1,train,1,0.5\n2,1,test,1,0.4\n", encoding="utf-8")
+    return folder
+
+
+HEAD = b"step,epoch,split,loss,error\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("done.json", b'{"network": "cif', "done.json: not JSON, cut off or damaged"),
+        ("done.json", b"[1]", "done.json: expected a JSON object, got a list"),
+        ("done.json", b"\xff", "done.json: not UTF-8"),
+        ("done.json", None, "done.json: cannot be read (Is a directory)"),
+        ("done.json", "minutes", "done.json: processor_seconds must be a number, got 'minutes'"),
+        ("responses.json", b"[1.0, 2", "responses.json: not JSON, cut off or damaged"),
+        ("responses.json", b"3", "responses.json: expected a list of numbers, got a int"),
+        ("responses.json", b"[]", "responses.json: expected a list of numbers, got an empty one"),
+        ("responses.json", b'[1.0, "x"]', "responses.json: entry 2 must be a number, got 'x'"),
+        ("log.csv", b"", "log.csv: expected the columns"),
+        ("log.csv", HEAD, "log.csv: expected rows of the splits train and test, found none of train"),
+        ("log.csv", HEAD + b"1,1,train,1,0.5\n", "found none of test"),
+        ("log.csv", HEAD + b"1,1,train,1,\xff\n", "log.csv: not UTF-8"),
+        ("log.csv", HEAD + b"1,nan,train,1,0.5\n", "log.csv, line 2: not a row of numbers"),
+        ("log.csv", None, "log.csv: cannot be read (Is a directory)"),
+        ("paper.md", None, "paper.md: cannot be written (Is a directory)"),
+    ],
+)
+def test_a_damaged_file_is_one_line(
+    name: str, content: bytes | str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which names it; of ``done.json`` a text is one of its values."""
+    folder = finished(tmp_path)
+    path = tmp_path / name if name == "paper.md" else folder / name
+    if isinstance(content, str):
+        content = json.dumps({**json.loads(path.read_text()), "processor_seconds": content}).encode()
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert main(["paper", "--out", str(tmp_path), "--seeds", "1", "--draw"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fused-resnet: error: ") and says in lines[0], lines
+
+
+def test_files_of_a_run_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log has to be there, responses need not; seeds have the same layers."""
+    folder = finished(tmp_path)
+    other = tmp_path / "cifar_plain20-seed1"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "responses.json").write_text("[1.0]")
+    command = ["paper", "--out", str(tmp_path), "--seeds", "2", "--draw"]
+    assert main(command) == 2
+    assert "seed1/responses.json: expected 2 layers as in " in capsys.readouterr().err
+    (other / "responses.json").unlink()
+    assert main(command) == 0
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".paper")]
+    (other / "log.csv").unlink()
+    assert main(command) == 2
+    assert "seed1/log.csv: cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_run_of_no_steps(tmp_path: Path) -> None:
+    job = {**runner.job_of(TINY, Run("cifar_resnet8", 0), runner.Options(tmp_path, 1)), "epochs": 0.001}
+    with pytest.raises(UsageError, match=r"epochs must be at least one step together, got 0\.001 epochs of 44 steps"):
+        worker.run(job)
 
 
 def test_what_is_read_off_a_log() -> None:

@@ -16,6 +16,8 @@ from torch import nn
 from fused_resnet import count_launches, kept, profiling
 from fused_resnet.backends import clock_launches
 from fused_resnet.cli import main
+from fused_resnet.cli.arguments import CommandError
+from fused_resnet.cli.gpu import put
 from fused_resnet.profiling import Ceilings, Line, Subject, Times, pair_of
 from fused_resnet.train import UsageError, data, recipe, supply
 
@@ -228,6 +230,10 @@ def test_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("cifar_resnet8", "eager"), ("cifar_resnet8", "fused"), ("cifar_resnet14", "eager"), ("cifar_resnet14", "fused"),
     ]  # fmt: skip
     assert rows[3]["launches"] == 61 and rows[3]["graph"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["growth.json"]
+    with pytest.raises(CommandError, match=r"there\.json: cannot be written \(Is a directory\)"):
+        (tmp_path / "there.json").mkdir()
+        put(tmp_path / "there.json", "{}")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..gpu.budget import STAGES
+from ..whole_file import write_whole
 from .arguments import CommandError, positive
 from .text import sentence
 
@@ -60,6 +61,14 @@ def writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file, all of it or nothing."""
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -35,8 +35,9 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run what is not done, then draw; 1 if a run failed."""
     from ..measure import automatic_device, circumstances
+    from ..paper.files import LogError
     from ..paper.page import draw, write
-    from ..paper.results import LogError, collect
+    from ..paper.results import collect
     from ..paper.runs import Options, RunFailed, check_same, everything
     from ..paper.scales import SCALES
     from ..train import UsageError
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         recipes.load(scale.recipe)
         check_same(scale, options)
-    except UsageError as error:
+    except (LogError, UsageError) as error:
         raise CommandError(one_line(error)) from error
     if not arguments.draw:
         count = len(scale.runs(seeds))
@@ -88,6 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         if code:
             return code
         raise nothing
-    write(out, draw(scale, found, seeds, circumstances(device)))
+    try:
+        write(out, draw(scale, found, seeds, circumstances(device)))
+    except LogError as error:
+        raise CommandError(one_line(error)) from error
     print(f"{out / 'paper.md'}")
     return code

@@ -28,7 +28,7 @@ from .arguments import (
     positive,
     whole,
 )
-from .gpu import writable
+from .gpu import put, writable
 from .text import Progress, scaled, sentence, table
 
 #: Rows of the table of launches.
@@ -104,7 +104,7 @@ def _growth(arguments: argparse.Namespace) -> None:
     print(f"a training step of two images of {side}x{side}, counted on the CPU; the numbers are those of any size of images")
     print(table(head, cells))
     if arguments.out is not None:
-        (arguments.out / "growth.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        put(arguments.out / "growth.json", json.dumps(rows, indent=1))
 
 
 def _images(arguments: argparse.Namespace) -> Data | str:
@@ -257,13 +257,13 @@ def _write(
         )
         for row in rows
     ]
-    (out / "throughput.svg").write_text(draw.bars("Images a second", where["evidence"], caption, groups), encoding="utf-8")
+    put(out / "throughput.svg", draw.bars("Images a second", where["evidence"], caption, groups))
     by_kind = [
         draw.Group(line.what, {"fused": (line.seconds * 1e3, f"{line.seconds * 1e3:.2f} ms, {line.bound}")})
         for line in spent.kinds
     ]
     title = f"{subject.model}, batch {subject.batch}: time by kind of launch"
-    (out / "launches.svg").write_text(draw.bars(title, where["evidence"], caption, by_kind), encoding="utf-8")
+    put(out / "launches.svg", draw.bars(title, where["evidence"], caption, by_kind))
     document = {
         **where,
         "throughput": rows,
@@ -277,7 +277,7 @@ def _write(
         "held_bytes": [vars(row) for row in modes],
         "ceilings": vars(limits),
     }
-    (out / "profile.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    put(out / "profile.json", json.dumps(document, indent=1))
     pictures = ["throughput.svg", "launches.svg"]
     if layers:
         pictures.append("memory.svg")
@@ -291,5 +291,5 @@ def _write(
             draw.Group(stage, {name: (size / 2**20, _cell(size)) for name, size in zip(("eager", "fused"), sizes)})
             for stage, sizes in by_stage.items()
         ]
-        (out / "memory.svg").write_text(draw.bars(title, "counted as it ran", caption, bars), encoding="utf-8")
+        put(out / "memory.svg", draw.bars(title, "counted as it ran", caption, bars))
     print(f"\n{out}: profile.json, trace.json (for chrome://tracing or Perfetto), {', '.join(pictures)}")

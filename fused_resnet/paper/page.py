@@ -8,6 +8,7 @@ from typing import Any
 
 from ..gpu.draw import Curve, lines
 from ..models import build
+from .files import write as write_file
 from .results import Outcome, Spread, verdict
 from .scales import Scale
 
@@ -177,6 +178,10 @@ def _runs(scale: Scale, found: Outcomes) -> str:
 
 
 def write(out: Path, files: dict[str, str]) -> None:
-    """Into the folder."""
+    """Into the folder.
+
+    Raises:
+        LogError: one cannot be written.
+    """
     for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8")
+        write_file(out / name, text)

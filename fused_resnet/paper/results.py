@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import mean
 
+from . import files
+from .files import LogError
 from .scales import Run
 from .worker import DONE, LOG, PROCESSOR, RESPONSES, is_done
 
 #: Columns of a log that are read; others may stand beside them.
 COLUMNS = ("step", "epoch", "split", "loss", "error")
-
-
-class LogError(Exception):
-    """A log cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,32 @@ def read(path: Path) -> list[Row]:
     """The rows of a CSV log.
 
     Raises:
-        LogError: a column is missing, or a row is not of numbers.
+        LogError: it is not there, a column is missing, or a row is not of numbers.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(io.StringIO(files.text(path), newline=""))
+    try:
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
             raise LogError(f"{path}: expected the columns {','.join(COLUMNS)}, missing {', '.join(missing)}")
-        try:
-            return [Row(float(row["epoch"]), row["split"], float(row["error"])) for row in reader]
-        except (TypeError, ValueError) as error:
-            raise LogError(f"{path}, line {reader.line_num}: not a row of numbers ({error})") from error
+        return [Row(_finite(row["epoch"]), row["split"], _finite(row["error"])) for row in reader]
+    except (TypeError, ValueError, csv.Error) as error:
+        raise LogError(f"{path}, line {reader.line_num}: not a row of numbers ({error})") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {text!r}")
+    return number
+
+
+def _whole_log(path: Path) -> tuple[Row, ...]:
+    """Of a run that came to its end: both splits are in it."""
+    rows = tuple(read(path))
+    for split in ("train", "test"):
+        if not any(row.split == split for row in rows):
+            raise LogError(f"{path}: expected rows of the splits train and test, found none of {split}")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,7 @@ def collect(out: Path, runs: Sequence[Run]) -> dict[str, Outcome]:
     """What there is of the runs, by network. A network without one finished run is left out.
 
     Raises:
-        LogError: a log cannot be read.
+        LogError: a file of a run is damaged, or missing.
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
@@ -120,12 +134,19 @@ def collect(out: Path, runs: Sequence[Run]) -> dict[str, Outcome]:
             found.setdefault(run.network, []).append(run)
     outcomes = {}
     for network, done in found.items():
-        logs = tuple(tuple(read(out / run.name / LOG)) for run in done)
-        responses = [out / run.name / RESPONSES for run in done]
-        read_responses = tuple(tuple(json.loads(p.read_text(encoding="utf-8"))) for p in responses if p.exists())
-        told = [json.loads((out / run.name / DONE).read_text(encoding="utf-8")).get(PROCESSOR) for run in done]
-        spent = tuple(float(seconds) for seconds in told if seconds is not None)
-        outcomes[network] = Outcome(network, tuple(run.seed for run in done), logs, read_responses, spent)
+        logs = tuple(_whole_log(out / run.name / LOG) for run in done)
+        paths = [path for run in done if (path := out / run.name / RESPONSES).exists()]
+        responses = tuple(map(files.responses, paths))
+        for path, layers in zip(paths, responses):
+            if len(layers) != len(responses[0]):
+                raise LogError(f"{path}: expected {len(responses[0])} layers as in {paths[0]}, got {len(layers)}")
+        spent = []
+        for run in done:
+            path = out / run.name / DONE
+            seconds = files.done(path).get(PROCESSOR)
+            if seconds is not None:
+                spent.append(files.number(path, PROCESSOR, seconds))
+        outcomes[network] = Outcome(network, tuple(run.seed for run in done), logs, responses, tuple(spent))
     return outcomes
 
 

@@ -16,8 +16,14 @@ from types import FrameType
 from typing import Any
 
 from ..train import UsageError
+from ..train.files import LOCK
+from ..whole_file import write_whole
+from . import files
 from .scales import Run, Scale
 from .worker import DONE, is_done
+
+#: Of a run's folder: what the worker is told, and what it says.
+JOB, OUTPUT = "job.json", "output.txt"
 
 
 class RunFailed(Exception):
@@ -66,10 +72,11 @@ def check_same(scale: Scale, options: Options) -> None:
 
     Raises:
         UsageError: a run is of another recipe, length or data set.
+        LogError: what a run says about itself cannot be read.
     """
     for run in scale.runs(options.seeds):
         if is_done(options.out, run):
-            done = json.loads((options.out / run.name / DONE).read_text(encoding="utf-8"))
+            done = files.done(options.out / run.name / DONE)
             wanted = job_of(scale, run, options)
             for name in ("recipe", "epochs", "data", "pool"):
                 if done.get(name) != wanted[name]:
@@ -93,11 +100,13 @@ def everything(scale: Scale, options: Options, tell: Callable[[str], None] = pri
     waiting = [run for run in scale.runs(options.seeds) if not is_done(options.out, run)]
     total = len(scale.runs(options.seeds))
     running: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    started: list[Path] = []
     before = signal.signal(signal.SIGTERM, _interrupt) if threading.current_thread() is threading.main_thread() else None
     try:
         while waiting or running:
             while waiting and len(running) < options.jobs:
                 run = waiting.pop(0)
+                started.append(options.out / run.name)
                 running[run] = _start(scale, run, options, command), time.monotonic()
             time.sleep(0.05)
             for run, (process, began) in list(running.items()):
@@ -106,16 +115,38 @@ def everything(scale: Scale, options: Options, tell: Callable[[str], None] = pri
                 del running[run]
                 if process.returncode:
                     failed = UsageError if process.returncode == 2 else RunFailed
-                    raise failed(f"{run.name}: {_last_line(options.out / run.name / 'output.txt')}")
+                    raise failed(f"{run.name}: {_last_line(options.out / run.name / OUTPUT)}")
                 left = len(waiting) + len(running)
                 tell(f"[{total - left}/{total}] {run.name}: {time.monotonic() - began:.0f} s")
+    except UsageError:
+        _end(running)
+        for folder in started:
+            _clear(folder)
+        raise
     finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
+        _end(running)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _end(running: dict[Run, tuple[subprocess.Popen[bytes], float]]) -> None:
+    """Stop what was started, and wait for it."""
+    for process, _ in running.values():
+        process.terminate()
+    for process, _ in running.values():
+        process.wait()
+
+
+def _clear(folder: Path) -> None:
+    """Take away what stands for a run that never began: the folder, if nothing was trained in it."""
+    begun = {JOB, OUTPUT, LOCK}
+    try:
+        if {path.name for path in folder.iterdir()} <= begun:
+            for name in begun:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+    except OSError:  # it may stay, and the error that is under way says more
+        pass
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -125,14 +156,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _start(scale: Scale, run: Run, options: Options, command: Sequence[str]) -> subprocess.Popen[bytes]:
     folder = options.out / run.name
-    folder.mkdir(parents=True, exist_ok=True)
     job = job_of(scale, run, options)
-    path = folder / "job.json"
-    path.write_text(json.dumps(job, indent=1), encoding="utf-8")
+    path = folder / JOB
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(job, indent=1).encode())
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from error
     environment = dict(os.environ)
     if job["threads"]:
         environment["OMP_NUM_THREADS"] = str(job["threads"])
-    with (folder / "output.txt").open("wb") as output:
+    with (folder / OUTPUT).open("wb") as output:
         return subprocess.Popen(
             [*(command or (sys.executable, "-m", "fused_resnet.paper.worker")), str(path)],
             stdout=output,
