@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import training
 from PIL import Image
 
 from fused_resnet.train import Recipe, TrainingError, UsageError, data, fit
+from fused_resnet.train import folder as folders
 from fused_resnet.train.data import Draw
 
 STEPS = ({"name": "scale_crop", "shorter": [40, 60], "size": 32}, {"name": "flip"}, {"name": "colour"}, {"name": "trivial"})
@@ -114,6 +116,41 @@ def test_nothing_is_lost_at_a_damaged_image(part: str, folder: Path, tmp_path: P
         for contents in saved:
             contents.pop("window", None)
         assert training.same(*saved) == []
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])
+def test_16_bits_are_read_as_8(name: str, tmp_path: Path) -> None:
+    """Pillow's own conversion would make all above 255 white."""
+    wide = np.arange(0, 65536, 37, dtype=np.uint16)[:1764].reshape(42, 42)
+    Image.fromarray(wide).save(tmp_path / name)
+    got = np.asarray(folders.decoded(str(tmp_path / name)))
+    assert got.dtype == np.uint8 and got.shape == (42, 42, 3)
+    np.testing.assert_array_equal(got, np.rint(wide / 257)[:, :, None].repeat(3, 2))
+    colours = (wide[:, :, None].repeat(3, 2) >> 8).astype(np.uint8)
+    Image.fromarray(colours).save(tmp_path / "colours.png")
+    np.testing.assert_array_equal(np.asarray(folders.decoded(str(tmp_path / "colours.png"))), colours)
+
+
+@pytest.mark.parametrize(("kind", "says"), [(np.int32, "32-bit pixels"), (np.float32, "float pixels")])
+def test_pixels_without_a_white_are_not_read(kind: type, says: str, folder: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((50, 50), 1000, dtype=kind)).save(folder / "train" / "bee" / "9.tif")
+    config = training.config(tmp_path / "run", recipe=recipe(), data_folder=folder, backend="cpu", workers=0)
+    with pytest.raises(TrainingError, match=rf"bee/9\.tif: cannot be read as an image \(ValueError: {says}, expected 8 or 16"):
+        fit(config)
+    assert fit(replace(config, out=tmp_path / "skip", on_corrupt="skip")).bad == [str(folder / "train" / "bee" / "9.tif")]
+
+
+def test_a_name_that_is_not_utf8(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint takes it, and the run goes on behind it."""
+    odd = folder / "train" / "bee" / os.fsdecode(b"\xff.jpg")
+    try:
+        odd.write_text("no image")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    config = training.config(tmp_path / "run", recipe=recipe(), data_folder=folder, backend="cpu", workers=0)
+    config = replace(config, on_corrupt="skip", resume=True)
+    fit(replace(config, stop_after=6))
+    assert fit(config).bad == [str(odd)]
 
 
 def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:

@@ -31,6 +31,29 @@ def pixels(image: Any) -> Tensor:
     return T.pil_to_tensor(image)
 
 
+def decoded(path: str) -> Any:
+    """An image file as a PIL image of RGB, 8 bits a colour; 16 bits of grey become 8, 65535 is 255.
+
+    Pillow's own conversion cuts every value above 255 off: such an image would be white.
+
+    Raises:
+        ValueError: 32-bit or float pixels, which have no largest value that would be white.
+        Exception: whatever a decoder makes of a damaged file.
+    """
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        # Pillow before 11 opens 16 bits of these two formats, which know no more, as 32.
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            small = np.rint(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+            return Image.fromarray(small).convert("RGB")
+        if image.mode in ("I", "F"):
+            kind = "32-bit" if image.mode == "I" else "float"
+            raise ValueError(f"{kind} pixels, expected 8 or 16 bits a colour")
+        return image.convert("RGB")
+
+
 @dataclass(frozen=True)
 class Centre:
     """The shorter side to 256 / 224 of ``size``, then the crop in the centre. An object, since workers may get it pickled."""
@@ -54,8 +77,6 @@ class _Images(Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Any, ...]:
-        from torchvision.datasets.folder import pil_loader
-
         index, seed = key
         path, label = self.samples[max(index, 0)]
         if index < 0:
@@ -63,7 +84,7 @@ class _Images(Dataset[Any]):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata; what cannot be decoded raises
-                image = pil_loader(path)
+                image = decoded(path)
         except Exception as error:  # a damaged file makes a decoder raise whatever comes to it
             return None, path, f"{type(error).__name__}: {error}".splitlines()[0]
         if seed is None:
