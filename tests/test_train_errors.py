@@ -16,7 +16,7 @@ import torch
 import training
 
 from fused_resnet.cli import main
-from fused_resnet.train import TrainingError, UsageError, WarmUp, checkpoint, data, files, fit, loop, progress
+from fused_resnet.train import TrainingError, UsageError, WarmUp, checkpoint, data, files, fit, loop, networks, progress
 from fused_resnet.train.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +132,80 @@ def test_wrong_input(arguments: list[str], says: str, recipe: Path, tmp_path: Pa
     assert train(recipe, tmp_path / "run", *arguments) == 2
     refused(capsys, says)
     assert not (tmp_path / "run").exists()
+
+
+#: Networks of others that cannot be trained.
+THEIRS = """
+import torch
+from torch import nn
+import training
+
+class Answer(nn.Module):
+    def __init__(self, answer, outputs=10):
+        super().__init__()
+        self.net, self.answer = training.small(outputs), answer
+    def forward(self, x):
+        return self.answer(self.net(x))
+
+def broken(num_classes):
+    raise KeyError("no such\\nkey")
+
+def nothing(num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def frozen(num_classes):
+    return training.small(num_classes).requires_grad_(False)
+
+def pair(num_classes):
+    return Answer(lambda y: (y, y))
+
+def few(num_classes):
+    return training.small(num_classes - 1)
+
+def whole_numbers(num_classes):
+    return Answer(lambda y: y.argmax(1, keepdim=True).expand(-1, 10))
+
+def raising(num_classes):
+    return Answer(lambda y: y[:, 10].sum())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("broken", "KeyError: 'no such"),
+        ("nothing", "has no parameters to train"),
+        ("frozen", "has no parameters to train"),
+        ("pair", "must return a tensor [images, 10] of floats, got a tuple for 2 images in eval mode"),
+        ("few", "must return a tensor [images, 10] of floats, got [2, 9] of float32"),
+        ("whole_numbers", "got [2, 10] of int64"),
+        ("raising", "fails in eval mode on images of 32x32: IndexError: "),
+        ("googlenet", "got a GoogLeNetOutputs for 2 images in training mode"),
+        ("alexnet", "fails in eval mode on images of 32x32: RuntimeError: "),
+        ("vit_b_32", "fails in eval mode on images of 32x32: AssertionError: "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_a_network_that_cannot_be_trained(
+    name: str, says: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names it, before anything is written."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    model = f"{tmp_path / 'theirs.py'}:{name}" if f"def {name}(" in THEIRS else name
+    assert train(recipe, tmp_path / "run", "--model", model, "--backend", "eager") == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"fused-resnet: error: model {model}: ") and says in line and line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_trying_a_network_leaves_no_trace() -> None:
+    """Neither in its statistics nor in the random numbers, which its dropout draws from."""
+    torch.manual_seed(1)
+    model = training.small(10).train()
+    before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    networks.try_out(model, "small", 10, 32, torch.device("cpu"))
+    assert training.same(before, dict(model.state_dict())) == [] and torch.equal(random, torch.get_rng_state())
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_going_on_with_something_else(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

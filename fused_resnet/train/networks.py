@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import backends, importing, models
 from ..blocks import Fused
@@ -15,7 +15,9 @@ from ..describe import check_memory
 from ..models import NAMES
 from ..specimens import torchvision_models
 from ..swap import fuse, unfuse
+from . import seeds
 from .errors import UsageError
+from .metrics import amp_dtype
 
 
 def make(name: str, classes: int, backend: str = "auto", memory: str = "default", **arguments: Any) -> nn.Module:
@@ -30,7 +32,7 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
         **arguments: for the builder.
 
     Raises:
-        UsageError: no such network, or arguments it does not take.
+        UsageError: no such network, arguments it does not take, or whatever its builder raises.
     """
     build = _builder(name)
     try:
@@ -38,6 +40,8 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
         check_memory(memory)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error) if name in str(error) else f"model {name}: {error}") from error
+    except Exception as error:  # the code of others
+        raise UsageError(f"model {name}: {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name}: returned a {type(model).__name__}, expected an nn.Module")
     fused = any(isinstance(module, Fused) for module in model.modules())
@@ -65,6 +69,62 @@ def _builder(name: str) -> Callable[..., Any]:
     if name not in NAMES and vision is not None and name in vision.list_models(module=vision):
         return partial(vision.get_model, name, weights=None)
     return partial(models.build, name)
+
+
+def _told(error: Exception) -> str:
+    """An error of the code of others in one line."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, name: str, classes: int, size: int, device: torch.device, amp: str = "off") -> None:
+    """Two images through the network, in eval mode and, since some answer otherwise there, in training mode.
+
+    It is left as it was, but in training mode: its buffers (running statistics) are put back, and so are the random numbers.
+
+    Args:
+        model: on ``device``.
+        name: for messages.
+        classes: outputs that it should have.
+        size: rows and columns of the images.
+        amp: element type of autocast.
+
+    Raises:
+        UsageError: it has nothing to train, does not take such images, or does not return scores of them.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"model {name}: has no parameters to train")
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    random = seeds.states(device)
+    before = {place: buffer.clone() for place, buffer in model.named_buffers()}
+    try:
+        for training in (False, True):
+            try:
+                model.train(training)
+                with torch.autocast(device.type, dtype=amp_dtype(amp), enabled=amp != "off"):
+                    scores = model(x.clone())  # a network may begin with an operation in place
+            except Exception as error:  # the code of others
+                mode = "training" if training else "eval"
+                raise UsageError(f"model {name}: fails in {mode} mode on images of {size}x{size}: {_told(error)}") from error
+            _check_scores(scores, name, classes, training)
+    finally:
+        for place, buffer in model.named_buffers():
+            if place in before:
+                buffer.copy_(before[place])
+        seeds.restore(random, device)
+
+
+def _check_scores(scores: Any, name: str, classes: int, training: bool) -> None:
+    if not isinstance(scores, Tensor):
+        got = f"a {type(scores).__name__}"
+    elif scores.shape != (2, classes) or not scores.is_floating_point():
+        got = f"{list(scores.shape)} of {str(scores.dtype).removeprefix('torch.')}"
+    else:
+        return
+    mode = "training" if training else "eval"
+    raise UsageError(f"model {name}: must return a tensor [images, {classes}] of floats, got {got} for 2 images in {mode} mode")
 
 
 def check_backend(backend: str, device: torch.device) -> None:
