@@ -119,6 +119,8 @@ def test_tensorboard(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--epochs", "1e308"], "epochs must be above 0 and at most 9007199254740992, got 1e+308"),
         (["--steps", "1" + 400 * "0"], "steps must be above 0 and at most 9007199254740992, got 1000"),
         (["--evaluate-every", "1e308"], "evaluate_every must be from 0 to 9007199254740992 epochs, got 1e+308"),
+        (["--data", "cifar10", "--data-dir", 300 * "x"], "bring cifar-10-python.tar.gz from https"),
+        (["--recipe", "imagenet-paper", "--data-dir", 300 * "x"], "xxx/train: bring a folder with train/CLASS"),
         (["--recipe", 300 * "x"], "unknown recipe 'xxx"),
         (["--recipe", 300 * "x" + ".json"], "x.json: no such file"),
         (["--epochs", "1", "--steps", "5"], "--steps: not allowed with argument --epochs"),

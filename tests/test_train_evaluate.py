@@ -140,6 +140,7 @@ def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([], 2, "expected either checkpoints or --model with --weights"),
         (["--model", "resnet18"], 2, "--model and --weights belong together"),
         (["nowhere.pt"], 2, "nowhere.pt: no such file"),
+        ([300 * "x"], 2, "xxx: no such file"),
         (["--model", "resnet34", "--weights", str(tmp_path / "four.pth")], 2, "the weights are of another model"),
         ([*model, "--weights", str(tmp_path / "four.pth")], 2, "has 4 classes, data 'folder' has 3"),
         ([*model, "--weights", str(tmp_path / "list.pth")], 2, "not a state_dict"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def tensors(path: Path) -> Any:
         UsageError: no such file, nothing that ``torch.save`` wrote, or other objects in it.
         TrainingError: it is cut off or damaged.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # not Path's, which raises where a name is too long
         raise UsageError(f"{path}: is a folder, expected a file")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

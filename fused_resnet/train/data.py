@@ -6,6 +6,7 @@ by worker processes (:mod:`fused_resnet.train.folder`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,7 +182,7 @@ def cifar(name: str, folder: Path, recipe: Recipe) -> Data:
         raise UsageError(f"data {name!r} needs torchvision: pip install 'fused_resnet[train]'") from error
     kind, archive, inside, content = _CIFAR[name]
     root = folder.parent if folder.name == inside else folder
-    if not (root / inside).is_dir():
+    if not os.path.isdir(root / inside):  # not Path's, which raises where a name is too long
         raise UsageError(
             f"data {name!r}: there is no {root / inside}: bring {archive} from https://www.cs.toronto.edu/~kriz/cifar.html and "
             f"unpack it in {root} ({content}), or name its folder by --data-dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -212,7 +213,7 @@ def _look(folder: Path, parts: Sequence[str]) -> None:
     except ImportError as error:
         raise UsageError("data 'folder' needs torchvision: pip install 'fused_resnet[train]'") from error
     for part in parts:
-        if not (folder / part).is_dir():
+        if not os.path.isdir(folder / part):  # not Path's, which raises where a name is too long
             raise UsageError(
                 f"data 'folder': there is no {folder / part}: bring a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, one "
                 "subfolder a class, and name it by --data-dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def from_checkpoint(path: Path, device: torch.device, backend: str) -> Member:
     Raises:
         UsageError, TrainingError: see :func:`fused_resnet.train.checkpoint.load`.
     """
-    saved = checkpoint.load(path / checkpoint.BEST if path.is_dir() else path)
+    saved = checkpoint.load(path / checkpoint.BEST if os.path.isdir(path) else path)
     identity, classes = saved["identity"], list(saved["classes"])
     model = networks.make(identity["model"], len(classes), backend, **identity["model_arguments"])
     load_tensors(tensors(model), saved["ema"] or saved["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,7 @@ def load(name: str) -> Recipe:
         UsageError: no such recipe or file, or not a recipe.
     """
     path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
-    try:
-        there = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have: too long, or with a zero in it
-        there = False
-    if not there:
+    if not os.path.isfile(path):  # not Path's, which raises where a name is too long
         if name.endswith(".json"):
             raise UsageError(f"recipe {name}: no such file")
         raise UsageError(str(unknown("recipe", name, names())))
