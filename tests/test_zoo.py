@@ -1,6 +1,12 @@
-"""fuse on the models that people have: outputs, gradients, running statistics, state_dict, the share that is fused."""
+"""fuse on the models that people have: outputs, gradients, running statistics, state_dict, the share that is fused.
+
+And what ``fused-resnet zoo`` keeps of them where it was stopped, or where a model failed.
+"""
 
 from __future__ import annotations
+
+import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +14,8 @@ import zoo
 import zoo_check
 
 from fused_resnet import fuse
+from fused_resnet.cli import main
+from fused_resnet.cli import zoo as command
 from fused_resnet.counts import fused_share
 
 #: What `make test` takes; `make test-all` takes all.
@@ -28,3 +36,79 @@ def test_the_fused_share_of_the_convolutions(name: str) -> None:
     with torch.no_grad():
         share = fused_share(model, x)
     assert share >= zoo.ZOO[name][3], share
+
+
+# ---- the command's file
+
+HEADER = ",".join(command.COLUMNS) + "\n"
+NAMES = ("resnet18", "resnet34", "resnet50")
+
+
+def line_of(name: str, agrees: str = "yes", note: str = "") -> str:
+    return f"{name},9,68,23,117.0,72.6,1.000,1.7e-06,1.7e-06,{agrees},1.21,{note}\n"
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Models are not made but looked up: a list of those asked for; resnet50 fails the first time."""
+    asked: list[str] = []
+
+    def row(name: str, size: int, counted: int) -> dict[str, object]:
+        asked.append(name)
+        if name == "resnet50" and asked.count(name) == 1:
+            return {"model": name, "agrees": "", "note": "MemoryError: out of memory"}
+        return dict(zip(command.COLUMNS, line_of(name).rstrip("\n").split(",")))
+
+    monkeypatch.setattr(command, "row", row)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("there", "kept"),
+    [
+        (HEADER + line_of("resnet18") + line_of("resnet34")[:25], ["resnet18"]),
+        (HEADER + line_of("resnet18") + line_of("resnet34")[:-1], ["resnet18"]),
+        (HEADER[:-1], []),
+        (HEADER[:9], []),
+        ("", []),
+        (HEADER + line_of("resnet18") + "é", ["resnet18"]),
+    ],
+    ids=["half a row", "no newline", "header", "half a header", "empty", "half a letter"],
+)
+def test_a_file_that_was_cut_off_is_gone_on_with(there: str, kept: list[str], tried: list[str], tmp_path: Path) -> None:
+    """A kill, a full disk, an editor: the last line counts where it has an end, and no row is glued onto another."""
+    path, page = tmp_path / "zoo.csv", tmp_path / "models.md"
+    content = there.encode()
+    path.write_bytes(content[:-1] if there.endswith("é") else content)
+    assert main(["zoo", "resnet18", "resnet34", "--csv", str(path), "--markdown", str(page)]) == 0
+    assert tried == [name for name in NAMES[:2] if name not in kept]
+    assert path.read_text() == HEADER + line_of("resnet18") + line_of("resnet34")
+    assert page.read_text().count("| agrees |") == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"zoo.csv", "models.md"}
+
+
+def test_what_failed_is_told_and_tried_again(tried: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "zoo.csv"
+    run = ["zoo", "resnet50", "resnet18", "--csv", str(path)]
+    assert main(run) == 1
+    assert capsys.readouterr().out.endswith("2 of them new; 0 disagree; 1 failed resnet50\n")
+    assert main(["zoo", "resnet18", "--csv", str(path)]) == 1, "it is in the file still"
+    assert main(run) == 0 and tried == ["resnet50", "resnet18", "resnet50"]
+    assert capsys.readouterr().out.endswith("2 models in " + f"{path}, 1 of them new; 0 disagree\n")
+    with path.open(newline="") as file:
+        assert [(row["model"], row["agrees"]) for row in csv.DictReader(file)] == [("resnet50", "yes"), ("resnet18", "yes")]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "zoo.csv"
+    path.write_text(HEADER + line_of("resnet18"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fused_resnet.whole_file.write_whole", full)
+    assert main(["zoo", "resnet34", "--csv", str(path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err and path.read_text() == HEADER + line_of("resnet18")
+    assert main(["zoo", "resnet34", "--csv", "/dev/null"]) == 2, "nothing is written over a device"

@@ -76,6 +76,8 @@ def writable(file: Path | None, folder: Path | None = None) -> None:
         raise CommandError(f"cannot write to the folder {place}")
     if file is not None and file.is_dir():
         raise CommandError(f"{file} is a folder")
+    if file is not None and file.exists() and not file.is_file():  # /dev/null: a file would take its place
+        raise CommandError(f"{file} is no regular file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,18 +121,19 @@ def run(arguments: argparse.Namespace) -> int:
     if kept.broken is not None:
         Progress().step(f"nothing is kept for the next time: cannot write to {kept.broken}")
     if arguments.json is not None:
-        _write(arguments.json, json.dumps(found, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     if picture is not None:
-        _write(arguments.picture, picture)
+        write_text(arguments.picture, picture)
     if arguments.asm is not None:
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.assembly is not None:
                 name = re.sub(r"[^A-Za-z0-9.]+", "_", f"{job.arch} {report.label(job.launch)}").strip("_")
-                _write(arguments.asm / f"{name}.asm", outcome.assembly)
+                write_text(arguments.asm / f"{name}.asm", outcome.assembly)
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     from ..whole_file import write_whole
 
     try:

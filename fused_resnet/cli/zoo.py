@@ -1,12 +1,15 @@
 """``fused-resnet zoo PATTERN...``: fuses every model whose name matches and keeps a row of each in a CSV file.
 
-A file that exists is gone on with: names that have a row are not done again. ``--markdown`` makes docs/models.md of it.
+A file that exists is gone on with: names that were compared are not done again, those that failed are. ``--markdown`` makes
+docs/models.md of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
+import sys
 import time
 from fnmatch import fnmatch
 from functools import partial
@@ -20,7 +23,7 @@ from .. import counts, specimens
 from ..swap import explain, fuse
 from .arguments import CommandError, natural, one_line, refusing
 from .fuse_check import agreement
-from .inspect import writable
+from .inspect import writable, write_text
 from .text import Progress, sentence
 
 #: Columns of the file.
@@ -33,7 +36,8 @@ COLUMNS = (
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "fuse every model whose name matches, and keep what came out as CSV"
-    parser = commands.add_parser("zoo", help=text, description=f"{sentence(text)}. Exit code 1 where one disagrees.")
+    about = f"{sentence(text)}. Exit code 1 where one disagrees or fails; what failed is tried again the next time."
+    parser = commands.add_parser("zoo", help=text, description=about)
     parser.add_argument(
         "patterns", nargs="*", metavar="PATTERN", help="resnet*, timm/resnet* (quoted); none with --markdown only"
     )
@@ -60,20 +64,43 @@ def names(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
+#: A row as it is in the file.
+_Row = dict[str, str]
+
+
+def _rows(file: Path) -> list[_Row]:
+    """The rows of a file; without a last line that has no end, of a run that was killed or found the disk full."""
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
+        content = file.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CommandError(f"{file}: cannot be read ({error.strerror})") from error
+    whole, _, rest = content.rpartition(b"\n")
+    if not whole and ",".join(COLUMNS).encode().startswith(rest):  # not even the header
+        return []
+    try:
+        reader = csv.DictReader(io.StringIO((whole or rest).decode(), newline=""))
+        rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise CommandError(f"{file}: not CSV ({one_line(error)})") from error
     if tuple(reader.fieldnames or ()) != COLUMNS or any(None in found or None in found.values() for found in rows):
         raise CommandError(f"{file}: these are no rows of fused-resnet zoo")
+    if rest:
+        print(f"{file}: its last line has no end and is left out", file=sys.stderr)
     return rows
+
+
+def _keep(file: Path, made: _Row) -> None:
+    """The row into the file, in the place of an older one of its model."""
+    rows = _rows(file)  # anew: another run may have added some
+    place = next((index for index, found in enumerate(rows) if found["model"] == made["model"]), len(rows))
+    rows[place : place + 1] = [made]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, text.getvalue())
 
 
 def _counts(name: str, size: int) -> dict[str, Any]:
@@ -114,7 +141,7 @@ def row(name: str, size: int, counted: int) -> dict[str, Any]:
     return made
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
+def markdown(rows: list[_Row]) -> str:
     """The table of the rows, for people."""
     head = """# Models
 
@@ -141,31 +168,29 @@ Evidence: launches and bytes are *counted from sizes*, errors are *measured* on 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Go on with the file; 1 if a model disagrees."""
+    """Go on with the file; 1 if a model disagrees or failed."""
     if not arguments.patterns and arguments.markdown is None:
         raise CommandError("expected names of models, such as 'timm/resnet*', or --markdown")
-    done = {found["model"] for found in _rows(arguments.csv)}
+    there = _rows(arguments.csv)
+    done = {found["model"] for found in there if found["agrees"]}
     wanted = [name for name in names(arguments.patterns) if name not in done]
-    if not done and not wanted:
-        raise CommandError(f"{arguments.csv}: no such file")
+    if not there and not wanted:
+        raise CommandError(f"{arguments.csv}: {'it has no rows' if arguments.csv.exists() else 'no such file'}")
     writable(arguments.markdown)
     if wanted:
-        writable(None, arguments.csv.parent)
+        writable(arguments.csv, arguments.csv.parent)
     progress = Progress()
     for index, name in enumerate(wanted):
         progress.step(f"{index + 1} of {len(wanted)}: {name}")
         progress.bar(index / len(wanted))
         made = row(name, arguments.size, arguments.counted)
-        new = not arguments.csv.exists()
-        with arguments.csv.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(made)
+        _keep(arguments.csv, {column: str(value) for column, value in made.items()})
     progress.clear()
-    rows = _rows(arguments.csv)
+    rows = _rows(arguments.csv) if wanted else there
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
+        write_text(arguments.markdown, markdown(rows))
     bad = [found["model"] for found in rows if found["agrees"] == "NO"]
-    print(f"{len(rows)} models in {arguments.csv}, {len(wanted)} of them new; {len(bad)} disagree {' '.join(bad)}".rstrip())
-    return 1 if bad else 0
+    failed = [found["model"] for found in rows if not found["agrees"]]
+    told = [f"{len(bad)} disagree {' '.join(bad)}".rstrip(), *[f"{len(failed)} failed {' '.join(failed)}"] * bool(failed)]
+    print(f"{len(rows)} models in {arguments.csv}, {len(wanted)} of them new; {'; '.join(told)}")
+    return 1 if bad or failed else 0
