@@ -1,10 +1,38 @@
-"""Files that are either the old ones or the new ones, whatever happens while they are written."""
+"""Files that are either the old ones or the new ones, whatever happens while they are written, and one writer at a time."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+#: In a run's folder, of the process that writes there.
+LOCK = ".lock"
+
+
+@contextmanager
+def held(lock: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a file for this process. It may stay behind: what counts is the system's lock on it, which ends with the process,
+    however that ends.
+
+    Args:
+        lock: made where it is not there.
+        patience: seconds to wait for another process.
+
+    Raises:
+        TimeoutError: another process holds it.
+        OSError: it cannot be made.
+    """
+    import filelock
+
+    mine = filelock.FileLock(lock)
+    mine.acquire(timeout=patience)  # filelock.Timeout is a TimeoutError
+    try:
+        yield
+    finally:
+        mine.release()
 
 
 def write_whole(path: Path, content: bytes | memoryview, *, durable: bool = False) -> None:

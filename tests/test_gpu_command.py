@@ -18,6 +18,7 @@ from fused_resnet.gpu.conductor import Run
 from fused_resnet.gpu.results import Results, ResultsError
 from fused_resnet.gpu.stage import POISONED, Stage, attempt
 from fused_resnet.tuning import measured
+from fused_resnet.whole_file import LOCK, held
 
 KINDS = {"conv", "bn_add_relu", "bn_add_relu_backward", "dgrad", "wgrad", "max_pool", "max_pool_backward"}
 
@@ -65,7 +66,7 @@ def _no_times(data: dict[str, Any], folder: Path) -> None:
 
 
 def _few_files_and_a_short_summary(folder: Path, output: str) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
     assert {path.name for path in files} == {results.NAME, conductor.TABLE, conductor.SUMMARY, conductor.LOGS}
     assert all(path.stat().st_size < 16 << 20 for path in files)
     lines = output.splitlines()
@@ -334,6 +335,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").write_text("")
     assert main(["gpu", "--out", str(tmp_path / "file" / "out"), "--dry-run"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_two_runs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Anew or going on: the second one is refused and starts nothing; with the end of the first it may."""
+    started = fake(monkeypatch, lambda name, there, turn: (0, ""))
+    out = tmp_path / "out"
+    command = ["gpu", "--out", str(out), "--dry-run", "--stages", "machine"]
+    out.mkdir()
+    with held(out / LOCK):
+        for more in ([], ["--resume"]):
+            assert main([*command, *more]) == 2
+            error = capsys.readouterr().err
+            assert f"{out}: another run is writing into it" in error and "--out" in error and error.count("\n") == 1
+        assert started == [] and [path.name for path in out.iterdir()] == [LOCK]
+    assert main(command) == 0 and started == ["machine"]
 
 
 def test_going_on_elsewhere_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from fused_resnet.gpu.timing import Call
 from fused_resnet.gpu.tuning import Way
 from fused_resnet.tuning import choice, measured
 from fused_resnet.tuning.choice import Choice, candidates
+from fused_resnet.whole_file import held
 
 GPU = "NVIDIA Test 1"
 
@@ -161,3 +162,14 @@ def test_the_table_of_another_gpu_is_left_alone(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
     assert main(["tune", "--output", str(path)]) == 2
     assert "NVIDIA Other" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_two_runs_into_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The second would write what it read at its start over what the first has found since."""
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
+    with held(tmp_path / ".table.json.lock"):
+        assert main(["tune", "--output", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: another run is writing into it" in error and "--output" in error and error.count("\n") == 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..gpu.budget import STAGES
-from ..whole_file import write_whole
+from ..whole_file import LOCK, held, write_whole
 from .arguments import CommandError, positive
 from .text import sentence
 
@@ -71,13 +73,36 @@ def put(path: Path, text: str) -> None:
         raise CommandError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+@contextmanager
+def alone(lock: Path, what: Path, option: str) -> Iterator[None]:
+    """Hold ``lock`` for this run, which writes to ``what``, as ``option`` says.
+
+    Raises:
+        CommandError: another run holds it, or it cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(lock))
+        except TimeoutError as error:
+            told = f"{what}: another run is writing into it: wait for its end, or name another {option}"
+            raise CommandError(told) from error
+        except OSError as error:
+            raise CommandError(f"{lock}: cannot be written ({error.strerror})") from error
+        yield
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the stages."""
+    gpu = need_gpu("gpu", arguments.dry_run)
+    writable(arguments.out)
+    with alone(arguments.out / LOCK, arguments.out, "--out"):
+        return _run(arguments, gpu)
+
+
+def _run(arguments: argparse.Namespace, gpu: str) -> int:
     from ..gpu.conductor import Run, machine_differs
     from ..gpu.results import NAME, ResultsError, load
 
-    gpu = need_gpu("gpu", arguments.dry_run)
-    writable(arguments.out)
     path = arguments.out / NAME
     if path.exists():
         if not arguments.resume:

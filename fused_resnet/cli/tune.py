@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 from ..models import MODELS
 from ..network import MODES
+from ..whole_file import LOCK
 from .arguments import CommandError, dtype, dtype_name, natural, one_line, positive
-from .gpu import need_gpu, writable
+from .gpu import alone, need_gpu, writable
 from .text import sentence
 
 
@@ -47,15 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--dtype: only launches in bf16 and fp16 have candidates, got {dtype_name(arguments.dtype)}")
     gpu = need_gpu("tune", arguments.dry_run)
     modes = MODES if arguments.mode == "both" else (arguments.mode,)
-    with tempfile.TemporaryDirectory(prefix="fused-resnet-tune-") as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fused-resnet-tune-"))
         output: Path = Path(folder, "dry.json")
         wanted: dict[str, Any] = {}
         if not arguments.dry_run:
             output = arguments.output or measured.user_path(gpu)
+            writable(output.parent)
+            stack.enter_context(alone(output.with_name(f".{output.name}{LOCK}"), output, "--output"))
             there = measured.read(output)
             if there is not None and there.gpu != gpu:
                 raise CommandError(f"{output} holds choices of another GPU, {there.gpu}; name another --output")
-            writable(output.parent)
             layers = [[name, mode] for name in arguments.models for mode in modes]
             wanted.update(
                 candidates=arguments.candidates,
