@@ -179,6 +179,15 @@ def test_fuse_check_finds_a_difference(
         (["demo", "--batch", "1,0"], "--batch"),
         (["demo", "--seconds", "nan"], "--seconds"),
         (["demo", "--output", "no/such/folder/demo.png"], "no folder"),
+        (["demo", "--output", "{models.parent}"], "is a folder"),
+        (["demo", "--seconds", "1e300"], "--seconds: expected a number above 0 and of at most 2147483647, got '1e300'"),
+        (["info", "resnet18", "--size", "100000000000"], "--size: expected a whole number of at most 2147483647"),
+        (["info", "resnet18", "--batch", "9" * 5000], "--batch: expected a whole number"),
+        (["info", "resnet18", "--size", "2147483647"], "expected images that fit into memory, got 1 x 3 x 2147483647 x 2147"),
+        (["inspect", "--batch", f"1{30 * '0'}"], "--batch: expected a whole number of at most 2147483647"),
+        (["fuse-check", "{models}:net", "--size", "99999999"], "fit into memory, got 2 x 3 x 99999999 x 99999999"),
+        (["profile", "cifar_resnet8", "--size", "99999999"], "fit into memory, got 8 x 3 x 99999999 x 99999999"),
+        (["profile", "cifar_resnet8", "--batch", "1,99999999999"], "--batch: expected a whole number of at most 2147483647"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -250,6 +259,42 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "no picture" in captured.out
     else:
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+class Odd(nn.Module):
+    """Makes a dict, in training alone; or wants more than images."""
+
+    def __init__(self, wants: int = 0) -> None:
+        super().__init__()
+        self.conv, self.wants = nn.Conv2d(3, 4, 3), wants
+
+    def forward(self, x: torch.Tensor, *more: torch.Tensor) -> object:
+        if len(more) < self.wants:
+            raise TypeError("forward() missing labels\nand more")
+        out = self.conv(x).mean((2, 3))
+        return {"out": out, "aux": out} if self.training else out
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "says"),
+    [
+        (Odd(), "8", "expected a model that makes a tensor of images, got a dict in training mode"),
+        (Odd(1), "8", "takes no 8 x 8 images in eval mode (forward() missing labels)"),
+        (Odd(), "2", "takes no 2 x 2 images in eval mode"),
+        (Odd(), "99999999", "--batch and --size: expected images that fit into memory"),
+    ],
+    ids=["a dict", "labels", "too small", "too large"],
+)
+def test_demo_refuses_a_model_before_the_work(
+    model: nn.Module, size: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GoogLeNet makes a tuple in training, detectors lists; others want videos, or two images."""
+    monkeypatch.setattr("fused_resnet.cli.demo.eager_model", lambda name: model.eval())
+    assert main(["demo", "--model", "odd", "--size", size, "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    progress, error = captured.err.splitlines()
+    assert captured.out == "" and "building odd" in progress
+    assert error.startswith("fused-resnet: error: ") and says in error
 
 
 def _python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

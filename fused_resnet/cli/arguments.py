@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import backends, specimens
 from ..measure import automatic_device
@@ -26,39 +26,49 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (see {self.prog} --help)")
 
 
+#: More of anything that is counted here is a slip, and PyTorch has no word for many more.
+MOST = 2**31 - 1
+
+
 def _from(least: int, text: str) -> int:
     try:
         number = int(text)
-    except ValueError:
+    except ValueError:  # of thousands of digits, too
         number = least - 1
     if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {_short(text)}")
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most {MOST}, got {_short(text)}")
     return number
 
 
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
 def natural(text: str) -> int:
-    """A number from 1."""
+    """A number from 1 to :data:`MOST`."""
     return _from(1, text)
 
 
 def whole(text: str) -> int:
-    """A number from 0."""
+    """A number from 0 to :data:`MOST`."""
     return _from(0, text)
 
 
 def naturals(text: str) -> list[int]:
-    """Numbers from 1, separated by commas."""
+    """Numbers from 1 to :data:`MOST`, separated by commas."""
     return [natural(part.strip()) for part in text.split(",")]
 
 
 def positive(text: str) -> float:
-    """A number above 0."""
+    """A number above 0, of at most :data:`MOST`."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not 0 < number <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and of at most {MOST}, got {_short(text)}")
     return number
 
 
@@ -114,6 +124,23 @@ def one_line(error: BaseException) -> str:
 def eager_model(name: str) -> nn.Module:
     """:func:`fused_resnet.specimens.eager_model`, whose errors are the command's."""
     return refusing(lambda: specimens.eager_model(name), ValueError)
+
+
+def images(batch: int, size: int, channels: int = 3, *, seed: int = 0) -> Tensor:
+    """:func:`fused_resnet.specimens.images`, as many and as large as ``--batch`` and ``--size`` say.
+
+    Raises:
+        CommandError: no memory holds them.
+    """
+    try:
+        return specimens.images(batch, size, channels, seed=seed)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        raise too_large(batch, size, channels) from error
+
+
+def too_large(batch: int, size: int, channels: int = 3) -> CommandError:
+    """The error where images of the arguments' batch and size cannot be made."""
+    return CommandError(f"--batch and --size: expected images that fit into memory, got {batch} x {channels} x {size} x {size}")
 
 
 def refusing(make: Callable[[], Any], *errors: type[Exception]) -> Any:

@@ -25,13 +25,18 @@ from .arguments import (
     dtype,
     dtype_name,
     eager_model,
+    images,
     natural,
     naturals,
+    one_line,
     positive,
 )
+from .inspect import writable
 from .text import Progress, sentence, table
 
 CONTIGUOUS, CHANNELS_LAST, FUSED = "eager contiguous", "eager channels_last", "fused"
+#: Images of the training step that is compared, and the most rows and columns they have.
+BATCH, SIDE = 4, 64
 
 
 def add(commands: Any) -> None:
@@ -120,7 +125,7 @@ def _times(trio: Trio, batch: int, arguments: argparse.Namespace, progress: Prog
         layout = torch.contiguous_format if name == CONTIGUOUS else torch.channels_last
 
         def make(layout: torch.memory_format = layout) -> Tensor:
-            x = specimens.images(batch, arguments.size)
+            x = images(batch, arguments.size)
             return x.to(arguments.device, wanted).contiguous(memory_format=layout)
 
         inputs = measure.rotation(make, arguments.device)
@@ -180,7 +185,7 @@ def _training_differences(eager: nn.Module, where: torch.device, wanted: torch.d
     how far loss and gradients are from eager contiguous.
     """
     trio = Trio(eager, where, wanted)
-    inputs = trio.inputs(specimens.images(4, size, seed=1).to(where, wanted))
+    inputs = trio.inputs(images(BATCH, size, seed=1).to(where, wanted))
     cells = []
     for training in (False, True):
         steps = {}
@@ -199,8 +204,8 @@ def _show_training(eager: nn.Module, where: torch.device, size: int) -> None:
     labels = [[mode, name] for mode in ("frozen statistics", "batch statistics") for name in (FUSED, CHANNELS_LAST)]
     columns = [_training_differences(eager, where, wanted, size) for wanted in (torch.float32, torch.float64)]
     cells = [[*label, *single, *double[3:]] for label, single, double in zip(labels, *columns)]
-    print(f"\none training step, batch 4, {size} x {size}: launches of plans that ran, MB kept for the backward, and relative")
-    print("difference from eager contiguous (gradients: the largest)")
+    print(f"\none training step, batch {BATCH}, {size} x {size}: launches of plans that ran, MB kept for the backward, and")
+    print("relative difference from eager contiguous (gradients: the largest)")
     head = ["", "", "launches", "MB kept", "of eager", "loss fp32", "gradients", "loss fp64", "gradients"]
     print(table(head, cells, left=2))
     if "none" in (cells[0][2], cells[2][2]):
@@ -223,19 +228,42 @@ def _draw(path: Path, title: str, times: dict[int, dict[str, measure.Timing]], f
     print(f"\npicture: {path}")
 
 
+def _check_output(path: Path) -> None:
+    """Raise before the work where the picture could not be written."""
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"--output: no folder {str(path.parent)!r}")
+    writable(path)
+
+
+def _check_model(name: str, eager: nn.Module, size: int) -> None:
+    """Raise before the work where the model does not make one tensor of images, in a forward or in a training step."""
+    for mode, batch, side in (("eval", 1, size), ("training", BATCH, min(size, SIDE))):
+        model = copy.deepcopy(eager).train(mode == "training")
+        x = images(batch, side)
+        try:
+            with torch.no_grad():
+                out = model(x)
+        except Exception as error:  # the model's own: another rank, a size that is too small, labels that are missing
+            raise CommandError(f"--model {name} takes no {side} x {side} images in {mode} mode ({one_line(error)})") from error
+        if not isinstance(out, Tensor):
+            got = type(out).__name__
+            raise CommandError(f"--model {name}: expected a model that makes a tensor of images, got a {got} in {mode} mode")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Show the tables and write the picture."""
     where: torch.device = arguments.device
     wanted = arguments.dtype or (torch.float16 if where.type == "cuda" else torch.float32)
-    if not arguments.output.absolute().parent.is_dir():
-        raise CommandError(f"--output: no folder {str(arguments.output.parent)!r}")
+    _check_output(arguments.output)
     progress = Progress()
     with chosen_backend(arguments.backend, where):
         progress.step(f"building {arguments.model} with random weights and BatchNorm statistics")
         eager = eager_model(arguments.model)
         vision = type(eager).__module__.startswith("torchvision")
+        _check_model(arguments.model, eager, arguments.size)
+        x = images(max(arguments.batch), arguments.size, seed=2)
         specimens.randomise(eager)
-        specimens.calibrate(eager, specimens.images(8, arguments.size))
+        specimens.calibrate(eager, images(8, arguments.size))
 
         facts = measure.circumstances(where)
         title = f"{'torchvision' if vision else 'fused_resnet.plain'} {arguments.model}"
@@ -245,7 +273,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         progress.step("swapping, counting launches, comparing outputs")
         trio = Trio(eager, where, wanted)
-        x = specimens.images(max(arguments.batch), arguments.size, seed=2).to(where, wanted)
+        x = x.to(where, wanted)
         _show_launches(trio, x[:1])
         _show_difference(trio, x)
 
@@ -257,6 +285,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         del trio
         progress.step("one training step each, with frozen and with batch statistics")
-        _show_training(eager, where, min(arguments.size, 64))
+        _show_training(eager, where, min(arguments.size, SIDE))
     _draw(arguments.output, f"{title}, {shape}", times, facts)
     return 0

@@ -28,6 +28,7 @@ from .arguments import (
     dtype,
     dtype_name,
     eager_model,
+    images,
     natural,
     one_line,
     refusing,
@@ -187,10 +188,10 @@ def run(arguments: argparse.Namespace) -> int:
     where = arguments.device
     with chosen_backend(arguments.backend, where):
         eager = load(arguments.model).to(where).float()
-        x = specimens.images(arguments.batch, arguments.size, _channels(eager)).to(where)
+        x = images(arguments.batch, arguments.size, _channels(eager)).to(where)
         if ":" not in arguments.model:
             specimens.randomise(eager)
-        many = specimens.images(max(8, arguments.batch), arguments.size, x.shape[1], seed=1).to(where)
+        many = images(max(8, arguments.batch), arguments.size, x.shape[1], seed=1).to(where)
         filled = refusing(_running(eager, x, many), Exception)
         fused = _fused_copy(eager)
 

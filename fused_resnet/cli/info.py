@@ -12,7 +12,7 @@ from torch import nn
 from .. import counts
 from ..models import MODELS, build, image_size
 from ..swap import fuse, unfuse
-from .arguments import dtype, dtype_name, natural, one_line, refusing
+from .arguments import dtype, dtype_name, natural, one_line, refusing, too_large
 from .text import scaled, table
 
 
@@ -80,7 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     size = arguments.size or image_size(arguments.model)
     with torch.device("meta"):
         fused = refusing(lambda: build(arguments.model), ValueError).eval().to(arguments.dtype)
-        x = torch.empty(arguments.batch, 3, size, size, dtype=arguments.dtype)
+        try:
+            x = torch.empty(arguments.batch, 3, size, size, dtype=arguments.dtype)
+        except RuntimeError as error:  # more bytes than there are numbers for
+            raise too_large(arguments.batch, size) from error
     eager = unfuse(copy.deepcopy(fused))
     rows = refusing(lambda: counts.compare(eager, fused, x), RuntimeError)
     all_eager, all_fused = counts.total(rows)

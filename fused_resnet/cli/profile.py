@@ -12,7 +12,7 @@ import torch
 
 from .. import growth, kept, measure, profiling
 from ..gpu import draw
-from ..models import build
+from ..models import build, image_size
 from ..train import TrainingError, UsageError
 from ..train.data import Data
 from ..train.supply import Supply, check, watch
@@ -26,6 +26,7 @@ from .arguments import (
     naturals,
     one_line,
     positive,
+    too_large,
     whole,
 )
 from .gpu import put, writable
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         _growth(arguments)
         return 0
     images = _images(arguments)
+    _check_images(arguments)
     with chosen_backend(arguments.backend, arguments.device):
         try:
             _profile(arguments, images)
@@ -127,6 +129,15 @@ def _images(arguments: argparse.Namespace) -> Data | str:
         if asked:
             raise CommandError(one_line(error)) from error
         return f"not looked at: {one_line(error)}"
+
+
+def _check_images(arguments: argparse.Namespace) -> None:
+    """Raise before the work where no memory holds the images."""
+    for subject in profiling.subjects(arguments.models, arguments.batch, arguments.size, arguments.mode):
+        try:
+            subject.images(arguments.device, arguments.dtype)
+        except (RuntimeError, TypeError, MemoryError) as error:
+            raise too_large(subject.batch, subject.size or image_size(subject.model)) from error
 
 
 def _profile(arguments: argparse.Namespace, images: Data | str) -> None:
