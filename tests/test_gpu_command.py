@@ -352,6 +352,16 @@ def test_two_runs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert main(command) == 0 and started == ["machine"]
 
 
+@pytest.mark.parametrize("key", ["stages", "seconds", "running", "begun"])
+def test_going_on_behind_a_damaged_file_is_refused(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = results.empty(False, "")
+    del data[key]
+    (tmp_path / results.NAME).write_text(json.dumps(data))
+    assert main(["gpu", "--out", str(tmp_path), "--dry-run", "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"results.json: not whole: '{key}' is missing" in error and error.count("\n") == 1
+
+
 def test_going_on_elsewhere_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = results.empty(True, "")
     (tmp_path / results.NAME).write_text(json.dumps(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -235,6 +236,18 @@ def test_wrong_input(
     assert written == {"file"} and not any((tmp_path / "asm").glob("*"))
 
 
+#: What is taken out of a report ("*": the first) -> what the message says.
+DAMAGED = {
+    ("architectures",): "damaged.json: not whole: 'architectures' is missing",
+    ("request", "batch"): "request: not whole: 'batch' is missing",
+    ("versions", "torch"): "versions: not whole: 'torch' is missing",
+    ("architectures", "sm_90", "totals"): "sm_90: not whole: 'totals' is missing",
+    ("architectures", "sm_90", "launches", "*", "label"): "not whole: 'label' is missing",
+    ("architectures", "sm_90", "launches", "*", "compiled", "spills"): "not whole: 'spills' is missing",
+    ("architectures", "sm_90", "launches", "*", "compiled", "reading", "loop", "load"): "not whole: 'load' is missing",
+}
+
+
 def test_reports_that_cannot_be_compared(no_compiler: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = document(tmp_path, *TINY, "--layer", "layer1")
     path = tmp_path / "report.json"
@@ -252,6 +265,16 @@ def test_reports_that_cannot_be_compared(no_compiler: None, tmp_path: Path, caps
     assert "has schema 99, expected 1" in refused("schema.json", json.dumps({**good, "schema": 99}))
     assert "was not written by inspect --json" in refused("list.json", "[]")
     assert "is not JSON" in refused("cut.json", json.dumps(good)[:100])
+    assert "is damaged" in refused("deep.json", "[" * 100_000)
+    bare = {"what": report.WHAT, "schema": report.SCHEMA}
+    assert "bare.json: not whole: 'request' is missing" in refused("bare.json", json.dumps(bare))
+    for path_to, says in DAMAGED.items():
+        other = copy.deepcopy(good)
+        inner = other
+        for step in path_to[:-1]:
+            inner = inner[step if step != "*" else next(iter(inner))]
+        del inner[path_to[-1]]
+        assert says in refused("damaged.json", json.dumps(other))
     assert main(["inspect", "--compare", str(path), str(tmp_path / "none.json")]) == 2
     assert "cannot read" in capsys.readouterr().err
 

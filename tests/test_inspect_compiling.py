@@ -54,6 +54,53 @@ def test_kernels_read_together_are_as_each_alone() -> None:
     assert done.stdout.splitlines() == ["True True 0 True"] * 3, done.stdout + done.stderr
 
 
+COMPILE = """
+import sys
+from pathlib import Path
+import torch
+from fused_resnet import network
+from fused_resnet.inspect.cache import Cache
+from fused_resnet.inspect.compiling import Job, compile_all, pool
+
+if __name__ == "__main__":
+    launch = next(use.launch for use in network.uses("resnet18", 2, 64, torch.bfloat16, "infer") if use.layers[0] == "pool")
+    with pool(1) as executor:
+        (outcome,) = compile_all([Job(launch, "sm_90")], kept := Cache(), executor=executor)
+    print(outcome.error, outcome.facts is not None and outcome.facts.kernel, kept.broken is not None)
+"""
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a folder", "a file"])
+def test_processes_have_a_cache_that_triton_can_write(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own where that can be; else one that goes with the process. Triton compiles nothing where it cannot keep it."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir() if there else home.write_text("in the way")
+    temporary.mkdir()
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    with compiling.pool(1) as executor:
+        folder = executor.submit(os.getenv, "TRITON_CACHE_DIR").result()
+        assert (folder is None) == there and (folder is None or (Path(folder).parent == temporary and Path(folder).is_dir()))
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.slow  # most of it is PyTorch's import, in three processes
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    """Nothing is kept there, neither by us nor by Triton, and we leave nothing elsewhere; but it compiles."""
+    home, temporary, script = (tmp_path / name for name in ("file", "tmp", "compile_one.py"))
+    home.write_text("in the way")
+    temporary.mkdir()
+    script.write_text(COMPILE)
+    theirs = {"TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME", "XDG_CACHE_HOME"}
+    environment = {key: value for key, value in os.environ.items() if key not in theirs}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(home), "TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["max_pool", "True"], done.stdout + done.stderr
+    assert not list(temporary.glob("fused-resnet*"))
+
+
 # ---- with a stand-in for the compiler
 
 

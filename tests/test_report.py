@@ -198,6 +198,12 @@ def test_failures_come_first() -> None:
     assert "crashed: an illegal memory access" in page
 
 
+def test_a_stage_that_was_killed_is_no_failure() -> None:
+    """It has noted something, and has no status yet."""
+    data = {**measured(), "stages": {"models": {"notes": ["out of memory at 256"]}}}
+    assert results.failures(results.check(data, "r.json")) == []
+
+
 def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
     path = written(tmp_path, measured())
     assert report.files([path]) == report.files([path])
@@ -214,6 +220,16 @@ def dry() -> dict[str, Any]:
     return results.empty(False, "2026-11-30")
 
 
+def without(*path: Any) -> str:
+    """Results that lack what is at ``path``."""
+    data = measured()
+    inner: Any = data
+    for step in path[:-1]:
+        inner = inner[step]
+    del inner[path[-1]]
+    return json.dumps(data)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -223,8 +239,22 @@ def dry() -> dict[str, Any]:
         ("{", "not JSON"),
         (json.dumps({"datetime": "x", "benchmarks": []}), "no results of fused-resnet gpu"),
         (json.dumps({**measured(), "launches": 3}), "not whole: 'launches'"),
+        *((without(key), f"not whole: '{key}' is missing") for key in ("begun", "grade", "seconds", "stages", "running")),
+        (without("machine"), "not whole: 'machine' is missing"),
+        (json.dumps({**measured(), "begun": 3}), "not whole: 'begun': expected text, got a number"),
+        (json.dumps({**measured(), "machine": {"versions": []}}), "'versions': expected an object, got a list"),
+        (json.dumps({**measured(), "stages": {"models": 1}}), "stage 'models': not whole: expected an object, got a number"),
+        (json.dumps({**measured(), "running": {}}), "running: not whole: 'stage' is missing"),
+        (without("launches", 0, "layer"), "not whole: 'layer' is missing"),
+        (without("launches", 0, "times", "fused", "low"), "'fused': not whole: 'low' is missing"),
+        (without("tests", 0, "passed"), "not whole: 'passed' is missing"),
+        (without("tuning", 0, "signature"), "not whole: 'signature' is missing"),
+        (without("profile", 0, "span"), "not whole: 'span' is missing"),
+        (without("profile", 0, "lines", 0, "kind"), "lines: not whole: 'kind' is missing"),
+        ('{"schema": ' + "[" * 100_000, "damaged: no results are nested so deep"),
+        ('{"schema": ' + "9" * 5000 + "}", "damaged"),
     ],
-    ids=["schema", "forged", "dry run", "broken", "another's", "half"],
+    ids=lambda value: "" if len(value) > 100 else None,
 )
 def test_wrong_results(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.json"

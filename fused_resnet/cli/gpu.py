@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, gpu: str) -> int:
     from ..gpu.conductor import Run, machine_differs
-    from ..gpu.results import NAME, ResultsError, load
+    from ..gpu.results import NAME, ResultsError, check_rows, load
 
     path = arguments.out / NAME
     if path.exists():
@@ -109,6 +109,7 @@ def _run(arguments: argparse.Namespace, gpu: str) -> int:
             raise CommandError(f"{path} is there already: --resume goes on behind it, another --out starts anew")
         try:
             data = load(path)
+            check_rows(data, str(path))
         except ResultsError as error:
             raise CommandError(str(error)) from error
         if data["measured"] == arguments.dry_run:

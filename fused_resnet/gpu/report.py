@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tuning.devices import find
 from . import draw, pages, predicted, predicted_pages
-from .results import ResultsError, load, write
+from .results import ResultsError, check_rows, load, write
 
 
 def files(paths: Sequence[Path]) -> dict[str, str]:
@@ -25,6 +25,7 @@ def files(paths: Sequence[Path]) -> dict[str, str]:
         data = load(path)
         if not data["measured"]:
             raise ResultsError(f"{path}: of a dry run: nothing in it was measured, so there is nothing to draw")
+        check_rows(data, str(path))
         name = f"{pages.slug(data)}.md"
         if name in results:
             raise ResultsError(f"{path}: a second results file of the same GPU and day; give one of them")

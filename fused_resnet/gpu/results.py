@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ..stored import NONE, NUMBER, OBJECT, TEXT, Fields, fields, hold
+
 #: Raised when a reader of the old file would misread the new one.
 SCHEMA = 1
 NAME = "results.json"
@@ -39,6 +41,27 @@ class Time(TypedDict):
 
 class ResultsError(ValueError):
     """A file that is not such results; the message names it and says why."""
+
+
+#: What a file holds: its own keys, those of its parts, and of every row.
+_WHOLE: Fields = {
+    **fields("measured", (bool,)), **fields("begun grade", TEXT), **fields("machine stages", OBJECT), "seconds": NUMBER,
+    "running": (dict, NONE),
+}  # fmt: skip
+_MACHINE: Fields = {"gpu": (str, NONE), "date": TEXT, **fields("versions as_found", OBJECT)}
+_STATE: Fields = {"status": TEXT, "seconds": NUMBER, "notes": (list,), "error": (str, NONE)}
+_ROW = fields("key status", TEXT)
+
+#: Of rows that pages and summary show more of, see :func:`check_rows`.
+_CEILING: Fields = {"unit": TEXT, "rate": (*NUMBER, NONE)}
+_FILE = fields("passed failed skipped late", NUMBER)
+_LAUNCH: Fields = {
+    **fields("where layer kind signature", TEXT), **fields("uses flops bytes", NUMBER), "times": OBJECT,
+    "roofline": (*NUMBER, NONE),
+}  # fmt: skip
+_TUNED: Fields = {"signature": TEXT, "chosen": (dict, NONE)}
+_STEP: Fields = {"cell": TEXT, "cpu_bound": (bool,), **fields("span idle host whole launches", NUMBER)}
+_LINE: Fields = {"kind": TEXT, "launches": NUMBER, **fields("seconds part", (*NUMBER, NONE))}
 
 
 def empty(measured: bool, begun: str) -> dict[str, Any]:
@@ -77,24 +100,70 @@ def check(data: Any, name: str) -> dict[str, Any]:
         raise ResultsError(f"{name}: these are no results of fused-resnet gpu (no 'schema')")
     if data["schema"] != SCHEMA:
         raise ResultsError(f"{name}: results of schema {data['schema']!r}, this version reads {SCHEMA}; measure again")
-    if not isinstance(data.get("measured"), bool) or not isinstance(data.get("machine"), dict):
-        raise ResultsError(f"{name}: not whole: 'measured' or 'machine' is missing")
+    _hold(data, _WHOLE, name)
+    _hold(data, {"wanted": OBJECT}, name, optional=True)
+    _hold(data["machine"], _MACHINE, f"{name}: machine", optional=True)
+    for stage, state in data["stages"].items():
+        _hold(state, _STATE, f"{name}: stage {stage!r}", optional=True)
+    if data["running"] is not None:
+        _hold(data["running"], fields("stage part key", TEXT), f"{name}: running")
+        if data["running"]["part"] not in PARTS:
+            raise ResultsError(f"{name}: running: not whole: expected 'part' of {', '.join(PARTS)}")
     for part in PARTS:
         rows = data.get(part)
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "key" in row and "status" in row for row in rows):
             raise ResultsError(f"{name}: not whole: {part!r} is not a list of rows with key and status")
         for row in rows:
+            _hold(row, _ROW, f"{name}: {part}")
             _check_times(data["measured"], part, row, name)
     return data
 
 
+def _hold(data: Any, expected: Fields, name: str, optional: bool = False) -> None:
+    hold(data, expected, name, ResultsError, optional)
+
+
+def check_rows(data: dict[str, Any], name: str) -> None:
+    """Raise where a row of checked results lacks what pages and summary show of it.
+
+    Raises:
+        ResultsError: it does.
+    """
+    for part, row in _all_rows(data):
+        place, ok = f"{name}: {part} {row['key']!r}", row["status"] == "ok"
+        if part == "ceilings" and ok:
+            _hold(row, _CEILING, place)
+        elif part == "checks":
+            _hold(row, {"relative_error": (*NUMBER, NONE)}, place, optional=True)
+        elif part == "tests" and row.get("kind") == "file":
+            _hold(row, _FILE, place)
+        elif part == "launches" and ok:
+            _hold(row, _LAUNCH, place)
+        elif part == "tuning" and row.get("times"):
+            _hold(row, _TUNED, place)
+            _hold(row["chosen"] or {"how": ""}, {"how": TEXT}, f"{place}: chosen")
+        elif part == "models":
+            _hold(row, {"step_bytes": (dict, NONE)}, place, optional=True)
+        elif part == "profile" and ok:
+            _hold(row, {"measured": (bool,), "lines": (list,), **(_STEP if row.get("measured") else {})}, place)
+            for line in row["lines"]:
+                _hold(line, _LINE, f"{place}: lines")
+
+
 def _check_times(measured: bool, part: str, row: Row, name: str) -> None:
+    if not isinstance(row.get("times", {}), (dict, NONE)):
+        raise ResultsError(f"{name}: {part} {row['key']!r}: not whole: 'times' is an object, got {type(row['times']).__name__}")
     for contender, time in times_of(row):
-        if time is not None and not measured:
-            raise ResultsError(f"{name}: {part} {row['key']!r} has a time for {contender!r}, but nothing was measured")
-        value = time.get("median") if isinstance(time, dict) else time
-        if time is not None and not (isinstance(value, (int, float)) and value > 0):
-            raise ResultsError(f"{name}: {part} {row['key']!r}: {time!r} is no time")
+        place = f"{name}: {part} {row['key']!r}"
+        if time is None:
+            continue
+        if not measured:
+            raise ResultsError(f"{place} has a time for {contender!r}, but nothing was measured")
+        value = time.get("median") if isinstance(time, dict) else None if contender in (row.get("times") or {}) else time
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ResultsError(f"{place}: {time!r} is no time")
+        if isinstance(time, dict):
+            _hold(time, fields("median low high", NUMBER), f"{place}: {contender!r}")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -113,6 +182,8 @@ def load(path: Path) -> dict[str, Any]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ResultsError(f"{path}: not JSON (line {error.lineno})") from error
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
+        raise ResultsError(f"{path}: damaged: no results are nested so deep, or have such numbers") from error
     return check(data, str(path))
 
 
@@ -195,7 +266,7 @@ def failures(data: dict[str, Any]) -> list[str]:
     """What went wrong, a line each: stages first, then rows in their order."""
     lines = []
     for name, state in data["stages"].items():
-        if state["status"] == "failed":
+        if state.get("status") == "failed":  # of a run that was killed there are its notes alone
             lines.append(f"stage {name}: {state.get('error', 'failed')}")
     for part, row in _all_rows(data):
         if row["status"] in BAD:

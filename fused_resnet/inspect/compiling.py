@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from math import ceil
+from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..launch import Launch
@@ -77,15 +81,35 @@ def workers() -> int:
     return os.cpu_count() or 1
 
 
-def _leave_interpreter() -> None:
-    """In a new process, before Triton is imported: kernels are compiled, not interpreted."""
+def _prepare_process() -> None:
+    """In a new process, before Triton is imported: kernels are compiled, not interpreted, and Triton has a cache."""
     os.environ.pop("TRITON_INTERPRET", None)
+    if not _takes_files(_triton_folder()):  # Triton compiles nothing where it cannot keep it
+        folder = tempfile.mkdtemp(prefix="fused-resnet-triton-")
+        os.environ["TRITON_CACHE_DIR"] = folder
+        # What runs at the end of such a process; its atexit does not.
+        Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
+
+
+def _triton_folder() -> Path:
+    """Where Triton keeps what it compiled, as its ``knobs`` say."""
+    own = os.environ.get("TRITON_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~/"), ".triton", "cache")
+
+
+def _takes_files(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def pool(processes: int | None = None) -> ProcessPoolExecutor:
     """Processes that compile. They are new ones, so that a process that interprets can have them."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes or workers(), mp_context=context, initializer=_leave_interpreter)
+    return ProcessPoolExecutor(processes or workers(), mp_context=context, initializer=_prepare_process)
 
 
 def interpreting() -> bool:

@@ -20,6 +20,7 @@ from .. import __version__, counts
 from ..launch import Geometry, Launch
 from ..models import MODELS
 from ..network import Use, distinct, launches, network
+from ..stored import NONE, NUMBER, OBJECT, TEXT, Fields, fields, hold
 from ..swap import unfuse
 from ..tuning.choice import eager_seconds
 from ..tuning.devices import Device, devices, limits
@@ -292,8 +293,40 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r} is damaged: no report is nested so deep") from error
     if not isinstance(document, dict) or document.get("what") != WHAT:
         raise ValueError(f"{str(path)!r} was not written by inspect --json")
     if document.get("schema") != SCHEMA:
         raise ValueError(f"{str(path)!r} has schema {document.get('schema')!r}, expected {SCHEMA}: write it again")
+    _check(document, str(path))
     return document
+
+
+def _check(document: dict[str, Any], name: str) -> None:
+    """Raise where something is missing that :func:`.show.compare` reads."""
+    hold(document, fields("request versions architectures", OBJECT), name)
+    asked: Fields = {**fields("model dtype mode", TEXT), **fields("batch size", NUMBER), "layer": (str, NONE), "tf32": (bool,)}
+    hold(document["request"], asked, f"{name}: request")
+    hold(document["versions"], fields("triton torch", TEXT), f"{name}: versions")
+    for arch, part in document["architectures"].items():
+        place = f"{name}: {arch}"
+        hold(part, fields("launches totals", OBJECT), place)
+        hold(part["totals"], {"predicted": OBJECT}, f"{place}: totals")
+        hold(part["totals"]["predicted"], {"launches_seconds": NUMBER}, f"{place}: totals")
+        for signature, row in part["launches"].items():
+            _check_row(row, f"{place}: {signature!r}")
+
+
+def _check_row(row: Any, place: str) -> None:
+    hold(row, {"label": TEXT, "predicted": OBJECT, "error": TEXT, **fields("compiled tile", (dict, NONE))}, place)
+    hold(row["predicted"], {"seconds": NUMBER}, place)
+    made = row["compiled"]
+    if made is None:
+        return
+    hold(made, {**fields("registers spills shared num_warps", NUMBER), "stages": (list,), "reading": OBJECT}, place)
+    if len(made["stages"]) != 2:
+        raise ValueError(f"{place}: not whole: 'stages': expected the least and the most, got {made['stages']!r}")
+    hold(made["reading"], {**fields("matrix operands", TEXT), "loop": (dict, NONE)}, place)
+    if made["reading"]["loop"]:
+        hold(made["reading"]["loop"], fields("matrix load barrier other", NUMBER), place)
