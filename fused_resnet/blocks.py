@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional, inputs, plain, plain_paper, plain_rows
+from . import backends, checks, functional, inputs, plain, plain_paper, plain_rows
 from .describe import (
     Entry,
     Parts,
@@ -577,6 +577,11 @@ class ConvBNReLU(FusedSequential, nn.Sequential):
             padding keeps the size at stride 1 for odd kernels, the default bias is none.
         relu: False leaves the ReLU out.
         backend: see :func:`fused_resnet.backend`.
+
+    Raises:
+        TypeError: an argument that is no number.
+        RuntimeError: a kernel_size, stride or dilation below 1.
+        ValueError: groups that do not divide channels and filters.
     """
 
     unfused_class = nn.Sequential
@@ -594,9 +599,13 @@ class ConvBNReLU(FusedSequential, nn.Sequential):
         relu: bool = True,
         backend: str | None = None,
     ) -> None:
+        for name, value in (("channels", channels), ("filters", filters)):
+            checks.whole(name, value, 0)
+        checks.whole("groups", groups)
+        kernel = checks.pair("kernel_size", kernel_size, 1, single=False)
+        spread = checks.pair("dilation", dilation, 1)
+        checks.pair("stride", stride, 1)
         if padding is None:
-            kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-            spread = (dilation, dilation) if isinstance(dilation, int) else dilation
             padding = (spread[0] * (kernel[0] - 1) // 2, spread[1] * (kernel[1] - 1) // 2)
         conv = nn.Conv2d(channels, filters, kernel_size, stride, padding, dilation, groups, bias)
         super().__init__(conv, nn.BatchNorm2d(filters), *([nn.ReLU(inplace=True)] if relu else []))

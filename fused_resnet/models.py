@@ -170,6 +170,7 @@ def cifar_resnet(
         **arguments: ``num_classes`` (10), ``norm_layer``.
 
     Raises:
+        TypeError: a depth that is no whole number.
         ValueError: another depth, an unknown shortcut, backend or memory.
     """
     return _on(backend, CifarResNet(BasicBlock, depth, shortcut=shortcut, **arguments), _memory(memory, depth))
@@ -184,6 +185,7 @@ def cifar_plain(depth: int, *, backend: str | None = None, **arguments: Any) -> 
         **arguments: ``num_classes`` (10), ``norm_layer``.
 
     Raises:
+        TypeError: a depth that is no whole number.
         ValueError: another depth, an unknown backend.
     """
     return _on(backend, CifarResNet(None, depth, **arguments))
@@ -201,6 +203,7 @@ def cifar_highway(
         **arguments: ``num_classes`` (10), ``norm_layer``, ``gate_bias`` (-2).
 
     Raises:
+        TypeError: a depth that is no whole number.
         ValueError: another depth, an unknown shortcut, backend or memory.
     """
     return _on(backend, CifarResNet(HighwayBlock, depth, shortcut=shortcut, **arguments), _memory(memory, depth))
@@ -234,10 +237,13 @@ def build(name: str, num_classes: int | None = None, **arguments: Any) -> nn.Mod
         **arguments: the builder's: ``shortcut``, ``stride_in``, ``backend``, ``weights`` ...
 
     Raises:
+        TypeError: a name that is no str.
         ValueError: no such network or option; a depth that is not 6n + 2.
     """
     from .specimens import unknown
 
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str such as 'resnet50' or 'cifar_resnet56', got {name!r}")
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     base, option = name, ""

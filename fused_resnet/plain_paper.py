@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import whole
 from .plain import BasicBlock, NormLayer, Stages, conv3x3
 
 
@@ -54,8 +55,10 @@ def blocks_of(depth: int) -> int:
     """``n`` of a network for CIFAR of ``depth = 6n + 2`` layers: blocks in each of its three stages.
 
     Raises:
+        TypeError: no whole number.
         ValueError: another depth.
     """
+    whole("depth", depth)
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth must be 6n + 2 with n of at least 1 (20, 32, 44, 56, 110, 1202 in the paper), got {depth}")
     return (depth - 2) // 6
@@ -73,7 +76,7 @@ class CifarResNet(Stages):
         **given: further arguments of the block (``gate_bias``).
 
     Raises:
-        TypeError: arguments that the block does not take; a plain network has no block.
+        TypeError: arguments that the block does not take; a plain network has no block. A depth that is no whole number.
         ValueError: ``depth`` is not 6n + 2, or ``shortcut`` unknown.
     """
 

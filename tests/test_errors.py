@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from nets import copies, images, projection, randomise, tiny
@@ -298,3 +299,69 @@ def test_cpu_backend_refuses_other_devices() -> None:
     net = fuse(norm_net().eval(), backend="cpu").to("meta")
     with pytest.raises(RuntimeError, match=r"backend='cpu'.*meta"):
         net(X.to("meta"))
+
+
+# ---- arguments of constructors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": "3"}, "channels must be a whole number, got '3'"),
+        ({"filters": 4.0}, "filters must be a whole number, got 4.0"),
+        ({"filters": None}, "filters must be a whole number, got None"),
+        ({"channels": -3}, "channels must be at least 0, got -3"),
+        ({"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
+        ({"kernel_size": (3, 0)}, "kernel_size must be at least 1, got 0"),
+        ({"kernel_size": -1}, "kernel_size must be at least 1, got -1"),
+        ({"kernel_size": "3"}, "kernel_size must be a whole number or two of them, got '3'"),
+        ({"kernel_size": 3.0}, "kernel_size must be a whole number or two of them, got 3.0"),
+        ({"kernel_size": (3,)}, r"kernel_size must be a whole number or two of them, got \(3,\)"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"stride": "1"}, "stride must be a whole number or two of them, got '1'"),
+        ({"dilation": 0}, "dilation must be at least 1, got 0"),
+        ({"dilation": "1"}, "dilation must be a whole number or two of them, got '1'"),
+        ({"groups": "1"}, "groups must be a whole number, got '1'"),
+    ],
+)
+def test_arguments_of_a_block(arguments: dict[str, object], message: str) -> None:
+    """The type is PyTorch's for the same layer, made and called; ours comes when it is made."""
+    given = {"channels": 3, "filters": 4, "kernel_size": 3, **arguments}
+    theirs = {"in_channels": given.pop("channels"), "out_channels": given.pop("filters"), **given}
+    with pytest.raises((TypeError, RuntimeError)) as eager:
+        nn.Conv2d(**theirs)(X)  # type: ignore[arg-type]
+    with pytest.raises(eager.type, match=message) as ours:
+        fused_resnet.ConvBNReLU(**{"channels": 3, "filters": 4, **arguments})  # type: ignore[arg-type]
+    assert ours.type is eager.type
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"channels": numpy.int64(3), "kernel_size": numpy.int64(3)},
+        {"kernel_size": [3, 1]},
+        {"stride": (2,)},
+        {"dilation": (2,)},
+        {"dilation": (2, 1), "kernel_size": (1, 3)},
+        {"padding": "same"},
+    ],
+    ids=str,
+)
+def test_arguments_that_pytorch_takes(arguments: dict[str, object]) -> None:
+    block = fused_resnet.ConvBNReLU(**{"channels": 3, "filters": 4, **arguments}).eval()  # type: ignore[arg-type]
+    assert relative_error(block(X), nn.Sequential(*block)(X)) < 1e-6
+
+
+@pytest.mark.parametrize("build", [fused_resnet.cifar_resnet, fused_resnet.cifar_plain, fused_resnet.cifar_highway])
+@pytest.mark.parametrize("depth", ["20", 20.0, None, [20]], ids=str)
+def test_depths_that_are_none(build: Callable[[object], nn.Module], depth: object) -> None:
+    with pytest.raises(TypeError, match="depth must be a whole number, got ") as raised:
+        build(depth)
+    assert repr(depth) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [5, None, b"resnet18"], ids=str)
+def test_names_that_are_none(name: object) -> None:
+    with pytest.raises(TypeError, match="name must be a str such as 'resnet50' or 'cifar_resnet56', got ") as raised:
+        fused_resnet.models.build(name)  # type: ignore[arg-type]
+    assert repr(name) in str(raised.value)
