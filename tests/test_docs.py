@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch._dynamo
 
+import fused_resnet
 import fused_resnet.compiling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,18 @@ def execute(code: str, path: Path, namespace: dict[str, Any]) -> None:
 
 def test_links_and_code_of_all_documents() -> None:
     assert check_docs.main([]) == 0
+
+
+def test_the_api_lists_what_the_package_offers() -> None:
+    """Each name of ``__all__``, and nothing that is not there once what the page says is imported."""
+    importlib.import_module("fused_resnet.train")
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert "`import fused_resnet.train` brings these" in text
+    listed = [line.removeprefix("::: fused_resnet.") for line in text.splitlines() if line.startswith("::: fused_resnet.")]
+    for path in listed:
+        if not path.startswith("swap.explain."):  # of a module that has a function's name
+            operator.attrgetter(path)(fused_resnet)
+    assert set(fused_resnet.__all__) <= {path.rpartition(".")[2] for path in listed}
 
 
 def names_of(name: str) -> list[str]:
