@@ -112,3 +112,5 @@ def test_a_full_disk_leaves_the_file_as_it_was(
     assert main(["zoo", "resnet34", "--csv", str(path)]) == 2
     assert "No space left on device" in capsys.readouterr().err and path.read_text() == HEADER + line_of("resnet18")
     assert main(["zoo", "resnet34", "--csv", "/dev/null"]) == 2, "nothing is written over a device"
+    assert main(["zoo", "resnet34", "--csv", str(path), "--size", "99999999"]) == 2
+    assert "fit into memory, got 8 x 3 x 99999999" in capsys.readouterr().err and tried == ["resnet34"]

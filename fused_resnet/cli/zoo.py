@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import counts, specimens
 from ..swap import explain, fuse
-from .arguments import CommandError, natural, one_line, refusing
+from .arguments import CommandError, images, natural, one_line, refusing
 from .fuse_check import agreement
 from .inspect import writable, write_text
 from .text import Progress, sentence
@@ -179,6 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
     writable(arguments.markdown)
     if wanted:
         writable(arguments.csv, arguments.csv.parent)
+        images(8, arguments.size)  # wrong input, not a failure of each model
     progress = Progress()
     for index, name in enumerate(wanted):
         progress.step(f"{index + 1} of {len(wanted)}: {name}")
