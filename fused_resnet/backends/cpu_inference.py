@@ -202,8 +202,21 @@ def _multiplied(g: Geometry, x: Tensor, weight: Tensor, shift: Tensor | None) ->
         return _product(x, weight, shift)
     if g.H == g.W == 1:
         return _product(x.flatten(1), weight, shift)[:, :, None, None]
-    y = _product(x.permute(0, 2, 3, 1).reshape(-1, g.C), weight, shift)
+    y = _product(_rows(x), weight, shift)
     return y.view(g.N, g.H, g.W, g.K).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N H W, C]; a view where it is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _added(x: Tensor, weight: Tensor, shift: Tensor | None, shortcut: Tensor) -> Tensor:
+    """The shortcut, channels_last, with the product added to it in its memory."""
+    rows = shortcut.permute(0, 2, 3, 1).view(-1, shortcut.shape[1]).addmm_(_rows(x), weight)
+    if shift is not None:
+        rows.add_(shift)
+    return shortcut
 
 
 def _convolve(
@@ -222,6 +235,9 @@ def _convolve(
         return y if known.end is None else known.end(y, known.slope)
     weight, shift = packed.weight(g), packed.shift
     if known.product or known.native:
+        if known.product and known.native and in_place and shortcut is not None and shortcut.dim() == 4:
+            y = _added(x, weight, shift, shortcut)
+            return y if known.end is None else known.end(y, known.slope)
         if known.product:
             y = _multiplied(g, x, weight, shift)
         else:
