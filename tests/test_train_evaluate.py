@@ -155,3 +155,16 @@ def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert len(lines) == 1 and says in lines[0], lines
     with pytest.raises(UsageError, match="--size is for folders"):
         data.for_test("digits", None, Views(), None, 32)
+
+
+@pytest.mark.parametrize(
+    ("head", "got"),
+    [(nn.Linear(3 * 32 * 32, 4), r"\[2, 4\]"), (nn.GRU(3 * 32 * 32, 3), "tuple")],
+    ids=["more classes", "a tuple"],
+)
+def test_an_answer_that_is_no_scores(head: nn.Module, got: str, folder: Path) -> None:  # noqa: F811
+    found = data.for_test("folder", folder, Views(), None, 32, "stop")
+    net = Member("a net", nn.Sequential(nn.Flatten(), head).eval(), None, 3)
+    batch = next(iter(found.test.batches(in_order(2, 2), 0)))
+    with pytest.raises(UsageError, match=rf"a net: must return a tensor \[2, 3\], got {got}"):
+        probabilities([net], batch, found, Views(), CPU)

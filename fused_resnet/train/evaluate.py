@@ -66,6 +66,9 @@ def probabilities(
         for places, x in _groups(got, member, data, views, device):
             with torch.autocast(device.type, dtype=amp_dtype(amp), enabled=amp != "off"):
                 scores = member.model(x.contiguous(memory_format=torch.channels_last))
+            if not isinstance(scores, Tensor) or scores.shape != (len(x), members[0].outputs):
+                what = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise UsageError(f"{member.name}: must return a tensor [{len(x)}, {members[0].outputs}], got {what}")
             total.index_add_(0, torch.tensor(places, device=device), scores.double().softmax(1))
             seen += len(places)
     return total / (seen / len(got.labels)), round(seen / len(got.labels) / len(members))
