@@ -48,6 +48,7 @@ def write_whole(path: Path, content: bytes | memoryview, *, durable: bool = Fals
     Raises:
         OSError: it could not be written; the old file is still there.
     """
+    path = path.resolve()  # what a link leads to is written, not a file in the link's place
     mine = "new" if durable else f"{os.getpid()}-{threading.get_ident()}"
     beside = path.with_name(f".{path.name}.{mine}")
     try:

@@ -13,6 +13,7 @@ from nets import CHAINS, TRAINING_CHAINS, chain_inputs, copies, images, plain_ch
 from test_reference import GEOMETRIES, ONE_RESULT, make, statistics, tensors, truth
 from tolerances import assert_close, assert_no_worse, distance, relative_error
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_resnet import backends, count_launches, fuse
 from fused_resnet.backends import cpu, cpu_inference, reference
@@ -250,10 +251,8 @@ def test_small_convolutions_of_one_tap_are_products(
     net = randomise(nn.Sequential(*net, nn.BatchNorm2d(5))).eval()
     fused, truth = fuse(copy.deepcopy(net), backend="cpu"), copy.deepcopy(net).double()
     multiplied: list[int] = []
-    own = cpu_inference._product
-    monkeypatch.setattr(
-        cpu_inference, "_product", lambda x, weight, *shift: multiplied.append(weight.shape[1]) or own(x, weight, *shift)
-    )
+    own = cpu_inference._multiplied
+    monkeypatch.setattr(cpu_inference, "_multiplied", lambda g, *rest: multiplied.append(g.K) or own(g, *rest))
     wide = torch.randn(shape[0], shape[1] + 3, *shape[2:])
     wide[0, 5, 1, 2], wide[-1, 6, 2, 3] = torch.inf, torch.nan
     with torch.no_grad():
@@ -406,3 +405,18 @@ def test_results_may_be_written_to(layer: nn.Module, norm: nn.Module, shape: tup
         found.append([y, x.grad, *(p.grad for p in net.parameters())])
     for actual, expected in zip(*found, strict=True):
         assert relative_error(actual, expected) < 1e-5 or expected.norm() < 1e-9
+
+
+@pytest.mark.parametrize("size", [(7, 3), (1, 1)])
+def test_results_without_gradients_may_be_written_to_with_them(size: tuple[int, int]) -> None:
+    """What a frozen backbone gave, scaled by a parameter; and behind reentrant checkpointing."""
+    fused = fuse(randomise(nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6))).eval(), backend="cpu")
+    x, factor = torch.randn(5, 8, *size), nn.Parameter(torch.full((1,), 2.0))
+    for _ in range(3):
+        with torch.no_grad():
+            y = fused(x)
+        expected = 2 * y
+        y.mul_(factor).sum().backward()
+        assert torch.equal(y, expected) and factor.grad is not None
+    z = checkpoint(fused, x.clone().requires_grad_(), use_reentrant=True)
+    z.relu_().sum().backward()

@@ -197,13 +197,21 @@ def _product(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def _multiplied(g: Geometry, x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
-    """Rows [N, C], or pixels [N, C, H, W] in memory as [N, H, W, C]: [N, K], or [N, K, H, W] likewise."""
+    """Rows [N, C], or pixels [N, C, H, W] in memory as [N, H, W, C]: [N, K], or [N, K, H, W] likewise.
+
+    Images are no view of a matrix: where gradients are recorded nobody may write to a view that was made where they are not.
+    """
     if x.dim() == 2:
         return _product(x, weight, shift)
-    if g.H == g.W == 1:
+    if weight.is_mkldnn:
         return _product(x.flatten(1), weight, shift)[:, :, None, None]
-    y = _product(_rows(x), weight, shift)
-    return y.view(g.N, g.H, g.W, g.K).permute(0, 3, 1, 2)
+    y = torch.empty((g.N, g.K, g.H, g.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    rows = y.permute(0, 2, 3, 1).view(-1, g.K)
+    if shift is None:
+        torch.mm(_rows(x), weight, out=rows)
+    else:
+        torch.addmm(shift, _rows(x), weight, out=rows)
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ def weightless_operands(launch: Launch, parameters: torch.dtype = torch.float32)
     return {role: weightless_operand(role) for role in launch.roles}
 
 
+#: Whether this Triton's descriptors can round: those of 3.6, which only interprets the kernels, cannot.
+ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+
+
 @dataclass(frozen=True)
 class View:
     """A tensor as a descriptor sees it: extents and strides in elements, slowest first, and the block loaded at once.
@@ -61,8 +65,8 @@ class View:
 
     def of(self, base: Tensor) -> Any:
         """The descriptor of ``base``."""
-        rounded = self.rounded and base.dtype == torch.float32
-        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block), round_f32_to_tf32=rounded)
+        rounded = {"round_f32_to_tf32": True} if self.rounded and base.dtype == torch.float32 and ROUNDS else {}
+        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block), **rounded)
 
 
 class Arguments:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -37,6 +38,10 @@ class _Lasting:
             self._failed(error)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
     def flush(self) -> None:
         try:
             self._stream.flush()
@@ -45,11 +50,16 @@ class _Lasting:
 
     def _failed(self, error: OSError) -> None:
         # What is in the buffer is tried again at the end of the process: it has to find a place.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, self._stream.fileno())
-        finally:
-            os.close(nowhere)
+            number = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):  # an object of the caller's, with no file behind it
+            self._stream = io.StringIO()
+        else:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, number)
+            finally:
+                os.close(nowhere)
         if not isinstance(error, self._lost):
             raise OutputError(f"stdout cannot be written ({error.strerror or error})") from error
 

@@ -11,6 +11,7 @@ import csv
 import io
 import sys
 import time
+from contextlib import ExitStack
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,14 @@ from torch import nn
 
 from .. import counts, specimens
 from ..swap import explain, fuse
+from ..whole_file import LOCK, held
 from .arguments import CommandError, images, natural, one_line, refusing
 from .fuse_check import agreement
 from .inspect import writable, write_text
 from .text import Progress, sentence
 
+#: Seconds to wait for another run that writes a row.
+PATIENCE = 10.0
 #: Columns of the file.
 COLUMNS = (
     "model", "chains", "launches_eager", "launches_fused", "megabytes_eager", "megabytes_fused", "fused_share",
@@ -92,15 +96,20 @@ def _rows(file: Path) -> list[_Row]:
 
 
 def _keep(file: Path, made: _Row) -> None:
-    """The row into the file, in the place of an older one of its model."""
-    rows = _rows(file)  # anew: another run may have added some
-    place = next((index for index, found in enumerate(rows) if found["model"] == made["model"]), len(rows))
-    rows[place : place + 1] = [made]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(file, text.getvalue())
+    """The row into the file, in the place of an older one of its model; several runs may do so in turn."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(file.with_name(f".{file.name}{LOCK}"), PATIENCE))
+        except (TimeoutError, OSError) as error:
+            raise CommandError(f"{file}: cannot be written, another run holds it or the folder is read-only") from error
+        rows = _rows(file)  # anew: another run may have added some
+        place = next((index for index, found in enumerate(rows) if found["model"] == made["model"]), len(rows))
+        rows[place : place + 1] = [made]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(file, text.getvalue())
 
 
 def _counts(name: str, size: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,15 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 def is_number(value: Any) -> bool:
     """A finite number; JSON's true is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    size: Any = abs(value)
+    return bool(size <= sys.float_info.max)
 
 
 def is_whole(value: Any) -> bool:
     """A whole number; JSON's true is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
 
 
 def shown(value: Any) -> str:
@@ -68,7 +72,7 @@ _RULES: dict[str, Rule] = {
     "batch": ("a whole number above 0", lambda value: is_whole(value) and value > 0),
     "length": _LENGTH,
     "lr": _NUMBER,
-    "momentum": _BELOW_1,
+    "momentum": _FROM_0,
     "nesterov": _YES_OR_NO,
     "weight_decay": _FROM_0,
     "decay_all": _YES_OR_NO,
@@ -76,7 +80,7 @@ _RULES: dict[str, Rule] = {
         f"a list of numbers from 0 to {LONGEST}",
         lambda value: isinstance(value, (list, tuple)) and all(map(_LATER[1], value)),
     ),
-    "factor": _NUMBER,
+    "factor": _FROM_0,
     "label_smoothing": _TO_1,
     "ema": ("null, or at least 0 and below 1", lambda value: value is None or _BELOW_1[1](value)),
     # Its steps are checked against the data (augment.py).

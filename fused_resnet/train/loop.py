@@ -100,7 +100,8 @@ class _Run:
         seeds.seed_everything("weights", config.seed)
         model = networks.make(config.network, len(self.data.classes), config.backend, config.memory, **config.model_arguments)
         model = model.to(world.device).train()
-        networks.try_out(model, config.network, len(self.data.classes), self.data.size, world.device, config.amp)
+        share = recipe.batch // world.size
+        networks.try_out(model, config.network, len(self.data.classes), self.data.size, world.device, config.amp, share)
         self.wrapped: Any = wrap(model, config.distributed, world)
         # DistributedDataParallel's own forward would exchange buffers; with shards there is no other forward
         self.testing: Any = self.wrapped if config.distributed == "fsdp2" else model

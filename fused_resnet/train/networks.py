@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,9 +78,11 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-@torch.no_grad()
-def try_out(model: nn.Module, name: str, classes: int, size: int, device: torch.device, amp: str = "off") -> None:
-    """Two images through the network, in eval mode and, since some answer otherwise there, in training mode.
+def try_out(
+    model: nn.Module, name: str, classes: int, size: int, device: torch.device, amp: str = "off", batch: int = 2
+) -> None:
+    """Two images through the network, in eval mode and, since some answer otherwise there, in training mode. Where it does not
+    take two, a batch: some want a multiple.
 
     It is left as it was, but in training mode: its buffers (running statistics) are put back, and so are the random numbers.
 
@@ -90,46 +92,74 @@ def try_out(model: nn.Module, name: str, classes: int, size: int, device: torch.
         classes: outputs that it should have; more are never the answer.
         size: rows and columns of the images.
         amp: element type of autocast.
+        batch: images of a step, in this process.
 
     Raises:
         UsageError: it has nothing to train, does not take such images, or does not return scores of them.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"model {name}: has no parameters to train")
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    random = seeds.states(device)
     # On a GPU two images would be kernels of their own, which take a minute to compile.
     on = partial(backends.backend, "reference") if device.type == "cuda" else nullcontext
-    before = {place: buffer.clone() for place, buffer in model.named_buffers()}
-    try:
-        for training in (False, True):
+    for training in (False, True):
+        model.train(training)
+        mode = "training" if training else "eval"
+
+        def scores_of(images: int, training: bool = training) -> Any:
+            x = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            with (
+                _put_back(model, device),
+                on(),
+                torch.set_grad_enabled(training),
+                torch.autocast(device.type, dtype=amp_dtype(amp), enabled=amp != "off"),
+            ):
+                return model(x)
+
+        try:
+            images, scores = 2, scores_of(2)
+        except Exception as error:  # the code of others
             try:
-                model.train(training)
-                with on(), torch.autocast(device.type, dtype=amp_dtype(amp), enabled=amp != "off"):
-                    scores = model(x.clone())  # a network may begin with an operation in place
-            except Exception as error:  # the code of others
-                mode = "training" if training else "eval"
-                raise UsageError(f"model {name}: fails in {mode} mode on images of {size}x{size}: {_told(error)}") from error
-            _check_scores(scores, name, classes, training)
+                images, scores = batch, scores_of(batch)
+            except Exception:
+                told = f"fails in {mode} mode on images of {size}x{size}: {_told(error)}"
+                raise UsageError(f"model {name}: {told}") from error
+        _check_scores(scores, name, classes, images, mode)
+
+
+@contextmanager
+def _put_back(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Buffers and random numbers are afterwards what they were, the buffers the same tensors too."""
+    random = seeds.states(device)
+    before = [
+        (module, {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
     finally:
-        for place, buffer in model.named_buffers():
-            if place in before:
-                buffer.copy_(before[place])
         seeds.restore(random, device)
+        with torch.no_grad():
+            for module, buffers in before:
+                for name, (buffer, value) in buffers.items():
+                    module._buffers[name] = buffer
+                    if buffer is None or value is None or buffer.is_inference():
+                        continue
+                    if buffer.shape != value.shape:
+                        buffer.data = value
+                    elif not torch.equal(buffer, value):
+                        buffer.copy_(value)
 
 
-def _check_scores(scores: Any, name: str, classes: int, training: bool) -> None:
+def _check_scores(scores: Any, name: str, classes: int, images: int, mode: str) -> None:
     if not isinstance(scores, Tensor):
         got = f"a {type(scores).__name__}"
-    elif scores.dim() != 2 or len(scores) != 2 or scores.shape[1] < classes or not scores.is_floating_point():
+    elif scores.dim() != 2 or len(scores) != images or scores.shape[1] < classes or not scores.is_floating_point():
         got = f"{list(scores.shape)} of {str(scores.dtype).removeprefix('torch.')}"
     else:
         return
-    mode = "training" if training else "eval"
-    raise UsageError(
-        f"model {name}: must return a tensor [images, {classes} or more] of floats, got {got} for 2 images in {mode} mode"
-    )
+    wanted = f"a tensor [images, {classes} or more] of floats"
+    raise UsageError(f"model {name}: must return {wanted}, got {got} for {images} images in {mode} mode")
 
 
 def check_backend(backend: str, device: torch.device) -> None:

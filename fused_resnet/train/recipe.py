@@ -190,12 +190,12 @@ def from_data(data: Any, where: str) -> Recipe:
         if not isinstance(data.get(key, []), list):
             raise UsageError(f"recipe {where}: {key} must be a list, got {fields.shown(data[key])}")
     for key in ("warm_up", "plateau"):
-        if not isinstance(data.get(key), (dict, type(None))):
+        if data.get(key) and not isinstance(data[key], dict):  # nothing is null, however it is said
             raise UsageError(f"recipe {where}: {key} must be an object or null, got {fields.shown(data[key])}")
     try:
         changed = {
-            "warm_up": WarmUp(**data["warm_up"]) if data.get("warm_up") is not None else None,
-            "plateau": Plateau(**data["plateau"]) if data.get("plateau") is not None else None,
+            "warm_up": WarmUp(**data["warm_up"]) if data.get("warm_up") else None,
+            "plateau": Plateau(**data["plateau"]) if data.get("plateau") else None,
             "augment": tuple(data.get("augment", ())),
             "milestones": tuple(data.get("milestones", ())),
         }
