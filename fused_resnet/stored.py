@@ -1,4 +1,4 @@
-"""What JSON files of ours must hold, checked where they are read: a damaged one is named, not met later as a KeyError."""
+"""What files of ours must hold, checked where they are read: a damaged one is named, not met later as a KeyError."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hold(data: Any, expected: Fields, name: str, error: type[ValueError] = Value
             raise error(f"{name}: not whole: {key!r} is missing")
         value = data[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):  # a bool is an int to Python
-            wanted = " or ".join(dict.fromkeys(_WORDS[kind] for kind in types))
+            wanted = " or ".join(dict.fromkeys(_WORDS.get(kind, kind.__name__) for kind in types))
             raise error(f"{name}: not whole: {key!r}: expected {wanted}, got {_got(value)}")
 
 

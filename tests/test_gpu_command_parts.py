@@ -311,7 +311,7 @@ def test_the_chosen_test_files_are_there() -> None:
 
 WARM = """
 import torch
-from fused_resnet.gpu import correct, networks, operands, warm
+from fused_resnet.gpu import networks, operands, warm
 from fused_resnet.backends import triton, triton_start
 warm._begin("sm_90")
 launch = next(u.launch for u in networks.uses("toy", 2, 16, torch.bfloat16, "train") if u.launch.kind == "bn_add_relu")

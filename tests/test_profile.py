@@ -17,7 +17,7 @@ from fused_resnet import count_launches, kept, profiling
 from fused_resnet.backends import clock_launches
 from fused_resnet.cli import main
 from fused_resnet.cli.arguments import CommandError
-from fused_resnet.cli.gpu import put
+from fused_resnet.cli.inspect import write_text
 from fused_resnet.profiling import Ceilings, Line, Subject, Times, pair_of
 from fused_resnet.train import UsageError, data, recipe, supply
 
@@ -233,7 +233,7 @@ def test_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["growth.json"]
     with pytest.raises(CommandError, match=r"there\.json: cannot be written \(Is a directory\)"):
         (tmp_path / "there.json").mkdir()
-        put(tmp_path / "there.json", "{}")
+        write_text(tmp_path / "there.json", "{}")
 
 
 @pytest.mark.parametrize(

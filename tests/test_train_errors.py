@@ -231,7 +231,7 @@ def test_going_on_with_something_else(recipe: Path, tmp_path: Path, capsys: pyte
     refused(capsys, "written by a newer version (schema 99, this one reads up to 1)")
     torch.save({key: value for key, value in saved.items() if key != "optimizer"}, out / "checkpoint.pt")
     assert train(recipe, out, "--resume") == 2
-    refused(capsys, "there is no 'optimizer' in it: not a checkpoint to go on behind")
+    refused(capsys, "checkpoint.pt: not whole: 'optimizer' is missing")
     other = {name: value for name, value in saved["model"].items() if "bias" not in name}
     torch.save({**saved, "model": other}, out / "checkpoint.pt")
     assert train(recipe, out, "--resume") == 2
@@ -258,9 +258,9 @@ def test_a_checkpoint_that_lacks_something(recipe: Path, tmp_path: Path, capsys:
         return {key: value for key, value in {**saved, **changes}.items() if value != "gone"}
 
     for content, says, evaluated in (
-        (changed(identity="gone"), "there is no 'identity' in it: not a checkpoint of fused-resnet train", False),
-        (changed(identity={}), "there is no 'identity.model' in it", False),
-        (changed(model=[]), "'model' in it is a list, expected a dict", False),
+        (changed(identity="gone"), "not whole: 'identity' is missing", False),
+        (changed(identity={}), "identity: not whole: 'model' is missing", False),
+        (changed(model=[]), "not whole: 'model': expected an object, got a list", False),
         (best, "holds the weights only (best.pt): cannot be gone on behind", True),
         (changed(window=[[1.0] * 9]), "'window' in it must be up to 7 numbers for each process", True),
         (changed(window=[]), "'window' in it must be of 1 processes as 'random' is, got 0", True),

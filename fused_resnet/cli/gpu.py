@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..gpu.budget import STAGES
-from ..whole_file import LOCK, held, write_whole
+from ..whole_file import LOCK, held
 from .arguments import CommandError, positive
 from .text import sentence
 
@@ -63,14 +63,6 @@ def writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(f"{folder}: cannot be written ({error.strerror})") from error
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing."""
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -29,7 +29,8 @@ from .arguments import (
     too_large,
     whole,
 )
-from .gpu import put, writable
+from .gpu import writable
+from .inspect import write_text
 from .text import Progress, scaled, sentence, table
 
 #: Rows of the table of launches.
@@ -106,7 +107,7 @@ def _growth(arguments: argparse.Namespace) -> None:
     print(f"a training step of two images of {side}x{side}, counted on the CPU; the numbers are those of any size of images")
     print(table(head, cells))
     if arguments.out is not None:
-        put(arguments.out / "growth.json", json.dumps(rows, indent=1))
+        write_text(arguments.out / "growth.json", json.dumps(rows, indent=1))
 
 
 def _images(arguments: argparse.Namespace) -> Data | str:
@@ -268,13 +269,13 @@ def _write(
         )
         for row in rows
     ]
-    put(out / "throughput.svg", draw.bars("Images a second", where["evidence"], caption, groups))
+    write_text(out / "throughput.svg", draw.bars("Images a second", where["evidence"], caption, groups))
     by_kind = [
         draw.Group(line.what, {"fused": (line.seconds * 1e3, f"{line.seconds * 1e3:.2f} ms, {line.bound}")})
         for line in spent.kinds
     ]
     title = f"{subject.model}, batch {subject.batch}: time by kind of launch"
-    put(out / "launches.svg", draw.bars(title, where["evidence"], caption, by_kind))
+    write_text(out / "launches.svg", draw.bars(title, where["evidence"], caption, by_kind))
     document = {
         **where,
         "throughput": rows,
@@ -288,7 +289,7 @@ def _write(
         "held_bytes": [vars(row) for row in modes],
         "ceilings": vars(limits),
     }
-    put(out / "profile.json", json.dumps(document, indent=1))
+    write_text(out / "profile.json", json.dumps(document, indent=1))
     pictures = ["throughput.svg", "launches.svg"]
     if layers:
         pictures.append("memory.svg")
@@ -302,5 +303,5 @@ def _write(
             draw.Group(stage, {name: (size / 2**20, _cell(size)) for name, size in zip(("eager", "fused"), sizes)})
             for stage, sizes in by_stage.items()
         ]
-        put(out / "memory.svg", draw.bars(title, "counted as it ran", caption, bars))
+        write_text(out / "memory.svg", draw.bars(title, "counted as it ran", caption, bars))
     print(f"\n{out}: profile.json, trace.json (for chrome://tracing or Perfetto), {', '.join(pictures)}")

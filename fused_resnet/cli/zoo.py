@@ -1,7 +1,7 @@
 """``fused-resnet zoo PATTERN...``: fuses every model whose name matches and keeps a row of each in a CSV file.
 
 A file that exists is gone on with: names that were compared are not done again, those that failed are. ``--markdown`` makes
-docs/models.md of it.
+docs/models.md of it. A lock beside it may stay.
 """
 
 from __future__ import annotations

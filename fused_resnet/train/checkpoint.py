@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..stored import Fields, hold
 from ..whole_file import write_whole
 from .errors import TrainingError, UsageError
 
@@ -20,7 +21,7 @@ BEST = "best.pt"
 
 
 #: What is in every file, and of which types.
-CONTENTS: dict[str, tuple[type, ...]] = {
+CONTENTS: Fields = {
     "identity": (dict,),
     "recipe": (dict,),
     "classes": (list,),
@@ -32,7 +33,7 @@ CONTENTS: dict[str, tuple[type, ...]] = {
     "best": (float, int),
 }
 #: What is needed beside it to go on. :data:`BEST` has none of it.
-STATE: dict[str, tuple[type, ...]] = {
+STATE: Fields = {
     "optimizer": (dict,),
     "scaler": (dict,),
     "window": (list,),
@@ -41,7 +42,7 @@ STATE: dict[str, tuple[type, ...]] = {
     "bad": (list,),
 }
 #: What is read of ``identity`` where a file is not gone on with.
-_IDENTITY: dict[str, tuple[type, ...]] = {"model": (str,), "model_arguments": (dict,), "data": (str,)}
+_IDENTITY: Fields = {"model": (str,), "model_arguments": (dict,), "data": (str,)}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -67,8 +68,8 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not a checkpoint of fused-resnet train")
     if state["schema"] > SCHEMA:
         raise UsageError(f"{path}: written by a newer version (schema {state['schema']}, this one reads up to {SCHEMA})")
-    _look(path, state, CONTENTS, "a checkpoint of fused-resnet train")
-    _look(path, state["identity"], _IDENTITY, "a checkpoint of fused-resnet train", "identity.")
+    hold(state, CONTENTS, str(path), UsageError)
+    hold(state["identity"], _IDENTITY, f"{path}: identity", UsageError)
     return state
 
 
@@ -80,17 +81,7 @@ def check_state(path: Path, state: dict[str, Any]) -> None:
     """
     if not STATE.keys() & state.keys():
         raise UsageError(f"{path}: holds the weights only ({BEST}): cannot be gone on behind")
-    _look(path, state, STATE, "a checkpoint to go on behind")
-
-
-def _look(path: Path, found: dict[str, Any], wanted: dict[str, tuple[type, ...]], what: str, where: str = "") -> None:
-    """Each entry is there, and of its type."""
-    for key, kinds in wanted.items():
-        if key not in found:
-            raise UsageError(f"{path}: there is no '{where}{key}' in it: not {what}")
-        if not isinstance(found[key], kinds):
-            got = type(found[key]).__name__
-            raise UsageError(f"{path}: '{where}{key}' in it is a {got}, expected a {kinds[0].__name__}: not {what}")
+    hold(state, STATE, str(path), UsageError)
 
 
 def tensors(path: Path) -> Any:
