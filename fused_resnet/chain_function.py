@@ -108,6 +108,9 @@ def backward(
     Args:
         size: as :func:`size_of`.
         saved: the tensors of :func:`fused_resnet.plan.saved_slots`.
+
+    Returns:
+        those of images are channels_last, those of filters as the backend laid them out.
     """
     n, h, w, *skip = size
     plan = backward_plan(chain, n, h, w, dout.dtype, needs, tuple(skip) or None)
@@ -116,7 +119,9 @@ def backward(
     gradients: list[Tensor] = []
     taken = {tensor.data_ptr() for tensor in slots.values()}
     for slot in plan.results:
-        gradient = results[slot] if results[slot].dim() != 4 else channels_last(results[slot])
+        gradient = results[slot]
+        if gradient.dim() == 4 and not slot.endswith(".w"):
+            gradient = channels_last(gradient)
         if gradient.data_ptr() in taken:  # such as dbeta of a block and of its projection: each owner gets its own memory
             gradient = gradient.clone()
         taken.add(gradient.data_ptr())
@@ -148,8 +153,10 @@ def _as_said(gradient: Tensor | None, strides: tuple[int, ...] | None) -> Tensor
     A leaf's would be copied by PyTorch otherwise, when it becomes ``.grad``. 1x1 filters have one layout in memory and two ways
     to say so: DistributedDataParallel warns where they differ.
     """
-    if gradient is None or strides is None:
-        return gradient
+    if gradient is None:
+        return None
+    if strides is None:
+        return channels_last(gradient) if gradient.dim() == 4 else gradient
     return gradient.contiguous().as_strided(gradient.shape, strides)
 
 

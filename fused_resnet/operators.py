@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backends
 from .backends.workspace import nothing_kept
 from .chain import Chain
-from .chain_function import backward, flags_of, forward, needs_of, size_of, spread
+from .chain_function import backward, channels_last, flags_of, forward, needs_of, size_of, spread
 from .inputs import as_image, as_it_came
 from .launch import accumulation_dtype
 from .plan import kept_slots, saved_slots
@@ -57,7 +57,8 @@ def _chain_backward_op(
     spec = Chain.parse(chain)
     name = backends.resolve(backend or backends.context_of_backward(), dout.device)
     with nothing_kept():
-        return backward(spec, name, needs_of(spec, tuple(flags)), size, dout, saved)
+        gradients = backward(spec, name, needs_of(spec, tuple(flags)), size, dout, saved)
+    return [channels_last(gradient) if gradient.dim() == 4 else gradient for gradient in gradients]
 
 
 @_chain_backward_op.register_fake

@@ -4,9 +4,8 @@ Inference is in :mod:`.cpu_inference`.
 
 Training: a convolution here reads memory, so what a GPU computes on load is written first and forgotten after its last use. It
 is shared by the launches of a plan that need it: the activation behind a BatchNorm by wgrad and by the mask of dgrad, the
-gradient in front of one by wgrad and dgrad (PyTorch makes it together with its sums). Gradients of filters are matrix products
-where oneDNN's own are slow (:mod:`.cpu_wgrad`), and so is all of a Linear (:func:`.cpu_inference.is_rows`). What is kept
-between forward and backward is what the plan keeps on every backend.
+gradient in front of one by wgrad and dgrad (PyTorch makes it together with its sums). How convolutions and their gradients are
+computed is in :mod:`.cpu_convolution`. What is kept between forward and backward is what the plan keeps on every backend.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, from_output
 from ..launch import Geometry, Launch, PoolGeometry, index_dtype
-from . import cpu_inference, cpu_wgrad, reference
+from . import cpu_convolution, cpu_inference, reference
 
 Operands = dict[str, Tensor]
 #: Temporary tensors of one plan, by the slot they belong to.
@@ -169,11 +168,7 @@ def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shar
     x = _input(launch, operands, shared)
     alone = launch.epilogue in ("store", "bias", "stats")  # the others add the bias themselves
     bias = operands.get("bias") if alone else None
-    if cpu_inference.is_rows(g, launch.dtype):
-        y = cpu_inference.product(x, operands["w"], bias)
-    else:
-        y = torch.conv2d(x, operands["w"], bias, g.stride, g.padding, g.dilation, g.groups)
-        y = y.contiguous(memory_format=torch.channels_last)
+    y = cpu_convolution.forward(g, x, operands["w"], bias)
     if launch.epilogue == "stats":
         return y, *_statistics(launch, operands, y)
     if not alone:
@@ -314,37 +309,20 @@ def _through_norm(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
     return operands["dz"] * scale if shortcut is None else torch.addcmul(shortcut, operands["dz"], scale)
 
 
-def _convolution_gradient(launch: Launch, dy: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
-    g = launch.geometry
-    assert isinstance(g, Geometry)
-    if cpu_inference.is_rows(g, launch.dtype):
-        first, second = (dy.flatten(1), w.flatten(1)) if which == 0 else (dy.flatten(1).t(), x.flatten(1))
-        return (first @ second)[:, :, None, None]
-    mask = [which == 0, which == 1, False]
-    stride = g.stride
-    if which == 1:
-        x, stride = reference.only_read_pixels(x, g)
-    gradients = torch.ops.aten.convolution_backward(
-        dy, x, w, None, stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
-    )
-    return gradients[which]
-
-
 def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
     g = launch.geometry
+    assert isinstance(g, Geometry)
     dy, w = _output_gradient(launch, operands, shared), operands["w"]
     if launch.gradient == "scale":
         scale = reference.given_scale(operands, launch.eps, torch.float32)
         w = (w.to(torch.float32) * scale.view(-1, 1, 1, 1)).to(launch.dtype)
-    like = next((operands[role] for role in ("x", "a_previous", "z_previous", "dshortcut") if role in operands), None)
-    if like is None:  # only its shape and layout matter
-        like = torch.empty(g.x_shape, dtype=launch.dtype, device=dy.device, memory_format=torch.channels_last)
-    return _behind_dgrad(launch, operands, shared, _convolution_gradient(launch, dy, like, w, 0))
+    dx, _ = cpu_convolution.gradients(g, dy, None, w)
+    assert dx is not None
+    return _behind_dgrad(launch, operands, shared, dx)
 
 
 def _behind_dgrad(launch: Launch, operands: Operands, shared: Shared, dx: Tensor) -> Tensor | tuple[Tensor, ...]:
     """What a dgrad does with the gradient of its convolution's input."""
-    dx = dx.contiguous(memory_format=torch.channels_last)
     if launch.gradient == "bn_backward":
         del shared[dict(launch.operands)["dot"]]  # a layer's wgrad runs before its dgrad
     if "dshortcut" in operands:
@@ -383,11 +361,9 @@ def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple
     made = _no_gradient_of_bias(launch, operands["dz"])
     if "x" in operands:
         dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
-        if cpu_wgrad.suits(g, launch.dtype):
-            made["dw"] = cpu_wgrad.wgrad(g, dy, x)
-        else:
-            like = torch.empty(g.w_shape, dtype=launch.dtype, device=dy.device, memory_format=torch.channels_last)
-            made["dw"] = _convolution_gradient(launch, dy, x, like, 1)
+        _, dw = cpu_convolution.gradients(g, dy, x, None)
+        assert dw is not None
+        made["dw"] = dw
     return _listed(launch, made)
 
 
@@ -401,9 +377,7 @@ def join(first: Launch, second: Launch) -> Callable[..., Any] | None:
     fits = (first.kind, second.kind) == ("wgrad", "dgrad") and dict(first.operands)["dz"] == dict(second.operands)["dz"]
     if not fits or g != second.geometry or {first.gradient, second.gradient} != {"bn_backward"} or "x" not in first.roles:
         return None
-    assert isinstance(g, Geometry)
-    apart = cpu_wgrad.suits(g, first.dtype) or reference.skips_pixels(g) or cpu_inference.is_rows(g, first.dtype)
-    return None if apart else _gradients
+    return _gradients
 
 
 def _gradients(
@@ -412,11 +386,9 @@ def _gradients(
     """A wgrad and a dgrad."""
     g = first.geometry
     assert isinstance(g, Geometry)
-    dy, x = _output_gradient(first, operands, shared), _input(first, operands, shared)
-    w = operands["w"].contiguous(memory_format=torch.channels_last)
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, True, False]
-    )
+    dy = _output_gradient(first, operands, shared)
+    dx, dw = cpu_convolution.gradients(g, dy, _input(first, operands, shared), operands["w"])
+    assert dx is not None and dw is not None
     made = _listed(first, {"dw": dw, **_no_gradient_of_bias(first, dy)}), _behind_dgrad(second, operands, shared, dx)
     return tuple(tensor for part in made for tensor in ((part,) if isinstance(part, Tensor) else part))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..launch import Geometry, Launch, PoolGeometry
-from . import OtherParametersError, cpu_winograd, reference
+from . import OtherParametersError, cpu_convolution, cpu_winograd, reference
 from .derived import Entry, entry_of
 
 #: Calls in a row with images of another size, behind which filters are laid out for that one.
@@ -49,21 +49,6 @@ def dilation(g: Geometry) -> tuple[int, int]:
     return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
 
 
-def is_rows(g: Geometry, dtype: torch.dtype) -> bool:
-    """Whether a convolution is a Linear's, of one pixel by one tap, which is a matrix product. (Not in fp16 and bf16, whose sum
-    with a shortcut would be rounded twice.)
-
-    PyTorch's convolution took 3 to 14 times as long: seen once, 16 to 512 channels, on a busy machine, which is no measurement.
-    """
-    pixels = g.H == g.W == g.R == g.S == 1 and g.padding == (0, 0)
-    return pixels and g.groups == 1 and dtype == torch.float32
-
-
-def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[N, C, 1, 1] by [K, C, 1, 1]: [N, K, 1, 1], which is contiguous and channels_last."""
-    return F.linear(x.flatten(1), w.flatten(1), bias)[:, :, None, None]
-
-
 class Inference:
     """What follows from a launch alone, of a convolution with given statistics.
 
@@ -84,7 +69,7 @@ class Inference:
         g, roles = launch.geometry, launch.roles
         assert isinstance(g, Geometry)
         self.where = (g.padding, g.stride, dilation(g), g.groups)
-        self.rows = is_rows(g, launch.dtype)
+        self.rows = cpu_convolution.is_rows(g, launch.dtype)
         of_pixels = launch.dtype == torch.float32 and is_small_product(g)
         self.product = self.rows or of_pixels
         self.native = g.K * g.C < MOST_ROWS if self.rows else of_pixels or (launch.dtype == torch.float32 and is_small(g))
@@ -197,31 +182,22 @@ def _product(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def _multiplied(g: Geometry, x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
-    """Rows [N, C], or pixels [N, C, H, W] in memory as [N, H, W, C]: [N, K], or [N, K, H, W] likewise.
-
-    Images are no view of a matrix: where gradients are recorded nobody may write to a view that was made where they are not.
-    """
+    """Rows [N, C], or pixels [N, C, H, W] in memory as [N, H, W, C]: [N, K], or [N, K, H, W] likewise."""
     if x.dim() == 2:
         return _product(x, weight, shift)
     if weight.is_mkldnn:
         return _product(x.flatten(1), weight, shift)[:, :, None, None]
-    y = torch.empty((g.N, g.K, g.H, g.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    rows = y.permute(0, 2, 3, 1).view(-1, g.K)
+    y, out = cpu_convolution.new(x, g.y_shape)
     if shift is None:
-        torch.mm(_rows(x), weight, out=rows)
+        torch.mm(cpu_convolution.rows(x), weight, out=out)
     else:
-        torch.addmm(shift, _rows(x), weight, out=rows)
+        torch.addmm(shift, cpu_convolution.rows(x), weight, out=out)
     return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] as [N H W, C]; a view where it is channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _added(x: Tensor, weight: Tensor, shift: Tensor | None, shortcut: Tensor) -> Tensor:
     """The shortcut, channels_last, with the product added to it in its memory."""
-    rows = shortcut.permute(0, 2, 3, 1).view(-1, shortcut.shape[1]).addmm_(_rows(x), weight)
+    rows = cpu_convolution.rows(shortcut).addmm_(cpu_convolution.rows(x), weight)
     if shift is not None:
         rows.add_(shift)
     return shortcut
