@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_resnet import backends, count_launches, fuse
-from fused_resnet.backends import cpu, cpu_inference, reference
+from fused_resnet.backends import cpu, cpu_inference, cpu_norm, reference
 from fused_resnet.functional import chain
 from fused_resnet.launch import ACTIVATIONS, EPILOGUES, Geometry, Launch
 
@@ -280,7 +280,7 @@ def test_statistics_are_no_worse_than_eagers(shape: tuple[int, ...], deviations:
         truth = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
         _, eagers, invstd = torch.native_batch_norm(shifted, None, None, None, None, True, 0.1, 0.0)
         theirs = eagers, invstd.double() ** -2
-        for what, ours, eager, expected in zip(("mean", "variance"), cpu._moments(shifted), theirs, truth, strict=True):
+        for what, ours, eager, expected in zip(("mean", "variance"), cpu_norm.moments(shifted), theirs, truth, strict=True):
             assert_no_worse(relative_error(ours, expected), relative_error(eager, expected), what)
 
 
@@ -290,7 +290,7 @@ def test_statistics_are_as_exact_as_if_added_up_in_fp64(shape: tuple[int, ...]) 
     y = torch.randn(shape)
     truth = y.double().var((0, 2, 3), correction=0)
     _, _, invstd = torch.native_batch_norm(y, None, None, None, None, True, 0.1, 0.0)
-    _, var = cpu._moments(y.contiguous(memory_format=torch.channels_last))
+    _, var = cpu_norm.moments(y.contiguous(memory_format=torch.channels_last))
     assert_no_worse(distance([(var, truth)]), distance([(invstd.double() ** -2, truth)]), "variance", floor=2e-7)
 
 
@@ -299,7 +299,7 @@ def test_one_channel_with_a_large_mean_harms_no_other() -> None:
     y[:, 3] += 10
     y[:, 5] = 3
     exact = y.double().var((0, 2, 3), correction=0)
-    _, var = cpu._moments(y)
+    _, var = cpu_norm.moments(y)
     assert float(var[5]) < 1e-12
     others = torch.arange(64) != 5
     assert relative_error((var / exact)[others], torch.ones(63)) < 1e-6

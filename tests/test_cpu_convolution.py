@@ -9,8 +9,7 @@ from tolerances import assert_close, assert_no_worse, relative_error
 from fused_resnet.backends import cpu_convolution
 from fused_resnet.launch import Geometry
 
-#: By the way it takes: a 1x1 product, with a stride, of a Linear; contiguous; contiguous from channels_last filters; oneDNN's
-#: channels_last kernels, with a stride that skips pixels, with groups.
+#: By the way it takes: matrix products, oneDNN with contiguous tensors, and with channels_last ones.
 WAYS = {
     "product": Geometry(3, 5, 7, 24, 40, 1, 1),
     "strided product": Geometry(2, 9, 8, 24, 40, 1, 1, (2, 3)),
@@ -19,7 +18,6 @@ WAYS = {
     "rows": Geometry(5, 1, 1, 33, 18, 1, 1),
     "blocked": Geometry(2, 5, 4, 256, 128, 3, 3, padding=(1, 1)),
     "blocked, strided": Geometry(2, 7, 6, 128, 256, 3, 3, (2, 1), (1, 2), (1, 2)),
-    "much smaller than its filters": Geometry(1, 4, 3, 256, 128, 3, 3, padding=(1, 1)),
     "channels_last": Geometry(2, 9, 8, 32, 48, 3, 3, (2, 2), (1, 1)),
     "skips pixels": Geometry(1, 9, 8, 24, 40, 1, 1, (2, 2)),
     "groups": Geometry(2, 9, 8, 32, 64, 3, 3, padding=(1, 1), groups=4),
@@ -111,7 +109,9 @@ def test_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert product(Geometry(8, 8, 8, 64, 64, 1, 1), fp32) and not product(Geometry(8, 8, 9, 64, 64, 1, 1), fp32)
     assert not product(Geometry(2, 5, 5, 64, 64, 1, 1, padding=(1, 1)), fp32)
     assert not product(Geometry(2, 5, 5, 64, 64, 1, 1, groups=2), fp32)
-    assert blocked(WAYS["blocked"], fp32, True) and not blocked(WAYS["blocked"], fp32, False)
-    assert blocked(WAYS["much smaller than its filters"], fp32, False)
+    little = Geometry(2, 8, 8, 256, 128, 3, 3, padding=(1, 1))  # its filters are six times as large
+    assert blocked(little, fp32, True) and not blocked(little, fp32, False)
+    assert not blocked(Geometry(6, 8, 8, 256, 128, 3, 3, padding=(1, 1)), fp32, True)
+    assert blocked(WAYS["blocked"], fp32, False) and not blocked(Geometry(1, 3, 3, 128, 128, 3, 3), fp32, True)
     assert not blocked(WAYS["blocked"], torch.bfloat16, True) and not blocked(WAYS["channels_last"], fp32, True)
     assert not blocked(Geometry(1, 2, 2, 512, 512, 1, 1), fp32, True)

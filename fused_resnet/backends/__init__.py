@@ -278,8 +278,15 @@ class _Step:
         run = None if join is None else join(*self.launches, *after.launches)
         if run is None:
             return None
-        both = self.dead | after.dead, self.last | after.last
-        return _Step((*self.launches, *after.launches), self.runner, run, True, frozenset(), *both)
+        launches, dead = (*self.launches, *after.launches), self.dead | after.dead
+        return _Step(launches, self.runner, run, True, _given_up(launches, dead), dead, self.last | after.last)
+
+
+def _given_up(launches: Sequence[Launch], dead: frozenset[str]) -> frozenset[str]:
+    """Roles whose memory may be written over. What is read under two roles cannot be written over under one."""
+    operands = dict.fromkeys(named for launch in launches for named in launch.operands)
+    read = [slot for _, slot in operands]
+    return frozenset(role for role, slot in operands if slot in dead and read.count(slot) == 1)
 
 
 @lru_cache(maxsize=4096)
@@ -288,8 +295,7 @@ def _program(plan: Plan, name: str, joined: bool = False) -> tuple[_Step, ...]:
     steps: list[_Step] = []
     for launch, dead, last in zip(plan.launches, plan.dead_after, plan.last_read, strict=True):
         runner, _ = assign(launch, name)
-        read = [slot for _, slot in launch.operands]  # what is read under two roles cannot be written over under one
-        donated = frozenset(role for role, slot in launch.operands if slot in dead and read.count(slot) == 1)
+        donated = _given_up((launch,), dead)
         module = executor(runner)
         step = _Step((launch,), runner, module.run, getattr(module, "shares", False), donated, dead, last)
         pair = steps[-1].then(step) if joined and steps and len(steps[-1].launches) == 1 else None

@@ -11,7 +11,7 @@ computed is in :mod:`.cpu_convolution`. What is kept between forward and backwar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, from_output
 from ..launch import Geometry, Launch, PoolGeometry, index_dtype
-from . import cpu_convolution, cpu_inference, reference
+from . import cpu_convolution, cpu_inference, cpu_norm, reference
 
 Operands = dict[str, Tensor]
 #: Temporary tensors of one plan, by the slot they belong to.
@@ -65,33 +65,12 @@ def supports(launch: Launch) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------- training
 
 
-def _fp32(vector: Tensor) -> Tensor:
-    return vector if vector.dtype == torch.float32 else vector.to(torch.float32)
-
-
-def _vector(operands: Operands, role: str) -> Tensor | None:
-    vector = operands.get(role)
-    return None if vector is None else _fp32(vector)
-
-
-def _normalised(x: Tensor, operands: Operands, prefix: str, eps: float = 0.0) -> Tensor:
-    """BatchNorm by what is at hand, in a new tensor. PyTorch's operator wants a variance: of the batch's ``invstd``, eps 0."""
-    mean, var = _fp32(operands[f"{prefix}mean"]), _vector(operands, f"{prefix}var")
-    if var is None:
-        var, eps = operands[f"{prefix}invstd"].pow(-2), 0.0
-    gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
-    if x.dtype != torch.float32 and gamma is None:  # PyTorch takes vectors in fp32 for fp16 and bf16 only together
-        gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
-    # Not torch.nn.functional.batch_norm, which refuses an eps of 0 (PyTorch 2.11).
-    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False)
-
-
 def _activated(launch: Launch, operands: Operands, activation: str, slope: float, shared: Shared) -> Tensor:
     """The activation of ``x``, behind a BatchNorm where its vectors are there; kept for the next launch that reads it."""
     slot = dict(launch.operands)["x"]
     if slot not in shared:
         if "x_mean" in operands:
-            z = _normalised(operands["x"], operands, "x_", launch.x_eps)
+            z = cpu_norm.normalised(operands["x"], operands, "x_", launch.x_eps)
             shared[slot] = ACTIVATIONS[activation].in_place(z, slope)
         else:
             shared[slot] = ACTIVATIONS[activation].function(operands["x"], slope)
@@ -104,73 +83,17 @@ def _input(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
     return _activated(launch, operands, launch.x_activation, launch.x_slope, shared)
 
 
-#: Standard deviations that a mean is large from.
-LARGE_MEAN = 32
-
-
-#: Values of neighbouring pixels that are taken for one, and the most parts that all of these are added up in, each of so many
-#: at least. *Measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29: twice the values cost a third more
-#: (they no longer stay in the first cache); parts cost nothing that can be seen.
-TOGETHER, PARTS, LEAST_IN_PART = 2048, 8, 256
-
-
-@lru_cache(maxsize=1024)
-def _shared_out(pixels: int, channels: int) -> tuple[int, int]:
-    """How many neighbouring pixels :func:`_moments` takes for one, and in how many parts it adds up these; what divides."""
-    together = max(count for count in range(1, max(TOGETHER // channels, 1) + 1) if pixels % count == 0)
-    rows = pixels // together
-    parts = [count for count in range(1, PARTS + 1) if rows % count == 0 and rows // count >= LEAST_IN_PART]
-    return together, max(parts, default=1)
-
-
-def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, fp32.
-
-    PyTorch's operator adds up the pixels of a channels_last tensor one after another, in fp32 (those of a contiguous one in
-    fp64): an error of 1e-5 in the variance of 8 images of 112x112 (PyTorch 2.14), which deep networks multiply by a hundred.
-    Taken in groups of pixels, each with its own sums, merged by Chan's formula, it is 2e-7.
-
-    But what groups differ by is small beside the rounding of means that are large: at 1000 standard deviations the merged
-    variance was 5e-5 off where PyTorch's is 3e-6. Where there are such channels both are taken of what is left of y behind the
-    mean.
-    """
-    mean, var = _grouped_moments(y)
-    if bool(((mean.square() > LARGE_MEAN**2 * var) & (var > 0)).any()):
-        rest, var = _grouped_moments(y - mean.view(1, -1, 1, 1))
-        mean = mean + rest
-    return mean, var
-
-
-def _grouped_moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    n, channels, p, q = y.shape
-    together, parts = _shared_out(n * p * q, channels)
-    rows = y.permute(0, 2, 3, 1).reshape(parts, -1, together * channels, 1, 1)
-    running: tuple[Tensor | None, ...] = (None, None)
-    if y.dtype != torch.float32:  # in fp32 for fp16 and bf16 too, if running statistics are there in fp32
-        running = tuple(torch.zeros(rows.shape[2], dtype=torch.float32, device=y.device) for _ in range(2))
-    made = [torch.ops.aten.batch_norm_update_stats(part, *running, 0.0) for part in rows]
-    if len(made) == together == 1:
-        return made[0]
-    means, variances = (torch.stack(values).view(-1, channels) for values in zip(*made, strict=True))
-    mean = means.mean(0)
-    between = (means - mean).square_()  # not var_mean, which takes ten times as long down the columns of so small a matrix
-    return mean, between.add_(variances).mean(0)
-
-
-def _statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and invstd of y; the running statistics are updated on the way."""
-    mean, var = _moments(y)
-    reference.update_running(operands, mean, var, y.numel() // y.shape[1], launch.momentum)
-    return mean, var.add_(launch.eps).rsqrt_()
+#: Epilogues of convolutions into which nothing is folded: what training computes, and computes again, to the same bits.
+_PLAIN = frozenset(("store", "bias", "stats"))
 
 
 def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
     x = _input(launch, operands, shared)
-    alone = launch.epilogue in ("store", "bias", "stats")  # the others add the bias themselves
+    alone = launch.epilogue in _PLAIN  # the others add the bias themselves
     bias = operands.get("bias") if alone else None
     y = cpu_convolution.forward(g, x, operands["w"], bias)
     if launch.epilogue == "stats":
-        return y, *_statistics(launch, operands, y)
+        return y, *cpu_norm.statistics(launch, operands, y)
     if not alone:
         z = reference.EPILOGUES[launch.epilogue](y.to(torch.float32), operands, launch.eps)
         y = z.to(launch.dtype)
@@ -184,32 +107,16 @@ def _bn_add_relu(launch: Launch, operands: Operands) -> Tensor:
 def _summed(operands: Operands) -> Tensor:
     """What a ``bn_add_relu`` gives its activation, in a new tensor."""
     y = operands["y"]
-    z = _normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
+    z = cpu_norm.normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
     if "shortcut" in operands:
         shortcut = operands["shortcut"]
-        z.add_(_normalised(shortcut, operands, "shortcut_") if "shortcut_mean" in operands else shortcut)
+        z.add_(cpu_norm.normalised(shortcut, operands, "shortcut_") if "shortcut_mean" in operands else shortcut)
     return z
 
 
 def _masked(launch: Launch, gradient: Tensor, z: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient in front of the activation, from its input or, where that suffices, its output; into ``out`` if given."""
     return ACTIVATIONS[launch.activation].backward(gradient, z, launch.slope, out)
-
-
-def _behind_norm(
-    dz: Tensor, y: Tensor, operands: Operands, prefix: str, eps: float = 0.0
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """``(dy, dot, sum)`` of BatchNorm's backward, which PyTorch makes in one operator. With given statistics there is no dy."""
-    mean = _fp32(operands[f"{prefix}mean"])
-    if dz.numel() == 0:  # PyTorch's operator divides by the number of pixels, and ends the process
-        return (dz if f"{prefix}var" not in operands else None), torch.zeros_like(mean), torch.zeros_like(mean)
-    gamma, given = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}var")
-    if gamma is None and dz.dtype != torch.float32:
-        gamma = torch.ones_like(mean)
-    backward = torch.ops.aten.native_batch_norm_backward
-    if given is not None:
-        return backward(dz, y, gamma, mean, given, None, None, False, eps, [False, True, True])
-    return backward(dz, y, gamma, None, None, mean, operands[f"{prefix}invstd"], True, 0.0, [True, True, True])
 
 
 def _sums(
@@ -220,7 +127,7 @@ def _sums(
     slots = dict(launch.outputs)
     for y, prefix, dot in roles:
         if dot in slots:
-            dy, sums[dot], total = _behind_norm(dz, operands[y], operands, prefix, launch.x_eps)
+            dy, sums[dot], total = cpu_norm.sums(dz, operands[y], operands, prefix, launch.x_eps)
             if dy is not None:
                 shared[slots[dot]] = dy
             sums["sum"] = sums["sum_previous"] = total
@@ -229,7 +136,9 @@ def _sums(
     return sums
 
 
-def _bn_add_relu_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+def _bn_add_relu_backward(
+    launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared
+) -> Tensor | tuple[Tensor, ...]:
     dz = operands["dout"]
     if "out" in operands:
         dz = _masked(launch, dz, operands["out"])
@@ -249,9 +158,9 @@ def _listed(launch: Launch, made: dict[str, Tensor]) -> Tensor | tuple[Tensor, .
 def _mixed(launch: Launch, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """What a gate mixes: the branch behind its activation, the shortcut, and how far the gate is open. The branch is ours."""
     y, side = operands["y"], operands["shortcut"]
-    h = _normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
+    h = cpu_norm.normalised(y, operands, "") if "mean" in operands else y.clone(memory_format=torch.channels_last)
     if "shortcut_mean" in operands:
-        side = _normalised(side, operands, "shortcut_")
+        side = cpu_norm.normalised(side, operands, "shortcut_")
     if "mean" in operands or launch.kind == "gate":  # backward, without statistics, y is what the activation gave
         h = ACTIVATIONS[launch.activation].in_place(h, launch.slope)
     return h, side, torch.sigmoid(operands["t"])
@@ -264,7 +173,7 @@ def _gate(launch: Launch, operands: Operands) -> Tensor:
     return h.mul_(opened).addcmul_(opened.neg_().add_(1), side)
 
 
-def _gate_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+def _gate_backward(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor | tuple[Tensor, ...]:
     if launch.dtype != torch.float32 or not from_output(launch.activation, launch.slope):
         return reference.gate_backward(launch, operands)
     h, side, opened = _mixed(launch, operands)
@@ -278,41 +187,39 @@ def _gate_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor
     ends = (("dz", "y", "", "sum", "dot"), ("dside", "shortcut", "shortcut_", "dside_sum", "shortcut_dot"))
     for gradient, role, prefix, total, dot in ends:
         if dot in slots:
-            dy, made[dot], made[total] = _behind_norm(made[gradient], operands[role], operands, prefix)
-            assert dy is not None
-            shared[slots[dot]] = dy
+            dy, made[dot], made[total] = cpu_norm.sums(made[gradient], operands[role], operands, prefix)
+            if dy is not None:
+                shared[slots[dot]] = dy
         elif total in slots:
             made[total] = made[gradient].sum((0, 2, 3))
     return _listed(launch, made)
 
 
-def _output_gradient(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
+def _output_gradient(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor:
     """Gradient behind the convolution (where statistics are given, but for a factor per filter)."""
     if launch.gradient != "bn_backward":
         return operands["dz"]
     slot = dict(launch.operands)["dot"]
     if slot not in shared:
-        dy, _, _ = _behind_norm(operands["dz"], operands["y"], operands, "")
-        assert dy is not None
-        shared[slot] = dy
+        shared[slot] = cpu_norm.gradient(operands["dz"], operands["y"], operands, "dz" in donated)
     return shared[slot]
 
 
-def _through_norm(launch: Launch, operands: Operands, shared: Shared) -> Tensor:
+def _through_norm(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor:
     """The gradient in front of a BatchNorm, plus the shortcut's: one pass, where the dgrad has made it with its sums."""
     shortcut = operands.get("dshortcut")
     if launch.gradient == "bn_backward":
-        dy = _output_gradient(launch, operands, shared)
+        dy = _output_gradient(launch, operands, donated, shared)
         del shared[dict(launch.operands)["dot"]]
         return dy if shortcut is None else dy.add_(shortcut)
     scale = reference.given_scale(operands, launch.eps, torch.float32).to(launch.dtype).view(1, -1, 1, 1)
     return operands["dz"] * scale if shortcut is None else torch.addcmul(shortcut, operands["dz"], scale)
 
 
-def _dgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+def _dgrad(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor | tuple[Tensor, ...]:
     g = launch.geometry
     assert isinstance(g, Geometry)
-    dy, w = _output_gradient(launch, operands, shared), operands["w"]
+    dy, w = _output_gradient(launch, operands, donated, shared), operands["w"]
     if launch.gradient == "scale":
         scale = reference.given_scale(operands, launch.eps, torch.float32)
         w = (w.to(torch.float32) * scale.view(-1, 1, 1, 1)).to(launch.dtype)
@@ -343,7 +250,7 @@ def _differentiated_at(launch: Launch, operands: Operands, shared: Shared) -> Te
     """Behind a BatchNorm what :func:`_masked` is told: the activation, which wgrad has made, or the BatchNorm's output."""
     if from_output(launch.activation, launch.slope):
         return _activated(launch, operands, launch.activation, launch.slope, shared)
-    return _normalised(operands["x"], operands, "x_", launch.x_eps)
+    return cpu_norm.normalised(operands["x"], operands, "x_", launch.x_eps)
 
 
 def _no_gradient_of_bias(launch: Launch, dz: Tensor) -> dict[str, Tensor]:
@@ -353,14 +260,14 @@ def _no_gradient_of_bias(launch: Launch, dz: Tensor) -> dict[str, Tensor]:
     return {"dbias": torch.zeros(launch.geometry.y_shape[1], dtype=torch.float32, device=dz.device)}
 
 
-def _wgrad(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+def _wgrad(launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared) -> Tensor | tuple[Tensor, ...]:
     if launch.gradient != "bn_backward":
         return reference.run(launch, operands)
     g = launch.geometry
     assert isinstance(g, Geometry)
     made = _no_gradient_of_bias(launch, operands["dz"])
     if "x" in operands:
-        dy, x = _output_gradient(launch, operands, shared), _input(launch, operands, shared)
+        dy, x = _output_gradient(launch, operands, donated, shared), _input(launch, operands, shared)
         _, dw = cpu_convolution.gradients(g, dy, x, None)
         assert dw is not None
         made["dw"] = dw
@@ -386,7 +293,7 @@ def _gradients(
     """A wgrad and a dgrad."""
     g = first.geometry
     assert isinstance(g, Geometry)
-    dy = _output_gradient(first, operands, shared)
+    dy = _output_gradient(first, operands, donated, shared)
     dx, dw = cpu_convolution.gradients(g, dy, _input(first, operands, shared), operands["w"])
     assert dx is not None and dw is not None
     made = _listed(first, {"dw": dw, **_no_gradient_of_bias(first, dy)}), _behind_dgrad(second, operands, shared, dx)
@@ -399,13 +306,15 @@ def _max_pool(launch: Launch, g: PoolGeometry, operands: Operands) -> Tensor | t
     return reference.pooled(launch, g, _input(launch, operands, {}))
 
 
-def _max_pool_backward(launch: Launch, operands: Operands, shared: Shared) -> Tensor | tuple[Tensor, ...]:
+def _max_pool_backward(
+    launch: Launch, operands: Operands, donated: frozenset[str], shared: Shared
+) -> Tensor | tuple[Tensor, ...]:
     g = launch.geometry
     assert isinstance(g, PoolGeometry)
     dy = _masked(launch, operands["dy"], operands["out"]) if "out" in operands else operands["dy"]
     dx = reference.scattered(g, dy, operands["x"], operands["indices"])
     if launch.activation != "identity" and "out" not in operands:
-        z = _normalised(operands["x"], operands, "x_") if "x_mean" in operands else operands["x"]
+        z = cpu_norm.normalised(operands["x"], operands, "x_") if "x_mean" in operands else operands["x"]
         dx = _masked(launch, dx, z, dx)
     return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot"),))})
 
@@ -426,7 +335,7 @@ def prepare(
     activate, operands = ACTIVATIONS[launch.x_activation].in_place, dict(parameters)
 
     def behind_norm(x: Tensor, shortcut: Tensor | None) -> Tensor:
-        return step(activate(_normalised(x, operands, "x_", launch.x_eps), launch.x_slope), shortcut)
+        return step(activate(cpu_norm.normalised(x, operands, "x_", launch.x_eps), launch.x_slope), shortcut)
 
     return behind_norm
 
@@ -443,7 +352,7 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
     g = launch.geometry
     if launch.kind == "conv":
         assert isinstance(g, Geometry)
-        if "x_invstd" not in operands and launch.epilogue != "stats":
+        if "x_invstd" not in operands and launch.epilogue not in _PLAIN:
             if g.N == 0:
                 return operands["x"].new_empty(g.y_shape, dtype=launch.dtype)
             if launch.prologue != "identity":
@@ -457,10 +366,10 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
             return empty if len(launch.outputs) == 1 else (empty, empty.to(index_dtype(g.kernel)))
         return _max_pool(launch, g, operands)
     if launch.kind == "statistics":
-        return _statistics(launch, operands, operands["x"])
+        return cpu_norm.statistics(launch, operands, operands["x"])
     if launch.kind in _ELEMENTWISE:
         return _ELEMENTWISE[launch.kind](launch, operands)
-    return _BACKWARD[launch.kind](launch, operands, shared)
+    return _BACKWARD[launch.kind](launch, operands, donated, shared)
 
 
 _ELEMENTWISE: dict[str, Callable[[Launch, Operands], Tensor]] = {

@@ -25,12 +25,12 @@ from . import cpu_wgrad, reference
 #: 2026-11-29, medians of forward plus both gradients, channels_last against contiguous, with filters that are contiguous. 3x3,
 #: 512 on 512 channels, 2 images of 2x2 22.7, 4.0 ms; 1 of 7x7 (47 times as large) 18.8, 6.7; 8 of 7x7 (5.9) 40.5, 34.8; 1 of
 #: 28x28 (2.9) 64.3, 63.1; 512 on 256 of stride 2, 8 of 14x14 (2.0) 25.5, 21.4; 256 on 256, 8 of 7x7 (2.9) 9.9, 8.8, of 14x14
-#: (0.7) 26.1, 29.2; 128 on 128, 8 of 4x4 (4.5) 0.82, 0.87. Channels_last filters: 512 on 512, 1 of 7x7 14.3, 6.7, 8 of 7x7 38.3,
-#: 34.8, but for copies of filters and gradient.
+#: (0.7) 26.1, 29.2; 128 on 128, 8 of 4x4 (4.5) 0.82, 0.87. Channels_last filters: 512 on 512, 1 of 7x7 14.3, 6.7; 8 of 7x7
+#: 38.3, 34.8, but for copies of filters and gradient.
 LARGER, LARGER_IN_CHANNELS_LAST, LEAST_FILTERS = 2, 10, 2**18
 #: Pixels of a batch up to which 1x1 filters are matrix products. *Measured* likewise, oneDNN's, the products': 512 on 2048
-#: channels, 2 images of 2x2 4.1, 1.0 ms; 2 of 7x7 6.9, 4.2; 8 of 7x7 15.9, 14.0; 2048 on 512 2.0, 0.7; 4.6, 3.7; 16.1, 15.6; 256
-#: on 1024 1.5, 0.6; 2.3, 1.6; 4.8, 4.4, and 8 of 14x14 12.6, 13.0; 64 on 256 0.21, 0.08; 0.25, 0.17; 0.41, 0.32. Of one image
+#: channels, 2 images of 2x2 4.1, 1.0 ms; 2 of 7x7 6.9, 4.2; 8 of 7x7 15.9, 14.0; 2048 on 512 2.0, 0.7; 4.6, 3.7; 16.1, 15.6;
+#: 256 on 1024 1.5, 0.6; 2.3, 1.6; 4.8, 4.4; 8 of 14x14 12.6, 13.0; 64 on 256 0.21, 0.08; 0.25, 0.17; 0.41, 0.32. Of one image
 #: oneDNN's kernels are others: 512 on 2048 of 7x7 5.6, 2.9, but 256 on 1024 of 14x14 2.2, 2.3, 64 on 256 of 7x7 0.09, 0.12.
 MOST_PIXELS = 512
 
