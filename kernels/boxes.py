@@ -224,7 +224,7 @@ def locate_flat(lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr):
 def loaded(place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr):
     """What a prologue asks about a tile of pixels: the channels [C], and whether the tap is in the image, [M, 1 or C].
 
-    None instead of the latter where every tap of a pixel that exists does: what becomes of others is stored nowhere.
+    Without a padding every tap of a pixel that exists is; a prologue need not ask, what becomes of others is stored nowhere.
     """
     if FLAT:
         _, channels, inside = locate_flat(lanes, step, sizes, TAPS, TILE)
@@ -232,7 +232,7 @@ def loaded(place, lanes, step, sizes, TAPS: tl.constexpr, TILE: tl.constexpr, FL
     else:
         channels = place.c + step.c + tl.arange(0, TILE.channels)
         if TAPS.padding_h == 0 and TAPS.padding_w == 0:
-            return channels, None
+            return channels, lanes.inside[:, None]
         else:
             _, inside = locate(lanes, step.r, step.s, sizes, TAPS)
             return channels, inside[:, None]

@@ -35,12 +35,12 @@ from .numerics import dot, rounded
 
 
 @triton.jit
-def tile_index(sizes, shares, group, TILE: tl.constexpr):
-    """Which tile of the output this program makes."""
+def tile_index(sizes, shares, TILE: tl.constexpr):
+    """Which tile of the output this program makes: the first four of :class:`.epilogues.Index`."""
     pixel_tiles = tl.cdiv(sizes.N, TILE.images) * tl.cdiv(sizes.P, TILE.rows) * tl.cdiv(sizes.Q, TILE.columns)
     filter_tiles = tl.cdiv(sizes.K, TILE.filters)
     pixel_tile, filter_tile = in_bands(own_program(shares), pixel_tiles, filter_tiles, TILE.group)
-    return Index(pixel_tile, pixel_tiles, filter_tile, filter_tiles, group)
+    return pixel_tile, pixel_tiles, filter_tile, filter_tiles
 
 
 @triton.jit
@@ -134,7 +134,10 @@ def main_loop(
         taps = FILTERS(w, place, filters, step, sizes, TAPS, TILE)
         if PIXELS_FIRST:
             channels, inside = loaded(place, lanes, step, sizes, TAPS, TILE, FLAT)
-            pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+            if FLAT or TAPS.padding_h != 0 or TAPS.padding_w != 0:
+                pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+            else:
+                pixels = PROLOGUE(pixels, channels, None, *prologue_args)
             acc = dot(pixels, taps.trans(), acc, PRECISION)
         else:
             acc = dot(taps, pixels.trans(), acc, PRECISION)
@@ -226,7 +229,7 @@ def conv_forward(
     shared = None
     if memory is not None:
         shared = Shares(shares, tiles, memory.partials, memory.counters)
-    index = tile_index(sizes, shared, group, TILE)
+    index = Index(*tile_index(sizes, shared, TILE), group)
     place = own_tile(index, sizes, TAPS, TILE, SPANS)
     lanes = lanes_of(place, sizes, TILE, WIDE)
     filters = place.k + tl.arange(0, K)

@@ -237,7 +237,7 @@ def write(acc, dx, at, column, outputs, EPILOGUE: tl.constexpr, epilogue_args, B
         # Of what is stored, and of pixels that exist: past the border there may be taps and so a gradient.
         stored = tl.where(at.mask, stored.to(tl.float32), 0.0)
         total = tl.sum(stored, axis=0)
-        if factor is None:
+        if len(outputs) == 1:
             finish_sums(column, (total,), outputs)
         else:
             finish_sums(column, (total, tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)), outputs)

@@ -27,13 +27,13 @@ def strip_index(K, CHANNELS: tl.constexpr):
 
 @triton.jit
 def added_up(y, y_bn, shortcut, shortcut_bn, channels, exists):
-    """``bn(y) + bn(shortcut)``, fp32, of tiles [M, C]; the shortcut, and the vectors of either BatchNorm, may be None."""
-    if y_bn is not None:
+    """``bn(y) + bn(shortcut)``, fp32, of tiles [M, C]; the shortcut may be None, and the vectors of either BatchNorm."""
+    if y_bn[0] is not None:
         z = batch_norm(y, channels, exists, None, *y_bn)
     else:
         z = y.to(tl.float32)
     if shortcut is not None:
-        if shortcut_bn is not None:
+        if shortcut_bn[0] is not None:
             z = z + batch_norm(shortcut, channels, exists, None, *shortcut_bn)
         else:
             z = z + shortcut.to(tl.float32)
@@ -59,7 +59,7 @@ def bn_add_relu(
 
     Args:
         y: pointer to [pixels, K] fp32, fp16 or bf16.
-        y_bn: the last arguments of :func:`.prologues.batch_norm`; None where y is taken as it is.
+        y_bn: the last arguments of :func:`.prologues.batch_norm`; None, in a tuple, where y is taken as it is.
         shortcut: pointer like y, or None.
         shortcut_bn: as y_bn, for the shortcut.
         out: pointer like y.
@@ -115,11 +115,11 @@ def bn_add_relu_backward(
         dout: pointer to [pixels, K].
         out: pointer like dout: what the activation gave, or None where there is none or its output does not tell.
         y, y_bn: pointer like dout, and as for :func:`bn_add_relu`, gamma and beta only needed without ``out``. y is
-            None where neither its sum nor the activation's input is asked for, y_bn where it is not behind a BatchNorm.
+            None where neither its sum nor the activation's input is asked for.
         shortcut, shortcut_bn: likewise.
         dz: pointer like dout, or None. The sums are of what is stored.
         sums: pointers to fp32 [K]: of dz, of dz * xhat(y), of dz * xhat(shortcut); None for those not asked for.
-        group, partials, counters: see :class:`.finish.Column`; counters for each tile of channels.
+        group, partials, counters: see :class:`.finish.Column`; counters for each tile of channels. No group without sums.
         BACKWARD, slope: function of activations.py, None without an activation, and its third argument.
     """
     strip, channel_tile, channel_tiles = strip_index(K, CHANNELS)
@@ -153,12 +153,12 @@ def bn_add_relu_backward(
             tl.store(dz + offsets, gradient, mask=mask)
         gradient = gradient.to(tl.float32)
         total += gradient
-        if y_bn is not None:
+        if y_bn[0] is not None:
             dot += tl.where(mask, gradient * standardised(value, channels, exists, y_bn[0], y_bn[1]), 0.0)
-        if shortcut_bn is not None:
+        if shortcut_bn[0] is not None:
             xhat = standardised(side, channels, exists, shortcut_bn[0], shortcut_bn[1])
             shortcut_dot += tl.where(mask, gradient * xhat, 0.0)
-    if sums is not None:
+    if group is not None:
         strips = tl.num_programs(0) // channel_tiles
         own = counters + channel_tile * (tl.cdiv(strips, group) + 1)
         column = Column(partials, own, strip, strips, group, channels, exists, K)

@@ -19,8 +19,8 @@ from .numerics import rounded
 
 
 @triton.jit
-def strip_of(pixels, K, group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
-    """Where a program's strip lies (:class:`.epilogues.At`), and which it is (:class:`.epilogues.Index`)."""
+def strip_of(pixels, K, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+    """Where a program's strip lies (:class:`.epilogues.At`), and the first four of :class:`.epilogues.Index`."""
     strip, channel_tile, channel_tiles = strip_index(K, CHANNELS)
     channels = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
     start = strip
@@ -31,7 +31,7 @@ def strip_of(pixels, K, group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WID
     inside = pixel < pixels
     offsets = (pixel * K)[:, None] + channels[None, :]
     at = At(pixel, channels, inside, exists, offsets, inside[:, None] & exists[None, :])
-    return at, Index(strip, tl.num_programs(0) // channel_tiles, channel_tile, channel_tiles, group)
+    return at, (strip, tl.num_programs(0) // channel_tiles, channel_tile, channel_tiles)
 
 
 @triton.jit(do_not_specialize_on_alignment=["pixels"])
@@ -53,7 +53,7 @@ def output_gradient(
 
     ``y`` is None where the gradient does not read it, ``dshortcut`` where there is no shortcut.
     """
-    at, _ = strip_of(pixels, K, None, PIXELS, CHANNELS, WIDE)
+    at, _ = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
     gradient = tl.load(dz + at.offsets, mask=at.mask, other=0.0).to(tl.float32)
     made = None
     if y is not None:
@@ -86,7 +86,8 @@ def conv_end(
 
     ``y``: pointer like raw, or None where raw stays as it is; ``group``: None where nothing is reduced.
     """
-    at, index = strip_of(pixels, K, group, PIXELS, CHANNELS, WIDE)
+    at, strip = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    index = Index(*strip, group)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
     z = rounded(ACTIVATION(EPILOGUE(acc.to(tl.float32), at, *epilogue_args), slope), acc.dtype)
     if y is not None:
@@ -113,7 +114,8 @@ def dgrad_end(
     WIDE: tl.constexpr,
 ):
     """What :func:`.dgrad.dgrad` does behind its main loop. ``K``: channels; ``group``: None where nothing is summed."""
-    at, index = strip_of(pixels, K, group, PIXELS, CHANNELS, WIDE)
+    at, strip = strip_of(pixels, K, PIXELS, CHANNELS, WIDE)
+    index = Index(*strip, group)
     acc = tl.load(raw + at.offsets, mask=at.mask, other=0.0)
     made, factor = EPILOGUE(acc.to(tl.float32), at, BACKWARD, *epilogue_args)
     stored = rounded(made, acc.dtype)
@@ -122,7 +124,7 @@ def dgrad_end(
         stored = tl.where(at.mask, stored.to(tl.float32), 0.0)
         own = counters + index.filter_tile * (tl.cdiv(index.pixel_tiles, group) + 1)
         tiles = Column(partials, own, index.pixel_tile, index.pixel_tiles, group, at.filters, at.filters_inside, K)
-        if factor is None:
+        if len(outputs) == 1:
             finish_sums(tiles, (tl.sum(stored, axis=0),), outputs)
         else:
             total = tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)

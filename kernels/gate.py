@@ -25,7 +25,7 @@ from .prologues import batch_norm
 @triton.jit
 def normalised_or_not(value, channels, exists, vectors):
     """fp32, behind its BatchNorm where ``vectors`` are there."""
-    if vectors is not None:
+    if vectors[0] is not None:
         return batch_norm(value, channels, exists, None, *vectors)
     return value.to(tl.float32)
 
@@ -50,7 +50,7 @@ def gate(
 
     Args:
         y, shortcut, t: pointers to [pixels, K] fp32, fp16 or bf16.
-        y_bn, shortcut_bn: the last arguments of :func:`.prologues.batch_norm`; None where there is no BatchNorm.
+        y_bn, shortcut_bn: the last arguments of :func:`.prologues.batch_norm`; None, in a tuple, where there is no BatchNorm.
         out: pointer like y.
         ACTIVATION, slope: function of activations.py and its second argument.
         WIDE: 64-bit offsets.
@@ -137,7 +137,7 @@ def gate_backward(
         tl.store(dz + offsets, stored, mask=mask)
         stored = tl.where(mask, stored.to(tl.float32), 0.0)
         total += tl.sum(stored, axis=0)
-        if y_bn is not None:
+        if y_bn[0] is not None:
             xhat = standardised(y_value, channels, exists, y_bn[0], y_bn[1])
             dot += tl.sum(tl.where(mask, stored * xhat, 0.0), axis=0)
         stored = rounded(gradient * (h - side) * (opened * (1.0 - opened)), dt.dtype.element_ty)
@@ -147,7 +147,7 @@ def gate_backward(
         tl.store(dside + offsets, stored, mask=mask)
         stored = tl.where(mask, stored.to(tl.float32), 0.0)
         total_side += tl.sum(stored, axis=0)
-        if shortcut_bn is not None:
+        if shortcut_bn[0] is not None:
             xhat = standardised(side_value, channels, exists, shortcut_bn[0], shortcut_bn[1])
             dot_side += tl.sum(tl.where(mask, stored * xhat, 0.0), axis=0)
     strips = tl.num_programs(0) // channel_tiles

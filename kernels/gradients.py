@@ -62,7 +62,7 @@ def vector(pointer, filters, exists):
 
 @triton.jit
 def no_coefficients(filters, exists):
-    return (None,)
+    return (0.0,)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ GRADIENTS = {
 def store(acc, at, BACKWARD: tl.constexpr, dshortcut):
     if dshortcut is not None:
         acc = acc + per_pixel(dshortcut, at)
-    return acc, None
+    return acc, 0.0
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def mask(acc, at, BACKWARD: tl.constexpr, slope, a_previous, z_previous):
             acc = BACKWARD(acc, per_pixel(z_previous, at), slope)
         else:
             acc = BACKWARD(acc, per_pixel(a_previous, at), slope)
-    return acc, None
+    return acc, 0.0
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def lanes_at(pixels, rows, columns, N):
 
 @triton.jit
 def window_maximum(x, lanes, channels, sizes, PROLOGUE: tl.constexpr, prologue_args, TAPS: tl.constexpr, INDEX: tl.constexpr):
-    """Maximum of each lane's window, fp32 [M, C], and its index, int32 [M, C] (None unless ``INDEX``).
+    """Maximum of each lane's window, fp32 [M, C], and its index, int32 [M, C] (-1 unless ``INDEX``).
 
     As PyTorch chooses: the first of the largest, but a NaN replaces what was there. Taps in the padding do not exist.
     """
@@ -51,10 +51,7 @@ def window_maximum(x, lanes, channels, sizes, PROLOGUE: tl.constexpr, prologue_a
             index = tl.where(better, tap, index)
         else:
             largest = tl.maximum(largest, tl.where(inside, value, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
-    if INDEX:
-        return largest, index
-    else:
-        return largest, None
+    return largest, index
 
 
 @triton.jit(do_not_specialize_on_alignment=EXTENTS)
@@ -171,22 +168,22 @@ def max_pool_backward(
                 _, index = window_maximum(x, Lanes(own.n, p, q, inside), channels, sizes, PROLOGUE, (), TAPS, True)
             value = tl.load(dy + window, mask=there & (index == tap), other=0.0)
             gradient += value.to(tl.float32)
-        if sums is not None:
+        if group is not None:
             value = tl.load(x + offsets, mask=mask, other=0.0)
             if BACKWARD is not None:
                 z = value.to(tl.float32)
-                if x_bn is not None:
+                if x_bn[0] is not None:
                     # In fp32: the form for 16 bits spills here (sm_90).
                     z = batch_norm(z, channels, exists, None, *x_bn)
                 gradient = BACKWARD(gradient, z, slope)
         gradient = rounded(gradient, dx.dtype.element_ty)
         tl.store(dx + offsets, gradient, mask=mask)
-        if sums is not None:
+        if group is not None:
             gradient = gradient.to(tl.float32)
             total += gradient
-            if x_bn is not None:
+            if x_bn[0] is not None:
                 dot += tl.where(mask, gradient * standardised(value, channels, exists, x_bn[0], x_bn[1]), 0.0)
-    if sums is not None:
+    if group is not None:
         strips = tl.num_programs(0) // channel_tiles
         counter = counters + channel_tile * (tl.cdiv(strips, group) + 1)
         column = Column(partials, counter, strip, strips, group, channels, exists, sizes.C)

@@ -163,13 +163,14 @@ def main_loop(
         if RIM:
             # A box past the output's border makes a dy and may see pixels of x: zeros on both sides, since there may be a NaN,
             # which only a selection behind the prologue keeps out.
-            if inside is None:
-                inside = lanes.inside[:, None]
             dy = GRADIENT(dy, made, lanes.inside[:, None], coefficients)
             pixels = tl.where(inside, PROLOGUE(pixels, channels, None, *prologue_args), 0.0)
         else:
             dy = GRADIENT(dy, made, None, coefficients)
-            pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+            if FLAT or TAPS.padding_h != 0 or TAPS.padding_w != 0:
+                pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
+            else:
+                pixels = PROLOGUE(pixels, channels, None, *prologue_args)
         acc = dot(dy.trans(), pixels, acc, PRECISION)
         n, p, q = next_box(n, p, q, sizes, TILE)
     return acc

@@ -61,7 +61,7 @@ def write_vectors(inner, filters, exists, results, given, SCALED: tl.constexpr, 
 
 @triton.jit
 def write_tile(total, offsets, mask, filters, exists, results, given, SCALED: tl.constexpr):
-    """Store a piece of dw. Returns its part of ``<w_k, G_k>``, fp32 [K], or None without dgamma."""
+    """Store a piece of dw. Returns its part of ``<w_k, G_k>``, fp32 [K]; without dgamma nothing of use."""
     if results.dw is not None:
         dw = total
         if SCALED:
@@ -74,7 +74,7 @@ def write_tile(total, offsets, mask, filters, exists, results, given, SCALED: tl
         w = tl.load(given.w + offsets, mask=mask, other=0.0).to(tl.float32)
         return tl.sum(tl.where(mask, w * total, 0.0), axis=1)
     else:
-        return None
+        return 0.0
 
 
 @triton.jit

@@ -49,10 +49,6 @@ GRADIENTS, STRIPS = ("dgrad", "wgrad"), ("statistics", "output_gradient")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-#: The first Triton that compiles the kernels: 3.6 fails at a tuple that holds None. (Interpreted they run there.)
-OLDEST = (3, 7)
-
-
 def check_available(device: torch.device) -> None:
     """Raise where Triton cannot run on tensors of ``device``.
 
@@ -63,11 +59,6 @@ def check_available(device: torch.device) -> None:
         raise RuntimeError(
             f"backend='triton' runs on GPU tensors, got tensors on {str(device)!r}; move the model and its input to a GPU, "
             "choose backend='cpu', or set TRITON_INTERPRET=1 before Triton is imported to interpret the kernels (slow)"
-        )
-    if not triton.knobs.runtime.interpret and tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        raise RuntimeError(
-            f"backend='triton' needs Triton {OLDEST[0]}.{OLDEST[1]} or newer (PyTorch 2.12) to compile its kernels, got "
-            f"{triton.__version__}; choose backend='reference'"
         )
     if torch.version.hip and (arch := arch_of(device)).startswith("gfx") and not arch.startswith("gfx9"):
         raise RuntimeError(

@@ -45,7 +45,7 @@ def weightless_operands(launch: Launch, parameters: torch.dtype = torch.float32)
     return {role: weightless_operand(role) for role in launch.roles}
 
 
-#: Whether this Triton's descriptors can round: those of 3.6, which only interprets the kernels, cannot.
+#: Whether this Triton's descriptors can round: those of 3.6 cannot.
 ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
 
 

@@ -84,10 +84,8 @@ def plan_start(launch: Launch, arch: str, strip: Strip | None = None, wide: bool
     return Start(kernel, launch, bind, programs, constants, sizes, None, None, strip.num_warps, 1, counters, partials, group)
 
 
-def vectors(named: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> tuple[Any, ...] | None:
-    """The pointers of one BatchNorm, None if it is not there."""
-    if prefix + names[0] not in named:
-        return None
+def vectors(named: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> tuple[Any, ...]:
+    """The pointers of one BatchNorm, the first None if it is not there. (Triton 3.6 cannot compare a tuple that holds None.)"""
     return tuple(named.get(prefix + name) for name in names)
 
 
