@@ -3,8 +3,9 @@
 PyTorch's operators take the pixels of a channels_last tensor one after another, whatever the number of channels. Taken in
 groups, neighbours for channels of their own (:func:`_shared_out`), the same operators' sums are vectorised where channels are
 few, and shorter: what a channel's sum loses in fp32 is a tenth. What is left is one factor or two per channel and a shift, in
-elementwise operators (*measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, medians, us, PyTorch's
-BatchNorm, this):
+elementwise operators, which may write over what they read. *Measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1,
+2026-11-29, medians, us, PyTorch's BatchNorm, this, alone with their tensors in the cache (in a whole step memory decides, and no
+difference was seen beside the noise):
 
 =================  ===========  ===========
 images             forward      backward
