@@ -4,7 +4,7 @@ PyTorch's operators take the pixels of a channels_last tensor one after another,
 groups, neighbours for channels of their own (:func:`_shared_out`), the same operators' sums are vectorised where channels are
 few, and shorter: what a channel's sum loses in fp32 is a tenth. What is left is one factor or two per channel and a shift, in
 elementwise operators, which may write over what they read. *Measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1,
-2026-11-29, medians, us, PyTorch's BatchNorm, this, alone with their tensors in the cache (in a whole step memory decides, and no
+2026-11-29, medians, us, PyTorch's BatchNorm, this, alone with tensors in the cache (in a whole step memory decides, and no
 difference was seen beside the noise):
 
 =================  ===========  ===========
@@ -33,13 +33,13 @@ Operands = dict[str, Tensor]
 
 #: Standard deviations that a mean is large from.
 LARGE_MEAN = 32
-#: Values of neighbouring pixels that are taken for one, and the most parts that all of these are added up in, each of so many
-#: at least. *Measured* likewise: twice the values cost a third more (they no longer stay in the first cache); parts cost
-#: nothing that can be seen.
-TOGETHER, PARTS, LEAST_IN_PART = 2048, 8, 256
-#: The same of the two sums of the backward, which read twice as much: 512 take 227 us for 128 images of 16 x 32x32, 2048 458.
-TOGETHER_BACKWARD = 512
-#: Elements from which sums and gradient are made apart.
+#: Values of neighbouring pixels that are taken for one: of statistics, and of the two sums of the backward, which read twice as
+#: much. *Measured* likewise: twice the values cost statistics a third more (they no longer stay in the first cache); 512 of the
+#: backward take 227 us for 128 images of 16 x 32x32, 2048 458.
+TOGETHER, TOGETHER_BACKWARD = 2048, 512
+#: The most parts that all of these are added up in, each of so many at least, which costs nothing that can be seen.
+PARTS, LEAST_IN_PART = 8, 256
+#: Elements from which sums and gradient are made apart, and pixels that do not divide are added up by themselves.
 LEAST_APART = 2**18
 
 
@@ -52,10 +52,29 @@ def _vector(operands: Operands, role: str) -> Tensor | None:
     return None if vector is None else _fp32(vector)
 
 
-def _rows(y: Tensor, count: int, together: int) -> Tensor:
-    """[N, C, H, W] as [count, pixels, together * C, 1, 1]: neighbouring pixels as channels of their own, in so many parts."""
+@lru_cache(maxsize=1024)
+def _shared_out(pixels: int, channels: int, values: int) -> tuple[int, int, int]:
+    """How many neighbouring pixels are taken for one, in how many parts these are added up, and how many pixels are left over.
+
+    Of small tensors none is: what divides is short enough.
+    """
+    together = max(values // channels, 1)
+    if pixels * channels < LEAST_APART:
+        together = max(count for count in range(1, together + 1) if pixels % count == 0)
+        parts = [count for count in range(1, PARTS + 1) if pixels // together % count == 0]
+        return together, max((count for count in parts if pixels // together // count >= LEAST_IN_PART), default=1), 0
+    together = min(together, pixels)
+    parts = min(max(pixels // together // LEAST_IN_PART, 1), PARTS)
+    return together, parts, pixels % (together * parts)
+
+
+def _groups(y: Tensor, shares: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """[N, C, H, W] as [parts, pixels, together * C, 1, 1], neighbouring pixels as channels of their own; the rest [pixels, C, 1, 1]."""
+    together, parts, rest = shares
     n, c, h, w = y.shape
-    return y.permute(0, 2, 3, 1).reshape(count, n * h * w // (count * together), together * c, 1, 1)
+    rows = y.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    main = rows[: len(rows) - rest] if rest else rows
+    return main.view(parts, -1, together * c, 1, 1), rows[len(rows) - rest :, :, None, None]
 
 
 def normalised(x: Tensor, operands: Operands, prefix: str, eps: float = 0.0) -> Tensor:
@@ -82,21 +101,6 @@ def normalised(x: Tensor, operands: Operands, prefix: str, eps: float = 0.0) -> 
     return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False)
 
 
-@lru_cache(maxsize=1024)
-def _neighbours(pixels: int, channels: int, values: int) -> int:
-    """How many neighbouring pixels are taken for one, of so many values together at most; what divides."""
-    return max(count for count in range(1, max(values // channels, 1) + 1) if pixels % count == 0)
-
-
-@lru_cache(maxsize=1024)
-def _shared_out(pixels: int, channels: int) -> tuple[int, int]:
-    """How many neighbouring pixels :func:`moments` takes for one, and in how many parts it adds up these; what divides."""
-    together = _neighbours(pixels, channels, TOGETHER)
-    rows = pixels // together
-    parts = [count for count in range(1, PARTS + 1) if rows % count == 0 and rows // count >= LEAST_IN_PART]
-    return together, max(parts, default=1)
-
-
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, fp32, each [C], of [N, C, H, W], channels_last.
 
@@ -116,20 +120,32 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped_moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    n, channels, p, q = y.shape
-    together, parts = _shared_out(n * p * q, channels)
-    rows = _rows(y, parts, together)
+    channels = y.shape[1]
+    pixels = y.numel() // channels
+    together, parts, rest = shares = _shared_out(pixels, channels, TOGETHER)
+    groups, left = _groups(y, shares)
+    made = [_moments_of(group) for group in groups]
+    if parts == together == 1:
+        mean, var = made[0]
+    else:
+        columns = made[0] if parts == 1 else (torch.stack(values) for values in zip(*made, strict=True))
+        means, variances = (values.view(-1, channels) for values in columns)
+        mean = means.mean(0)
+        between = (means - mean).square_()  # not var_mean, which takes ten times as long down the columns of so small a matrix
+        var = between.add_(variances).mean(0)
+    if rest:
+        others_mean, others = _moments_of(left)
+        share, apart = rest / pixels, others_mean.sub_(mean)
+        mean = mean.add(apart, alpha=share)
+        var = var.lerp_(others, share).add_(apart.square_(), alpha=share * (1 - share))
+    return mean, var
+
+
+def _moments_of(y: Tensor) -> tuple[Tensor, Tensor]:
     running: tuple[Tensor | None, ...] = (None, None)
     if y.dtype != torch.float32:  # in fp32 for fp16 and bf16 too, if running statistics are there in fp32
-        running = tuple(torch.zeros(rows.shape[2], dtype=torch.float32, device=y.device) for _ in range(2))
-    made = [torch.ops.aten.batch_norm_update_stats(part, *running, 0.0) for part in rows]
-    if parts == together == 1:
-        return made[0]
-    columns = made[0] if parts == 1 else (torch.stack(values) for values in zip(*made, strict=True))
-    means, variances = (values.view(-1, channels) for values in columns)
-    mean = means.mean(0)
-    between = (means - mean).square_()  # not var_mean, which takes ten times as long down the columns of so small a matrix
-    return mean, between.add_(variances).mean(0)
+        running = tuple(torch.zeros(y.shape[1], dtype=torch.float32, device=y.device) for _ in range(2))
+    return torch.ops.aten.batch_norm_update_stats(y, *running, 0.0)
 
 
 def statistics(launch: Launch, operands: Operands, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,14 +174,21 @@ def sums(dz: Tensor, y: Tensor, operands: Operands, prefix: str, eps: float = 0.
     if given is None and (dz.numel() < LEAST_APART or dz.dtype != torch.float32):
         return _in_one(dz, y, mean, invstd, _vector(operands, f"{prefix}gamma"))
     channels = len(mean)
-    together = 1 if dz.dtype != torch.float32 else _neighbours(dz.numel() // channels, channels, TOGETHER_BACKWARD)
-    if together != 1:
-        mean, invstd = mean.repeat(together), invstd.repeat(together)
-    gamma = None if dz.dtype == torch.float32 else torch.ones_like(mean)
-    rows = (_rows(tensor, 1, together)[0] for tensor in (dz, y))
-    _, *made = torch.ops.aten.native_batch_norm_backward(*rows, gamma, None, None, mean, invstd, True, 0.0, [False, True, True])
-    dot, total = made if together == 1 else (values.view(together, channels).sum(0) for values in made)
+    together, _, rest = shares = _shared_out(dz.numel() // channels, channels, TOGETHER_BACKWARD)
+    (dz_groups, dz_left), (y_groups, y_left) = _groups(dz, shares), _groups(y, shares)
+    vectors = (mean, invstd) if together == 1 else (mean.repeat(together), invstd.repeat(together))
+    made = [_sums_of(*pair, *vectors) for pair in zip(dz_groups, y_groups, strict=True)]
+    dot, total = (sum(values).view(together, channels).sum(0) for values in zip(*made, strict=True))
+    if rest:
+        others_dot, others = _sums_of(dz_left, y_left, mean, invstd)
+        dot, total = dot.add_(others_dot), total.add_(others)
     return None, dot, total
+
+
+def _sums_of(dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    gamma = None if dz.dtype == torch.float32 else torch.ones_like(mean)
+    made = torch.ops.aten.native_batch_norm_backward(dz, y, gamma, None, None, mean, invstd, True, 0.0, [False, True, True])
+    return made[1], made[2]
 
 
 def _in_one(dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -415,8 +415,8 @@ def skips_pixels(g: Geometry) -> bool:
 def only_read_pixels(x: Tensor, g: Geometry) -> tuple[Tensor, tuple[int, int]]:
     """For wgrad: the pixels of x that a strided 1x1 convolution reads, as the input of one of stride 1; and the stride left.
 
-    On processors without AVX-512 oneDNN's weights' gradient of a strided 1x1 convolution writes where it must not (PyTorch
-    2.14.1, channels_last, 4 to 6 channels: the process ends).
+    oneDNN's weights' gradient of a strided 1x1 convolution writes where it must not (PyTorch 2.14.1, channels_last: 4 to 6
+    channels without AVX-512, 8 channels and a stride of (2, 1) with it: the process ends).
     """
     if not skips_pixels(g) or x.device.type != "cpu":
         return x, g.stride
