@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from fused_resnet import count_launches, explain, fuse
+from fused_resnet.swap.region import FusedRegion
 
 
 class Layer(nn.Module):
@@ -184,3 +185,53 @@ def test_modules_and_weights_that_are_used_twice(kind: Callable[[], nn.Module], 
             optimizer.step()
     for (key, a), (_, b) in zip(plain.named_buffers(), fused.named_buffers(), strict=True):
         assert relative_error(b.double(), a.double()) < 1e-9, key
+
+
+def _names_of_ours() -> list[str]:
+    return sorted(name for name in {*dir(FusedRegion), "fused_region"} - set(dir(nn.Module)) if not name.startswith("__"))
+
+
+class Named(nn.Module):
+    """A chain beside something of any name, which the forward reads."""
+
+    def __init__(self, name: str, value: object) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        setattr(self, name, value)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = getattr(self, self.name)
+        y = torch.relu(self.bn(self.conv(x)))
+        return value(y) if isinstance(value, nn.Module) else y * value
+
+
+@pytest.mark.parametrize("kind", ["attribute", "parameter", "child"])
+@pytest.mark.parametrize("name", _names_of_ours())
+def test_a_module_that_has_a_name_of_ours(name: str, kind: str) -> None:
+    """It would be found in place of ours, or ours in its place; and ``fuse`` would have written over some."""
+    value = {"attribute": 3, "parameter": nn.Parameter(torch.randn(1)), "child": nn.Conv2d(4, 4, 1)}[kind]
+    net = randomise(Named(name, value))
+    keys, x = list(net.state_dict()), torch.randn(2, 4, 6, 5)
+    for mode in (True, False):
+        expected = copy.deepcopy(net).train(mode)(x)
+        fused = fuse(copy.deepcopy(net).train(mode))
+        assert torch.equal(fused(x), expected) and type(fused) is Named and list(fused.state_dict()) == keys
+        assert f"it has {name!r}" in str(explain(fused, show=False))
+
+
+def test_a_block_of_a_class_we_know_that_has_a_name_of_ours() -> None:
+
+    class Block(BasicBlock):
+        small = True
+
+    class Network(torchvision.models.ResNet):
+        def run(self, x: Tensor) -> Tensor:
+            return self.forward(x)
+
+    net = randomise(Network(Block, [1, 1, 1, 1])).eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = net.run(x)
+    told = str(explain(fuse(net), show=False))
+    assert "it has 'small'" in told and "it has 'run'" in told
+    assert type(net) is Network and torch.allclose(net.run(x), expected, rtol=1e-4, atol=1e-5)

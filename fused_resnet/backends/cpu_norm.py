@@ -69,7 +69,7 @@ def _shared_out(pixels: int, channels: int, values: int) -> tuple[int, int, int]
 
 
 def _groups(y: Tensor, shares: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """[N, C, H, W] as [parts, pixels, together * C, 1, 1], neighbouring pixels as channels of their own; the rest [pixels, C, 1, 1]."""
+    """[N, C, H, W] as [parts, pixels, together * C, 1, 1], neighbours as channels of their own; the rest [pixels, C, 1, 1]."""
     together, parts, rest = shares
     n, c, h, w = y.shape
     rows = y.permute(0, 2, 3, 1).reshape(n * h * w, c)

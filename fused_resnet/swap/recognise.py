@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -93,7 +94,8 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
         return None, reason
     region = (traced or analysis()).region(module)
     if isinstance(region, Region) or (isinstance(region, Later) and any(layers_of(module))):
-        return FusedRegion, None
+        taken = _taken(module, FusedRegion)
+        return (None, taken) if taken else (FusedRegion, None)
     return None, region.reason if isinstance(region, Later) else region or reason
 
 
@@ -118,6 +120,27 @@ def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | N
         ``(class, None)`` for a module that can be swapped, ``(None, reason)`` for one that looks like a block but is left
         alone, ``(None, None)`` for all others.
     """
+    fused, reason = _known_forward(module)
+    taken = None if fused is None else _taken(module, fused)
+    return (None, taken) if taken else (fused, reason)
+
+
+@cache
+def _own_names(fused: type[blocks.Fused]) -> frozenset[str]:
+    """What a fused module has besides what all modules have."""
+    names = {name for cls in fused.__mro__ if issubclass(cls, blocks.Fused) for name in vars(cls) if not name.startswith("__")}
+    return frozenset({*names, "fused_region"}.difference(dir(nn.Module), _FORWARDS))
+
+
+def _taken(module: nn.Module, fused: type[blocks.Fused]) -> str | None:
+    """Why a module cannot become a fused one: it has something of a name of ours, where each would look for its own."""
+    classes = [cls for cls in type(module).__mro__ if cls is not object and cls not in nn.Module.__mro__]
+    theirs = {name for space in (module.__dict__, module._modules, module._parameters, module._buffers) for name in space}
+    names = _own_names(fused).intersection(theirs.union(*map(vars, classes)))
+    return f"it has {min(names)!r}, which is a name of fused modules" if names else None
+
+
+def _known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
     kind = type(module)
     if isinstance(module, nn.Sequential):
         parts = [part for _, part in blocks.segments(list(module._modules.items())) if isinstance(part, Parts)]
