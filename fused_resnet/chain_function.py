@@ -142,12 +142,12 @@ def _no_view(tensor: Tensor) -> Tensor:
     return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def _said(tensor: Tensor) -> tuple[int, ...] | None:
+def said(tensor: Tensor) -> tuple[int, ...] | None:
     """Strides that a gradient is to have as well: those of a contiguous image or filter, else None (channels_last)."""
     return tensor.stride() if tensor.dim() == 4 and tensor.is_contiguous() else None
 
 
-def _as_said(gradient: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+def as_said(gradient: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
     """A gradient laid out as its tensor, as eager's is: ``gradient.view(-1)`` is commonly called on those of contiguous models.
 
     A leaf's would be copied by PyTorch otherwise, when it becomes ``.grad``. 1x1 filters have one layout in memory and two ways
@@ -211,7 +211,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
         ctx.size, ctx.dtype = size_of(chain, x, operands), x.dtype
-        ctx.strides = [_said(tensor) for tensor in (x, *operands)]
+        ctx.strides = [said(tensor) for tensor in (x, *operands)]
         return outputs[0]
 
     @staticmethod
@@ -229,7 +229,7 @@ class ChainFunction(torch.autograd.Function):
             del slots
             ctx.made = None
             gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
-            given = list(map(_as_said, spread(ctx.chain, ctx.needs, gradients), ctx.strides))
+            given = list(map(as_said, spread(ctx.chain, ctx.needs, gradients), ctx.strides))
         if torch.is_grad_enabled():  # create_graph
             given = _once(given, [tensor for tensor in (dout, *saved) if tensor.requires_grad])
         return None, None, None, None, *given

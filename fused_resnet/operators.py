@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backends
 from .backends.workspace import nothing_kept
 from .chain import Chain
-from .chain_function import backward, channels_last, flags_of, forward, needs_of, size_of, spread
+from .chain_function import as_said, backward, channels_last, flags_of, forward, needs_of, said, size_of, spread
 from .inputs import as_image, as_it_came
 from .launch import accumulation_dtype
 from .plan import kept_slots, saved_slots
@@ -58,7 +58,15 @@ def _chain_backward_op(
     name = backends.resolve(backend or backends.context_of_backward(), dout.device)
     with nothing_kept():
         gradients = backward(spec, name, needs_of(spec, tuple(flags)), size, dout, saved)
-    return [channels_last(gradient) if gradient.dim() == 4 else gradient for gradient in gradients]
+    return [_as_promised(gradient) for gradient in gradients]
+
+
+def _as_promised(gradient: Tensor) -> Tensor:
+    """Laid out as the fake kernel says. 1x1 filters have one layout in memory and two ways to say so."""
+    if gradient.dim() != 4:
+        return gradient
+    _, c, h, w = gradient.shape
+    return channels_last(gradient).as_strided(gradient.shape, (c * h * w, 1, c * w, c))
 
 
 @_chain_backward_op.register_fake
@@ -91,6 +99,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     if not backend and type(x) in (Tensor, torch.nn.Parameter):  # running, not traced: as the forward, whatever is set by then
         backend = backends.choose(None, x.device)
     ctx.backend, ctx.flags = backend, flags
+    ctx.strides = [
+        said(tensor) if slot.endswith(".w") else None for slot, tensor in zip(spec.operand_slots, operands, strict=True)
+    ]
 
 
 def _op_backward(ctx: Any, gradients: list[Tensor]) -> Any:
@@ -98,7 +109,7 @@ def _op_backward(ctx: Any, gradients: list[Tensor]) -> Any:
         gradients[0], list(ctx.saved_tensors), ctx.size, ctx.chain.token, ctx.backend, ctx.flags
     )
     x, *operands = spread(ctx.chain, ctx.needs, result)
-    return x, operands, None, None, None
+    return x, list(map(as_said, operands, ctx.strides)), None, None, None
 
 
 _chain_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -15,7 +15,7 @@ from nets import launches, randomise
 from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 
-from fused_resnet import explain, fuse, unfuse
+from fused_resnet import count_launches, explain, fuse, unfuse
 
 HOOK = "a hook looks into"
 
@@ -371,7 +371,7 @@ def test_lazy_and_quantized_modules_are_left_alone() -> None:
             self.conv, self.bn = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.bn(self.conv(x))
+            return self.bn1(self.conv1(x))
 
     with pytest.warns(UserWarning, match="unchanged"):
         net = fuse(Lazy())
@@ -391,3 +391,31 @@ def test_torchvision_feature_extraction_traces_a_fused_model() -> None:
     for model in (extractor, refused):
         for key, value in model(x).items():
             assert relative_error(value, expected[key]) < CLOSE, key
+
+
+class Scaled(Base):
+    def forward(self, x: Tensor, side: Tensor, scale: float = 1.0) -> Tensor:
+        return torch.relu(self.bn1(self.conv1(x))) * scale - side
+
+
+def test_tensors_given_by_name() -> None:
+    """By place or by name is the same; another value of what is no tensor runs unfused."""
+    net = randomise(Scaled()).eval()
+    x, side = torch.randn(2, 2, 4, 6, 5)
+    plain, fused = copy.deepcopy(net), fuse(net)
+    calls = (
+        ((x, side), {}, 1),
+        ((x,), {"side": side}, 1),
+        ((), {"side": side, "x": x}, 1),
+        ((x, side), {"scale": 3.0}, 0),
+        ((), {"x": x, "side": side, "scale": 1.0}, 0),
+    )
+    for args, kwargs, count in calls:
+        with count_launches() as log, torch.no_grad():
+            fused(*args, **kwargs)
+        assert len(log) == count, kwargs
+        assert relative_error(fused(*args, **kwargs), plain(*args, **kwargs).double()) < CLOSE
+    with pytest.raises(TypeError, match="x"):
+        fused(x, side, x=x)
+    with pytest.raises(TypeError, match="other"):
+        fused(x, side, other=x)

@@ -23,6 +23,7 @@ from nets import (
 )
 from tolerances import relative_error
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from fused_resnet import backend, backends, count_launches, fuse
 from fused_resnet.functional import chain
@@ -262,3 +263,15 @@ def test_bad_input_is_still_refused() -> None:
     run = compiled(fuse(TinyNet().eval()))
     with pytest.raises(Exception, match="channels"):
         run(torch.randn(1, 4, 16, 16))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_gradients_of_filters_are_laid_out_as_they_are(layout: torch.memory_format) -> None:
+    """To the strides of 1x1 filters, which have one layout in memory and two ways to say so: DDP warns where they differ."""
+    net = fuse(nn.Sequential(Bottleneck(64, 16), Bottleneck(64, 16)).train().to(memory_format=layout))
+    x = torch.randn(2, 64, 7, 7).contiguous(memory_format=layout)
+    seen = {}
+    for key, parameter in net.named_parameters():
+        parameter.register_hook(lambda gradient, key=key: seen.update({key: gradient.stride()}))
+    torch.compile(net, backend="aot_eager")(x).sin().sum().backward()
+    assert seen == {key: parameter.stride() for key, parameter in net.named_parameters()}

@@ -275,3 +275,21 @@ def test_each_block_can_choose_its_memory() -> None:
     unfuse(net)
     assert "fused_memory" not in net[1].__dict__
     assert fused_resnet.BasicBlock(4, 4).fused_memory == "default"
+
+
+@pytest.mark.parametrize("memory", ["default", "less", "low"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_backward_inside_autocast_runs_in_the_forwards_types(backend: str, memory: str) -> None:
+    """What is computed again, too: it was of bf16, or an error."""
+    layers = (nn.Conv2d(8, 12, 3), nn.SiLU(), nn.Conv2d(12, 8, 1), nn.SiLU())
+    net = randomise(nn.Sequential(Bottleneck(8, 2), BasicBlock(8, 8), nn.Sequential(*layers))).train()
+    fused = fuse(copy.deepcopy(net), backend=backend, memory=memory)
+    x = torch.randn(2, 8, 9, 7)
+    grads = []
+    for model in (fused, copy.deepcopy(net).double()):
+        out = model(x.to(next(model.parameters()).dtype)).sin().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is fused):
+            out.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for actual, expected in zip(*grads, strict=True):
+        assert relative_error(actual, expected) < 1e-4

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
@@ -324,13 +324,20 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
     copied = [(tensors[slot], tensors[slot].clone()) for slot in slots]
     shared: dict[str, Tensor] = {}
     try:
-        return _run(plan, dict(tensors), name, shared)
+        with _own_types(next(iter(tensors.values())).device.type):
+            return _run(plan, dict(tensors), name, shared)
     except BaseException:  # an interrupt from the keyboard, too
         with torch.no_grad():
             _put_back(plan, tensors, shared)
             for tensor, value in copied:
                 tensor.copy_(value)
         raise
+
+
+def _own_types(device: str) -> AbstractContextManager[Any]:
+    """No autocast: launches say their types. A backward may be called inside it, and compute convolutions again."""
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def before_slot(launch: Launch) -> str:

@@ -47,8 +47,12 @@ def is_rows(g: Geometry, dtype: torch.dtype) -> bool:
 
 def is_product(g: Geometry, dtype: torch.dtype) -> bool:
     """Whether it is trained as a matrix product: a Linear, or 1x1 filters on few pixels of several images."""
+    if is_rows(g, dtype):
+        return True
     one_tap = g.R == g.S == 1 and g.padding == (0, 0) and g.groups == 1 and dtype == torch.float32
-    return is_rows(g, dtype) or (one_tap and g.N != 1 and g.N * g.P * g.Q <= MOST_PIXELS)
+    few = g.N != 1 and g.N * g.P * g.Q <= MOST_PIXELS
+    # Products may be allowed to round their factors; that is not said of convolutions.
+    return one_tap and few and torch.get_float32_matmul_precision() == "highest"
 
 
 def is_blocked(g: Geometry, dtype: torch.dtype, contiguous: bool) -> bool:

@@ -61,10 +61,13 @@ def _shared_out(pixels: int, channels: int, values: int) -> tuple[int, int, int]
     together = max(values // channels, 1)
     if pixels * channels < LEAST_APART:
         together = max(count for count in range(1, together + 1) if pixels % count == 0)
-        parts = [count for count in range(1, PARTS + 1) if pixels // together % count == 0]
-        return together, max((count for count in parts if pixels // together // count >= LEAST_IN_PART), default=1), 0
+        whole = [count for count in range(1, PARTS + 1) if pixels // together % count == 0]
+        return together, max((count for count in whole if pixels // together // count >= LEAST_IN_PART), default=1), 0
     together = min(together, pixels)
-    parts = min(max(pixels // together // LEAST_IN_PART, 1), PARTS)
+    rows = pixels // together
+    most = min(max(rows // LEAST_IN_PART, 1), PARTS)
+    fitting = max(count for count in range(1, most + 1) if rows % count == 0)
+    parts = fitting if 2 * fitting > most else most
     return together, parts, pixels % (together * parts)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import cache
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -125,7 +124,6 @@ def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | N
     return (None, taken) if taken else (fused, reason)
 
 
-@cache
 def _own_names(fused: type[blocks.Fused]) -> frozenset[str]:
     """What a fused module has besides what all modules have."""
     names = {name for cls in fused.__mro__ if issubclass(cls, blocks.Fused) for name in vars(cls) if not name.startswith("__")}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -263,6 +264,21 @@ def _whole(module: Any) -> tuple[Reading | None, list[nn.Module] | None]:
     return reading, [*_inside(module, region), *parts_of(module).watched] if reading.lasts else None
 
 
+@lru_cache(maxsize=1024)
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Arguments that may be given by place or by name, behind ``self``."""
+    parameters = list(signature(forward, follow_wrapped=False).parameters.values())[1:]
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _in_order(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with those given by name put in their places, if they are the next ones."""
+    names = _names(forward)[len(args) : len(args) + len(kwargs)]
+    return ((*args, *(kwargs[name] for name in names)), {}) if kwargs.keys() == set(names) else (args, kwargs)
+
+
 class FusedRegion(Fused):
     """A module of any class whose forward holds chains. ``fused_region`` keeps what was traced, one forward a mode, and one for
     each structure of arguments that are not tensors.
@@ -279,6 +295,8 @@ class FusedRegion(Fused):
         return [module for module in found if module is not None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and not torch.compiler.is_compiling():
+            args, kwargs = _in_order(self.unfused_class.forward, args, kwargs)
         if torch.is_grad_enabled():
             if args and self.small(args[0]):
                 return super().forward(*args, **kwargs)
