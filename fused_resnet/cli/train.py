@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if history.rows:
         tests = [row for row in history.rows if row.split == "test"]
-        last = f"{tests[-1].error:.2%}, best {history.best:.2%}" if tests else "not measured"
+        best = f"{history.best:.2%}" if history.best <= 1 else "none"  # where no test loss was finite
+        last = f"{tests[-1].error:.2%}, best {best}" if tests else "not measured"
         print(f"{history.step} steps; test error {last}; waited for images {history.waited:.1%} of the time")
         if history.bad:
             print(f"{len(history.bad)} images could not be read and were skipped: {', '.join(history.bad[:5])}")

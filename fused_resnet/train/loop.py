@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
@@ -324,7 +325,7 @@ class _Run:
         row = Row(state.step, self._epoch(), "test", loss, error, self.state.lr, images / max(seconds, 1e-9))
         self._write(row)
         self.progress.tested(train, row)
-        if error < state.best:
+        if math.isfinite(loss) and error < state.best:  # of scores that are NaN the first class is the answer
             state.best = error
             self._save_best()
 
@@ -344,9 +345,16 @@ class _Run:
         state = self.state
         values = state.average.values if state.average is not None else tensors(state.model)
         weights = {name: whole(value) for name, value in values.items()}
+        self._check_finite(weights)
         if self.world.first:
             contents = {**self._contents(), "step": state.step, "model": weights, "ema": None, "best": state.best}
             checkpoint.save(self.config.out / checkpoint.BEST, contents)
+
+    def _check_finite(self, weights: dict[str, torch.Tensor]) -> None:
+        """Raise before weights are written that are NaN or infinite; all processes have the same ones."""
+        broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        if broken is not None:
+            raise TrainingError(f"stopped: after step {self.state.step} {broken} is not finite; {self._last()}")
 
     def _save(self) -> None:
         """Write the checkpoint, unless it would be of weights that are not finite."""
@@ -355,9 +363,8 @@ class _Run:
         state = self.state
         self.world.share_buffers(state.model)
         saved = state.save(self.world)
-        broken = next((name for name, value in saved["model"].items() if not value.isfinite().all()), None)
-        if broken is not None:
-            raise TrainingError(f"stopped: after step {state.step} {broken} is not finite; {self._last()}")
+        for weights in (saved["model"], saved["ema"] or {}):
+            self._check_finite(weights)
         if self.log is not None:
             self.log.sync()
             checkpoint.save(self.path, {**self._contents(), **saved})
