@@ -17,6 +17,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fused_resnet import count_launches, fuse, growth, kept, models, unfuse
 from fused_resnet.blocks import Fused
+from fused_resnet.cli import _parser
+from fused_resnet.train import Config, UsageError, networks, recipe
 
 
 def ratio(fused: nn.Module, x: Tensor, memory: str | None = None) -> float:
@@ -232,3 +234,21 @@ def test_memory_is_checked() -> None:
     with torch.device("meta"):
         kinds = {depth: models.build(f"cifar_resnet{depth}").fused_memory for depth in (56, 110)}
     assert kinds == {56: "default", 110: "less"}
+
+
+def test_training_keeps_the_networks_own_memory() -> None:
+    """By train's and paper's defaults, in every fused module; what is asked for holds for all of them."""
+
+    def kinds(*more: str | None, name: str = "cifar_resnet110", **arguments: object) -> set[str]:
+        with torch.device("meta"):
+            model = networks.make(name, 10, "auto", *more, **arguments)
+        return {module.fused_memory for module in model.modules() if isinstance(module, Fused)}
+
+    told = _parser().parse_args(["train"]).memory
+    assert told is None and Config(recipe.load("digits")).memory is None
+    assert kinds(told) == kinds() == {"less"}
+    assert kinds(told, name="fused_resnet.paper.networks:make", network="cifar_resnet110", pool=2) == {"less"}
+    assert kinds(told, name="cifar_resnet20") == kinds("default") == {"default"}
+    assert kinds("low") == {"low"}
+    with pytest.raises(UsageError, match="memory must be one of 'default', 'less', 'low'"):
+        kinds("lower")

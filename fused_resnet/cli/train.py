@@ -33,7 +33,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--lr", type=positive, metavar="LR", help="another learning rate")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
-    parser.add_argument("--memory", choices=("default", "less", "low"), default="default", help="what is kept for the backward")
+    parser.add_argument(
+        "--memory", choices=("default", "less", "low"), help="what is kept for the backward (the network's own)"
+    )
     parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--distributed", choices=DISTRIBUTED, default="ddp", help="what shares the work under torchrun (ddp)")

@@ -33,7 +33,7 @@ class Config:
         resume: go on behind the folder's checkpoint, if there is one.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         backend: ``auto`` (by the device), ``eager`` for the unfused network, or one of fused_resnet's.
-        memory: ``default``, ``less`` or ``low``, see :func:`fused_resnet.fuse`.
+        memory: ``default``, ``less`` or ``low``, see :func:`fused_resnet.fuse`; None for the network's own.
         compile: through ``torch.compile``.
         distributed: what shares the work under torchrun, ``ddp`` or ``fsdp2``.
         workers: processes that decode images of a folder.
@@ -58,7 +58,7 @@ class Config:
     resume: bool = False
     device: str = "auto"
     backend: str = "auto"
-    memory: str = "default"
+    memory: str | None = None
     compile: bool = False
     distributed: str = "ddp"
     workers: int = 2

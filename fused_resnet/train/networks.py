@@ -21,7 +21,7 @@ from .errors import UsageError
 from .metrics import amp_dtype
 
 
-def make(name: str, classes: int, backend: str = "auto", memory: str = "default", **arguments: Any) -> nn.Module:
+def make(name: str, classes: int, backend: str = "auto", memory: str | None = None, **arguments: Any) -> nn.Module:
     """The network ``name`` with ``classes`` outputs and random weights from PyTorch's generator.
 
     Args:
@@ -29,7 +29,7 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
             ``file.py:function``, which is called with ``num_classes`` and ``arguments`` and returns an nn.Module, fused or not.
         classes: outputs.
         backend: ``eager`` for the unfused network, ``auto`` or a backend for the fused one.
-        memory: see :func:`fused_resnet.fuse`.
+        memory: see :func:`fused_resnet.fuse`; None for the network's own.
         **arguments: for the builder.
 
     Raises:
@@ -38,7 +38,8 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
     build = _builder(name)
     try:
         model = build(num_classes=classes, **arguments)
-        check_memory(memory)
+        if memory is not None:
+            check_memory(memory)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error) if name in str(error) else f"model {name}: {error}") from error
     except Exception as error:  # the code of others
@@ -53,7 +54,8 @@ def make(name: str, classes: int, backend: str = "auto", memory: str = "default"
     for module in model.modules():
         if isinstance(module, Fused):
             module.fused_backend = None if backend == "auto" else backend
-            module.fused_memory = memory
+            if memory is not None:
+                module.fused_memory = memory
     return model
 
 
