@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         raise CommandError(one_line(error)) from error
     except TrainingError as error:
-        print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
+        if not error.of_all or int(os.environ.get("RANK", 0)) == 0:
+            print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
         return 1
     if history.rows:
         tests = [row for row in history.rows if row.split == "test"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..blocks import Fused
 from ..measure import automatic_device
-from .errors import UsageError
+from .errors import DataError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class World:
         device: where it computes.
         rank, size: its number, and how many there are.
         ours: this object made the process group, and ends it.
+        beside: processes on the CPUs' side, where what is exchanged does not wait for a GPU; None for those of all else.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     ours: bool = False
+    beside: dist.ProcessGroup | None = None
 
     @staticmethod
     def join(device: str) -> World:
@@ -49,7 +53,8 @@ class World:
         ours = not dist.is_initialized()
         if ours:
             dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-        return World(where, dist.get_rank(), dist.get_world_size(), ours)
+        beside = dist.new_group(backend="gloo") if where.type == "cuda" else None
+        return World(where, dist.get_rank(), dist.get_world_size(), ours, beside)
 
     @property
     def first(self) -> bool:
@@ -71,6 +76,31 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def together(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches, as many in each process. Where one process cannot make its next one, all raise its error in place of
+        it: else the others would wait in the step for one that never comes, and could not save what was done.
+
+        Raises:
+            DataError: of the first process that has one.
+        """
+        if self.size == 1:
+            yield from batches
+            return
+        while True:
+            got, own = None, None
+            try:
+                got = next(batches)
+            except StopIteration:
+                return
+            except DataError as error:
+                own = error
+            failed = torch.tensor(float(own is not None))
+            dist.all_reduce(failed, group=self.beside)
+            if failed:
+                raise DataError(next(text for text in self.gather(own and str(own)) if text is not None)) from own
+            assert got is not None
+            yield got
 
     def share_buffers(self, model: nn.Module) -> None:
         """Running statistics become those of process 0, which are the ones that are saved."""

@@ -8,7 +8,13 @@ class UsageError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run or an evaluation that cannot go on: exit code 1. What was saved before is whole."""
+    """A run or an evaluation that cannot go on: exit code 1. What was saved before is whole.
+
+    Attributes:
+        of_all: every process of the run raises it: the first one tells it.
+    """
+
+    of_all = False
 
 
 class DataError(TrainingError):

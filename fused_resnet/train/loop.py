@@ -174,9 +174,9 @@ class _Run:
         try:
             self._train()
         except DataError as error:
-            raise TrainingError(f"stopped behind step {state.step}: {error}; {self._last()}") from error
+            raise self._stopped(f"stopped behind step {state.step}: {error}; {self._last()}") from error
         except metrics.NotFinite as error:
-            raise TrainingError(f"stopped: {error}; {self._last()}") from error
+            raise self._stopped(f"stopped: {error}; {self._last()}") from error
         except OSError as error:
             reason = "the disk is full" if error.errno in _FULL else f"a file could not be read or written ({error})"
             raise TrainingError(f"stopped: {reason} at step {state.step}; {self._last()}") from error
@@ -186,6 +186,12 @@ class _Run:
         rows = self.log.rows if self.log is not None else []
         waited = self.waited / max(self.seconds, 1e-9)
         return History(rows, state.step, state.step >= self.total, state.best, self.path, state.bad, waited)
+
+    def _stopped(self, why: str) -> TrainingError:
+        """What every process of the run comes to know, and the first one tells."""
+        error = TrainingError(why)
+        error.of_all = self.world.size > 1
+        return error
 
     def _last(self) -> str:
         if self.saved_step is None:
@@ -197,8 +203,11 @@ class _Run:
         try:
             self._steps()
         except DataError:
-            if self.world.size == 1 and self.state.step:  # else the others would have to save too
-                self._save()
+            try:
+                if self.state.step:
+                    self._save()
+            finally:
+                self.world.gather(None)  # torchrun ends all with the first that ends, and that should not be amid a file
             raise
 
     def _steps(self) -> None:
@@ -210,7 +219,7 @@ class _Run:
         self.clock = time.perf_counter()
         if state.untested:
             self._test(None)
-        batches = self.data.train.batches(draws, config.workers)
+        batches = self.world.together(self.data.train.batches(draws, config.workers))
         while state.step < end:
             asked = time.perf_counter()
             got = next(batches)
@@ -354,7 +363,7 @@ class _Run:
         """Raise before weights are written that are NaN or infinite; all processes have the same ones."""
         broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
         if broken is not None:
-            raise TrainingError(f"stopped: after step {self.state.step} {broken} is not finite; {self._last()}")
+            raise self._stopped(f"stopped: after step {self.state.step} {broken} is not finite; {self._last()}")
 
     def _save(self) -> None:
         """Write the checkpoint, unless it would be of weights that are not finite."""

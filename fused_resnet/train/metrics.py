@@ -85,7 +85,7 @@ def evaluate(model: nn.Module, data: Data, world: World, config: Config, batch: 
     loss = wrong = images = 0.0
     bad: list[str] = []
     draws = sampler.in_order(len(data.test), batch, world.rank, world.size)
-    for got in data.test.batches(draws, config.workers):
+    for got in world.together(data.test.batches(draws, config.workers)):
         x = data.normalise(got.x.to(world.device)).contiguous(memory_format=torch.channels_last)
         labels = got.labels.to(world.device)
         with torch.autocast(world.device.type, dtype=amp_dtype(config.amp), enabled=config.amp != "off"):
