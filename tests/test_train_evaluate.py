@@ -168,3 +168,22 @@ def test_an_answer_that_is_no_scores(head: nn.Module, got: str, folder: Path) ->
     batch = next(iter(found.test.batches(in_order(2, 2), 0)))
     with pytest.raises(UsageError, match=rf"a net: must return a tensor \[2, 3\], got {got}"):
         probabilities([net], batch, found, Views(), CPU)
+
+
+def test_images_that_a_network_does_not_take(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Tried before the work, in eval mode alone: in training this network answers with more than a tensor."""
+    model = models.inception_v3(num_classes=3, init_weights=False)
+    torch.save(model.state_dict(), tmp_path / "inception.pth")
+    command = ["evaluate", "--model", "inception_v3", "--weights", str(tmp_path / "inception.pth"), "--device", "cpu"]
+    command += ["--data-dir", str(folder), "--workers", "0", "--backend", "eager"]
+    name = f"model inception_v3 of {tmp_path / 'inception.pth'}"
+    for more, says in (
+        (["--size", "64"], f"{name}: fails in eval mode on images of 64x64: RuntimeError: "),
+        (["--scales", "96,64"], f"{name}: fails in eval mode on images of 64x64: RuntimeError: "),
+        (["--size", "2000000000"], "size must be from 1 to 4096 pixels, got 2000000000"),
+        (["--scales", "224,2000000000"], "scales must be from 1 to 4096 pixels, got 2000000000"),
+    ):
+        assert main([*command, *more]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and says in lines[0], lines
+    assert main([*command, "--size", "96"]) == 0

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import training
+from test_train_data import folder, recipe  # noqa: F401 (a fixture)
+from torch import nn
 
 from fused_resnet.train import TrainingError, WarmUp, data, files, fit, loop
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def written(out: Path) -> set[str]:
@@ -66,3 +77,46 @@ def test_a_test_loss_that_is_not_finite_is_no_best(loss: float, tmp_path: Path, 
     recipe = training.recipe(length=2, unit="epochs", batch=512)
     history = fit(training.config(tmp_path, recipe=recipe, backend="cpu", evaluate_every=1))
     assert history.best == 0.5 and torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 2
+
+
+def killer(num_classes: int) -> nn.Module:
+    """A network that ends a process that decodes images behind a few calls."""
+
+    def kill(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        workers = multiprocessing.active_children()
+        if calls > 6 and workers:
+            os.kill(workers[0].pid or 0, signal.SIGKILL)
+
+    calls, net = 0, training.small(num_classes, dropout=0.0)
+    net.register_forward_pre_hook(kill)
+    return net
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX")
+def test_a_decoding_worker_that_is_killed(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """As by a system that runs out of memory: one line, in training and in evaluation."""
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps({**recipe().data_dict(), "length": 500}))
+    where = ["--device", "cpu", "--data-dir", str(folder), "--workers", "2"]
+
+    def line(*command: str) -> str:
+        """In a process of its own: the signal of a worker's end comes wherever the program is."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        command = (sys.executable, "-m", "fused_resnet", *command, *where)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        said = [line for line in result.stderr.splitlines() if line.startswith("fused-resnet: ")]
+        # the other worker may say on stderr that its parent has gone
+        assert result.returncode == 1 and len(said) == 1 and "RuntimeError" not in result.stderr, result.stderr
+        return said[0]
+
+    train = ["train", "--recipe", str(path), "--out", str(tmp_path / "run"), "--model", f"{__file__}:killer"]
+    said = line(*train, "--checkpoint-every", "1", "--evaluate-every", "1000")
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert said.startswith("fused-resnet: stopped at step ") and said.endswith(f"checkpoint.pt, of step {step}")
+    assert "a process that decodes images failed (DataLoader worker (pid" in said
+    for copy in range(60):
+        shutil.copy(folder / "val" / "bee" / "0.jpg", folder / "val" / "bee" / f"more {copy}.jpg")
+    said = line("evaluate", str(tmp_path / "run" / "checkpoint.pt"), "--batch", "2")
+    assert " of 66 images: a process that decodes images failed (DataLoader worker" in said

@@ -75,6 +75,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     views = Views(arguments.crops, tuple(arguments.scales), arguments.flip)
     name = arguments.data or found[0].data or "folder"
     images = data.for_test(name, arguments.data_dir, views, found[0].recipe, arguments.size, arguments.on_corrupt)
+    for member in found:
+        for size in views.scales or (images.size,):
+            batch = arguments.batch
+            networks.try_out(member.model, member.name, member.outputs, size, device, arguments.amp, batch, trained=False)
     result = evaluate(
         found,
         images,

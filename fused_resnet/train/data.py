@@ -236,6 +236,10 @@ def for_test(
     Raises:
         UsageError: it is not there, or has no such views.
     """
+    if size is not None:
+        from .views import check_size
+
+        check_size("size", size)
     if name == "folder":
         from . import folder as folders
 

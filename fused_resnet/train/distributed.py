@@ -53,7 +53,7 @@ class World:
         ours = not dist.is_initialized()
         if ours:
             dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-        beside = dist.new_group(backend="gloo") if where.type == "cuda" else None
+        beside: Any = dist.new_group(backend="gloo") if where.type == "cuda" else None
         return World(where, dist.get_rank(), dist.get_world_size(), ours, beside)
 
     @property

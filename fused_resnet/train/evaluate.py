@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import sampler
 from .data import Batch, Data
-from .errors import UsageError
+from .errors import TrainingError, UsageError, ended_elsewhere
 from .members import Member
 from .metrics import amp_dtype
 from .views import Views
@@ -99,7 +99,7 @@ def evaluate(
 
     Raises:
         UsageError: the networks or the data have different classes.
-        TrainingError: an image cannot be read.
+        TrainingError: an image cannot be read, or a process that decodes images failed.
     """
     for member in members:
         if member.outputs != len(data.classes):
@@ -109,16 +109,22 @@ def evaluate(
     began = time.perf_counter()
     first = five = images = count = 0
     bad: list[str] = []
-    for got in data.test.batches(sampler.in_order(len(data.test), batch), workers):
-        scores, count = probabilities(members, got, data, views, device, amp)
-        order = scores.topk(min(5, scores.shape[1])).indices.cpu()
-        right = order == got.labels[:, None]
-        first += int(right[:, 0].sum())
-        five += int(right.any(1).sum())
-        images += len(got.labels)
-        bad += got.bad
-        if progress is not None:
-            progress(min(1.0, (images + len(bad)) / len(data.test)))
+    try:
+        for got in data.test.batches(sampler.in_order(len(data.test), batch), workers):
+            scores, count = probabilities(members, got, data, views, device, amp)
+            order = scores.topk(min(5, scores.shape[1])).indices.cpu()
+            right = order == got.labels[:, None]
+            first += int(right[:, 0].sum())
+            five += int(right.any(1).sum())
+            images += len(got.labels)
+            bad += got.bad
+            if progress is not None:
+                progress(min(1.0, (images + len(bad)) / len(data.test)))
+    except RuntimeError as error:
+        why = ended_elsewhere(error)
+        if why is None:
+            raise
+        raise TrainingError(f"stopped behind {images} of {len(data.test)} images: {why}") from error
     if images == 0:
         raise UsageError(f"data {data.name!r} has no test images")
     return Result(first / images, five / images, images, count, bad, time.perf_counter() - began)

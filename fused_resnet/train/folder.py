@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -130,13 +131,27 @@ class Folder:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or a new iterator would draw from the run's random numbers
         )
-        for x, labels, bad in loader:
+        for x, labels, bad in _of_workers(loader):
             if bad and self.on_corrupt == "stop":
                 raise DataError(f"{bad[0][0]}: cannot be read as an image ({bad[0][1]}); --on-corrupt skip leaves such out")
             if x is None:
                 raise DataError(f"{bad[0][0]} and the rest of its batch: cannot be read as images ({bad[0][1]})")
             names = tuple(path for path, _ in bad)
             yield Batch(x, labels, names) if isinstance(x, Tensor) else Batch(torch.empty(0), labels, names, x)
+
+
+def _of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What the workers send; of one that was killed while it sent, a RuntimeError as PyTorch's own where it was not sending."""
+    sent = iter(loader)
+    while True:
+        try:
+            got = next(sent)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            time.sleep(1)  # the signal of its end, which raises what says more, may come later than the end of what it sent
+            raise RuntimeError(f"DataLoader worker cannot be read from: {type(error).__name__}: {error}") from error
+        yield got
 
 
 class _Keys:

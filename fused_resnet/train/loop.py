@@ -19,7 +19,7 @@ from . import checkpoint, data, files, metrics, networks, sampler, seeds
 from .config import Config
 from .distributed import World, whole, wrap
 from .ema import Average, tensors
-from .errors import DataError, TrainingError, UsageError
+from .errors import DataError, TrainingError, UsageError, ended_elsewhere
 from .fields import LONGEST
 from .logs import Log, Row
 from .progress import Progress
@@ -180,6 +180,11 @@ class _Run:
         except OSError as error:
             reason = "the disk is full" if error.errno in _FULL else f"a file could not be read or written ({error})"
             raise TrainingError(f"stopped: {reason} at step {state.step}; {self._last()}") from error
+        except RuntimeError as error:
+            why = ended_elsewhere(error)
+            if why is None:
+                raise
+            raise TrainingError(f"stopped at step {state.step}: {why}; {self._last()}") from error
         finally:
             if self.log is not None:
                 self.log.close()

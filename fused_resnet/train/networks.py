@@ -81,12 +81,20 @@ def _told(error: Exception) -> str:
 
 
 def try_out(
-    model: nn.Module, name: str, classes: int, size: int, device: torch.device, amp: str = "off", batch: int = 2
+    model: nn.Module,
+    name: str,
+    classes: int,
+    size: int,
+    device: torch.device,
+    amp: str = "off",
+    batch: int = 2,
+    trained: bool = True,
 ) -> None:
     """Two images through the network, in eval mode and, since some answer otherwise there, in training mode. Where it does not
     take two, a batch: some want a multiple.
 
-    It is left as it was, but in training mode: its buffers (running statistics) are put back, and so are the random numbers.
+    It is left as it was, but in the last of these modes: its buffers (running statistics) are put back, and so are the random
+    numbers.
 
     Args:
         model: on ``device``.
@@ -95,15 +103,16 @@ def try_out(
         size: rows and columns of the images.
         amp: element type of autocast.
         batch: images of a step, in this process.
+        trained: it is to be trained; else eval mode is all that it is tried in.
 
     Raises:
         UsageError: it has nothing to train, does not take such images, or does not return scores of them.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if trained and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"model {name}: has no parameters to train")
     # On a GPU two images would be kernels of their own, which take a minute to compile.
     on = partial(backends.backend, "reference") if device.type == "cuda" else nullcontext
-    for training in (False, True):
+    for training in (False, True) if trained else (False,):
         model.train(training)
         mode = "training" if training else "eval"
 

@@ -9,10 +9,23 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UsageError
 from .folder import pixels
 
 #: Zeros around an image of a set in memory before it is cut into ten.
 PADDING = 4
+#: Rows and columns of an image: one of so many pixels is 200 MB in fp32, six times the length of the paper's largest.
+LARGEST = 4096
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise where images cannot be made so long.
+
+    Raises:
+        UsageError: not from 1 to :data:`LARGEST`.
+    """
+    if not 1 <= size <= LARGEST:
+        raise UsageError(f"{name} must be from 1 to {LARGEST} pixels, got {size}")
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,10 @@ class Views:
     crops: str = "one"
     scales: tuple[int, ...] = ()
     flip: bool = False
+
+    def __post_init__(self) -> None:
+        for scale in self.scales:
+            check_size("scales", scale)
 
     def __str__(self) -> str:
         what = "ten crops" if self.crops == "ten" else "one crop"
