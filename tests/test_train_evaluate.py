@@ -187,3 +187,17 @@ def test_images_that_a_network_does_not_take(folder: Path, tmp_path: Path, capsy
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and says in lines[0], lines
     assert main([*command, "--size", "96"]) == 0
+
+
+def test_a_classifier_that_is_a_convolution(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """SqueezeNet's weights have no matrix: the data set says how many classes there are."""
+    command = ["evaluate", "--model", "squeezenet1_1", "--device", "cpu", "--data-dir", str(folder), "--workers", "0"]
+    for classes in (3, 4):
+        torch.save(models.squeezenet1_1(num_classes=classes).state_dict(), tmp_path / f"{classes}.pth")
+    assert main([*command, "--weights", str(tmp_path / "3.pth"), "--size", "64"]) == 0
+    assert "6 images in" in capsys.readouterr().out
+    assert main([*command, "--weights", str(tmp_path / "4.pth"), "--size", "64"]) == 2
+    says = "the weights are of another model: 'classifier.1.weight' is (4, 512, 1, 1) in the file, (3, 512, 1, 1) in the model"
+    assert says in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no classifier in it"):
+        members.from_weights("squeezenet1_1", tmp_path / "3.pth", CPU, "cpu")

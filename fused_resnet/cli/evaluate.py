@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from ..train import UsageError, data, members, networks
+    from ..train import Recipe, UsageError, data, members, networks
+    from ..train.data import Data
     from ..train.distributed import World
     from ..train.evaluate import evaluate
     from ..train.views import Views
@@ -68,13 +69,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UsageError("--crops ten cuts images and --scales takes them whole: expected one of the two")
     device = World.join(arguments.device).device
     networks.check_backend(arguments.backend, device)
+    views = Views(arguments.crops, tuple(arguments.scales), arguments.flip)
+
+    def test_images(name: str, recipe: Recipe | None = None) -> Data:
+        return data.for_test(name, arguments.data_dir, views, recipe, arguments.size, arguments.on_corrupt)
+
     if arguments.model:
-        found = [members.from_weights(arguments.model, path, device, arguments.backend) for path in arguments.weights]
+        name = arguments.data or "folder"
+        found = [
+            members.from_weights(arguments.model, path, device, arguments.backend, None, lambda: len(test_images(name).classes))
+            for path in arguments.weights
+        ]
+        images = test_images(name)
     else:
         found = [members.from_checkpoint(path, device, arguments.backend) for path in arguments.checkpoints]
-    views = Views(arguments.crops, tuple(arguments.scales), arguments.flip)
-    name = arguments.data or found[0].data or "folder"
-    images = data.for_test(name, arguments.data_dir, views, found[0].recipe, arguments.size, arguments.on_corrupt)
+        name = arguments.data or found[0].data
+        images = test_images(name, found[0].recipe)
     for member in found:
         for size in views.scales or (images.size,):
             batch = arguments.batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,19 @@ def from_checkpoint(path: Path, device: torch.device, backend: str) -> Member:
     )
 
 
-def from_weights(name: str, path: Path, device: torch.device, backend: str, arguments: dict[str, Any] | None = None) -> Member:
+def from_weights(
+    name: str,
+    path: Path,
+    device: torch.device,
+    backend: str,
+    arguments: dict[str, Any] | None = None,
+    classes: Callable[[], int] | None = None,
+) -> Member:
     """The network ``name`` with the state_dict of a file, such as torchvision's own; also where it lies under ``model`` or
     ``state_dict``, and with DistributedDataParallel's ``module.`` in front of the names.
+
+    The last matrix tells the number of classes. Where there is none (SqueezeNet's classifier is a convolution), ``classes``
+    does, which is called then only.
 
     Raises:
         UsageError: not the weights of this network, or no weights at all.
@@ -80,8 +91,9 @@ def from_weights(name: str, path: Path, device: torch.device, backend: str, argu
         raise UsageError(f"{path}: not a state_dict, a dict of tensors by name")
     weights = {key.removeprefix("module."): value for key, value in saved.items()}
     matrices = [value for value in weights.values() if value.ndim == 2]
-    if not matrices:
+    if not matrices and classes is None:
         raise UsageError(f"{path}: no classifier in it, which would tell the number of classes")
-    model = networks.make(name, len(matrices[-1]), backend, **(arguments or {}))
+    outputs = len(matrices[-1]) if matrices or classes is None else classes()
+    model = networks.make(name, outputs, backend, **(arguments or {}))
     load_tensors(tensors(model), weights)
-    return Member(f"{name} of {path}", _ready(model, device), None, len(matrices[-1]))
+    return Member(f"{name} of {path}", _ready(model, device), None, outputs)
