@@ -16,6 +16,7 @@ from PIL import Image
 from fused_resnet.train import Recipe, TrainingError, UsageError, data, fit
 from fused_resnet.train import folder as folders
 from fused_resnet.train.data import Draw
+from fused_resnet.train.recipe import load
 
 STEPS = ({"name": "scale_crop", "shorter": [40, 60], "size": 32}, {"name": "flip"}, {"name": "colour"}, {"name": "trivial"})
 
@@ -160,6 +161,7 @@ def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
 
     refused(tmp_path / "nowhere", r"there is no .*train: bring a folder with train/CLASS/\*.jpg and val/CLASS/\*.jpg")
     refused(folder, "is not for a folder: its augment has none of scale_crop", recipe(({"name": "flip"},)))
+    refused(folder, "; imagenet-modern and imagenet-paper are for a folder", load("digits"))
     refused(folder, "normalise must be 'channels'", replace(recipe(), normalise="pixel_mean"))
     refused(folder, "unknown step 'flap'; did you mean flip", recipe(({"name": "flap"},)))
     (folder / "val" / "ant").rename(folder / "val" / "ape")
@@ -204,3 +206,18 @@ def test_cifar_that_is_missing_or_damaged(tmp_path: Path) -> None:
         data.load("cifar10", tmp_path, training.recipe())
     with pytest.raises(UsageError, match="unknown data set 'cifar'; did you mean"):
         data.load("cifar", tmp_path, training.recipe())
+
+
+def test_going_on_with_classes_of_other_names(folder: Path, tmp_path: Path) -> None:
+    """As many classes, but others: the labels would mean something else."""
+    config = training.config(tmp_path / "run", recipe=recipe(), data_folder=folder, workers=0, backend="cpu", resume=True)
+    fit(replace(config, stop_after=3))
+    for part in ("train", "val"):
+        (folder / part / "ant").rename(folder / part / "dog")
+    with pytest.raises(
+        UsageError, match=r"is of another run, .*: class 0 'ant' -> 'bee'; class 1 'bee' -> 'cat'; class 2 'cat'"
+    ):
+        fit(config)
+    for part in ("train", "val"):
+        (folder / part / "dog").rename(folder / part / "ant")
+    assert fit(config).finished

@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import augment, seeds
+from . import recipe as recipes
 from .data import Batch, Data, Draw
 from .errors import DataError, UsageError
 from .recipe import Recipe
@@ -193,13 +195,26 @@ def check(recipe: Recipe) -> int:
     return sizes[-1]
 
 
+def _fitting() -> list[str]:
+    """The package's recipes that are for a folder."""
+    found = []
+    for name in recipes.names():
+        with suppress(UsageError):
+            check(recipes.load(name))
+            found.append(name)
+    return found
+
+
 def load(folder: Path, recipe: Recipe, on_corrupt: str) -> Data:
     """``folder/train/CLASS/*`` and ``folder/val/CLASS/*``.
 
     Raises:
-        UsageError: they are not there, have other classes, or the recipe is not for a folder.
+        UsageError: they are not there, have other classes, or the recipe is not for a folder: which are.
     """
-    size = check(recipe)
+    try:
+        size = check(recipe)
+    except UsageError as error:
+        raise UsageError(f"{error}; {' and '.join(_fitting())} are for a folder") from error
     _look(folder, ("train", "val"))
     classes, train = _samples(folder / "train")
     tests = for_test(folder, Centre(size), size, on_corrupt)

@@ -129,6 +129,10 @@ class _Run:
         saved = checkpoint.load(self.path)
         checkpoint.check_state(self.path, saved)
         changed = checkpoint.differences(saved["identity"], self.identity)
+        if not changed:  # as many classes
+            pairs = zip(saved["classes"], self.data.classes)
+            changed = [f"class {i} {was!r} -> {now!r}" for i, (was, now) in enumerate(pairs) if was != now]
+            changed[3:] = [f"and {len(changed) - 3} more"] if len(changed) > 3 else []
         if changed:
             raise UsageError(f"{self.path} is of another run, --resume goes on with the same only: {'; '.join(changed)}")
         return saved
