@@ -245,6 +245,9 @@ def test_an_image_that_fills_up_is_not_counted(tmp_path: Path) -> None:
         def sum(self, values: list[float]) -> list[float]:
             return values
 
+        def together(self, batches: Any) -> Any:
+            return batches
+
     split = data.Pixels(torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8), torch.arange(7))
     images = data.in_memory("seven", list("abcdefg"), split, split, "pixel_mean")
     model, config, cpu = training.small(7), training.config(tmp_path), torch.device("cpu")
