@@ -18,6 +18,7 @@ from test_train_data import folder, recipe  # noqa: F401 (a fixture)
 from torch import nn
 
 from fused_resnet.train import TrainingError, WarmUp, data, files, fit, loop
+from fused_resnet.train.errors import ended_elsewhere
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -120,3 +121,22 @@ def test_a_decoding_worker_that_is_killed(folder: Path, tmp_path: Path) -> None:
         shutil.copy(folder / "val" / "bee" / "0.jpg", folder / "val" / "bee" / f"more {copy}.jpg")
     said = line("evaluate", str(tmp_path / "run" / "checkpoint.pt"), "--batch", "2")
     assert " of 66 images: a process that decodes images failed (DataLoader worker" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "DataLoader worker (pid(s) 7) exited unexpectedly",
+            "a process that decodes images failed (DataLoader worker (pid(s) 7)",
+        ),
+        ("[/w/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer", "another process of the run ended"),
+        ("NCCL communicator was aborted on rank 1.\nmore", "another process of the run ended"),
+        ("mat1 and mat2 shapes cannot be multiplied", ""),
+        ("", ""),
+    ],
+)
+def test_what_ended_elsewhere(said: str, told: str) -> None:
+    """Errors of PyTorch that are not this process's; all others stay as they are."""
+    found = ended_elsewhere(RuntimeError(said)) or ""
+    assert found.startswith(told) and bool(found) == bool(told)
