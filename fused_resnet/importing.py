@@ -32,6 +32,16 @@ def _module(source: str) -> ModuleType:
     return module
 
 
+def exists(name: str) -> bool:
+    """Whether there is a module of this dotted name; it is not imported, the packages it lies in are."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.util.find_spec(name) is not None
+    except Exception:  # of the packages' code: whatever it raises
+        return False
+
+
 def load(what: str) -> Any:
     """The object that ``module:name`` or ``file.py:name`` names.
 

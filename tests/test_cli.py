@@ -172,7 +172,7 @@ def test_fuse_check_finds_a_difference(
         (["fuse-check", "{models}:number"], "returned a int, expected an nn.Module"),
         (["fuse-check", "{models}:value"], "is a int"),
         (["fuse-check", "{models}:broken"], "KeyError"),
-        (["fuse-check", "{models}:linear", "--size", "16"], "mat1 and mat2"),
+        (["fuse-check", "{models}:linear", "--size", "16"], "for example --input 16x192, got 2x3x16x16, on which eager"),
         (["fuse-check", "{models}:net", "--dtype", "fp8"], "expected one of fp32"),
         (["fuse-check", "{models}:net", "--backend", "cudnn"], "--backend"),
         (["fuse-check", "{models}:net", "--device", "toaster"], "--device"),

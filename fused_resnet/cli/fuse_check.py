@@ -1,7 +1,7 @@
 """``fused-resnet fuse-check MODEL``: fuses a copy of a model and reports whether it computes the same.
 
-The truth is the eager model in float64, with the weights as the type at hand holds them. The fused model may be twice as far
-from it as eager is, in fp32 in any case :data:`FP32`.
+The truth is the eager model in float64, with the weights as the type at hand holds them. In eval mode the fused model may be
+twice as far from it as eager is, in fp32 in any case :data:`FP32`. In training :mod:`fused_resnet.agreement` has the rule.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import argparse
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import counts, importing, specimens
+from ..agreement import FURTHER, Distance, Uncomparable, in_training
 from ..measure import relative_error
 from ..swap import explain, fuse
 from .arguments import (
@@ -39,17 +40,50 @@ from .text import sentence, table
 FP32 = 1e-5
 #: How many times eager's own error is allowed.
 FACTOR = 2.0
+#: ``--mode`` -> what is compared.
+MODES = {"infer": ("infer",), "train": ("train",), "both": ("infer", "train")}
+#: Images, and their rows and columns, where nothing is asked for.
+BATCH, SIZE = 2, 64
+#: Images that statistics are taken from, at least.
+MANY = 8
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """The shape that ``16x8`` names."""
+    try:
+        sizes = tuple(natural(part) for part in text.lower().split("x"))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a shape such as 16x8, 4x8x100 or 2x3x64x64, got {text!r} ({error})"
+        ) from error
+    if len(sizes) < 2:
+        raise argparse.ArgumentTypeError(f"expected a batch and what is in it, such as 16x8 or 2x3x64x64, got {text!r}")
+    return sizes
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     text = "fuse a copy of a model and compare it with eager PyTorch"
-    parser = commands.add_parser("fuse-check", help=text, description=f"{sentence(text)}. Exit code 1 where they disagree.")
-    parser.add_argument(
-        "model", metavar="MODEL", help="a torchvision name, or module:function or file.py:function that returns an nn.Module"
+    about = (
+        f"{sentence(text)}: outputs in eval mode; outputs, gradients of all parameters and running statistics in a training "
+        "step, with dropouts off. "
+        "Exit code 0 where they agree, 1 where they disagree or nothing could be compared, 2 for wrong input."
     )
-    parser.add_argument("--batch", type=natural, default=2, metavar="N", help="images (2)")
-    parser.add_argument("--size", type=natural, default=64, metavar="N", help="rows and columns of an image (64)")
+    parser = commands.add_parser("fuse-check", help=text, description=about)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a torchvision name, timm/NAME, or module:function or file.py:function that returns an nn.Module",
+    )
+    parser.add_argument("--mode", choices=list(MODES), default="both", help="infer, train, or both (the default)")
+    parser.add_argument("--batch", type=natural, metavar="N", help=f"images ({BATCH})")
+    parser.add_argument("--size", type=natural, metavar="N", help=f"rows and columns of an image ({SIZE})")
+    parser.add_argument(
+        "--input",
+        type=_sizes,
+        metavar="SHAPE",
+        help="of the whole input: 16x8 (rows), 4x8x100 (signals), 1x3x224x224 (images); instead of --batch and --size",
+    )
     parser.add_argument(
         "--dtype",
         type=lambda text: [dtype(part.strip()) for part in text.split(",")],
@@ -67,10 +101,18 @@ def load(what: str) -> nn.Module:
     Raises:
         CommandError: there is none: no such name, file, module or function, or it returns something else, or fails.
     """
-    if ":" not in what:
-        if what.endswith(".py"):
-            raise CommandError(f"{what!r} names a file but no function: expected {what}:FUNCTION")
-        return eager_model(what)
+    if ":" not in what or not what.rpartition(":")[2]:
+        source = what.removesuffix(":")
+        missing = f"but no function in it: expected {source}:FUNCTION, which returns an nn.Module, such as {source}:net"
+        if source.endswith(".py"):
+            there = Path(source).is_file()
+            raise CommandError(f"{source!r} names a file {missing}" if there else f"no file {source!r} ({source}:FUNCTION)")
+        try:
+            return eager_model(what)
+        except CommandError:
+            if not importing.exists(source):
+                raise
+            raise CommandError(f"{source!r} names a module {missing}") from None
     function = refusing(lambda: importing.load(what), ValueError)
     model = function
     if not isinstance(function, nn.Module):
@@ -157,6 +199,64 @@ def agreement(eager: nn.Module, fused: nn.Module, x: Tensor, wanted: torch.dtype
     return Agreement(wanted, eagers, relative_error(result, truth))
 
 
+@dataclass(frozen=True)
+class TrainingAgreement:
+    """What :func:`fused_resnet.agreement.in_training` found in one element type; ``skipped`` and ``failed`` as above."""
+
+    dtype: torch.dtype
+    found: dict[str, Distance] = field(default_factory=dict)
+    skipped: str | None = None
+    failed: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """The fused model agrees."""
+        return self.skipped is not None or (self.failed is None and all(one.ok for one in self.found.values()))
+
+    @property
+    def cells(self) -> list[str]:
+        """A row of the table."""
+        if self.skipped is not None or self.failed is not None:
+            said = f"skipped: {self.skipped}" if self.skipped is not None else f"FAILS: {self.failed}"
+            return [dtype_name(self.dtype), *"-" * 9, said]
+        numbers = [f"{number:.1e}" for one in self.found.values() for number in (one.eager, one.fused, one.allowed)]
+        wrong = ", ".join(what for what, one in self.found.items() if not one.ok)
+        return [dtype_name(self.dtype), *numbers, f"DIFFERS: {wrong}" if wrong else self._right]
+
+    @property
+    def undecided(self) -> list[str]:
+        """What zeros would agree with as well, so far is eager itself from float64."""
+        return [what for what, one in self.found.items() if one.allowed >= 1]
+
+    @property
+    def _right(self) -> str:
+        said = [f"{what} undecided" for what in self.undecided]
+        for one in self.found.values():
+            if one.median is not None:
+                said.append(f"{one.median:.1f} times eager's own in the middle of {1 + FURTHER} inputs")
+        return f"ok ({', '.join(said)})" if said else "ok"
+
+
+def training_agreement(eager: nn.Module, fused: nn.Module, x: Tensor, wanted: torch.dtype) -> TrainingAgreement:
+    """Compare a training step of the two in one element type; arguments as of :func:`agreement`, both in training mode."""
+    try:
+        found = in_training(copy.deepcopy(eager).to(wanted), copy.deepcopy(fused).to(wanted), x.to(wanted))
+    except Uncomparable as why:
+        return TrainingAgreement(wanted, skipped=str(why))
+    except Exception as raised:  # whatever it is, eager runs
+        return TrainingAgreement(wanted, failed=f"{type(raised).__name__}: {one_line(raised)}")
+    return TrainingAgreement(wanted, found)
+
+
+def _in_training(eager: nn.Module) -> nn.Module:
+    """A copy in training mode, whose dropouts are off: they draw in the order of memory, and the layouts differ."""
+    model = copy.deepcopy(eager).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model
+
+
 def _fused_copy(eager: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing could be fused stands in the report
@@ -184,38 +284,86 @@ def _report_left_alone(fused: nn.Module) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 if anything disagrees."""
+    """Print the report; 1 if anything disagrees, or nothing could be compared."""
     where = arguments.device
+    if arguments.input is not None and (arguments.batch is not None or arguments.size is not None):
+        raise CommandError("--input is the whole shape: leave --batch and --size out")
+    modes = MODES[arguments.mode]
     with chosen_backend(arguments.backend, where):
         eager = load(arguments.model).to(where).float()
-        x = images(arguments.batch, arguments.size, _channels(eager)).to(where)
+        x, many = (made.to(where) for made in _inputs(arguments, eager))
         if ":" not in arguments.model:
             specimens.randomise(eager)
-        many = images(max(8, arguments.batch), arguments.size, x.shape[1], seed=1).to(where)
-        filled = refusing(_running(eager, x, many), Exception)
+        filled = _fill(eager, x, many)
         fused = _fused_copy(eager)
 
-        shape = " x ".join(map(str, x.shape))
-        print(f"{arguments.model}, input {shape} on {where}, eval mode")
+        print(f"{arguments.model}, input {' x '.join(map(str, x.shape))} on {where}")
         if filled:
             print(f"{filled} BatchNorms had no statistics yet: taken from random images")
         _report_launches(eager, fused, x)
         _report_left_alone(fused)
-        results = [agreement(eager, fused, x, wanted) for wanted in arguments.dtype]
-    print("relative error against float64, ||y - y64|| / ||y64||:")
-    print(table(["", "eager", "fused", "allowed", ""], [result.cells for result in results]))
+        results: list[Agreement | TrainingAgreement] = []
+        print("relative error against float64, ||y - y64|| / ||y64||:")
+        if "infer" in modes:
+            inferred = [agreement(eager, fused, x, wanted) for wanted in arguments.dtype]
+            print(table(["eval mode", "eager", "fused", "allowed", ""], [result.cells for result in inferred]))
+            results += inferred
+        if "train" in modes:
+            learning = _in_training(eager)
+            both = learning, _fused_copy(learning)
+            trained = [training_agreement(*both, x, wanted) for wanted in arguments.dtype]
+            columns = [f"{what}: eager" for what in ("output", "gradients", "statistics")]
+            head = ["training step", *(cell for column in columns for cell in (column, "fused", "allowed")), ""]
+            print(table(head, [result.cells for result in trained]))
+            if any(result.undecided for result in trained):
+                print("undecided: eager itself is too far from float64 there; larger images or --dtype fp64 say more")
+            results += trained
+    if all(result.skipped is not None for result in results):
+        print("nothing could be compared")
+        return 1
     agree = all(result.ok for result in results)
     print("agrees with eager" if agree else "DISAGREES with eager")
     return 0 if agree else 1
 
 
-def _running(eager: nn.Module, x: Tensor, many: Tensor) -> Callable[[], int]:
-    """Fills the statistics from ``many`` and runs the model once: a size or rank it does not take is wrong input."""
+def _inputs(arguments: argparse.Namespace, eager: nn.Module) -> tuple[Tensor, Tensor]:
+    """What the models are compared on, and more of it for statistics."""
+    if arguments.input is None:
+        batch, size, channels = arguments.batch or BATCH, arguments.size or SIZE, _channels(eager)
+        return images(batch, size, channels), images(max(MANY, batch), size, channels, seed=1)
+    first, *rest = arguments.input
 
-    def attempt() -> int:
+    def make(number: int, seed: int) -> Tensor:
+        return torch.randn(number, *rest, generator=torch.Generator().manual_seed(seed))
+
+    try:
+        return make(first, 0), make(max(MANY, first), 1)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        shape = "x".join(map(str, arguments.input))
+        raise CommandError(f"--input: expected a shape that fits into memory, got {shape}") from error
+
+
+def _example(model: nn.Module) -> str:
+    """A shape that the first layer with weights takes."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            return f"16x{module.in_features}"
+        if isinstance(module, nn.Conv1d):
+            return f"4x{module.in_channels}x100"
+        if isinstance(module, nn.Conv2d):
+            return f"2x{module.in_channels}x{SIZE}x{SIZE}"
+    return "16x8"
+
+
+def _fill(eager: nn.Module, x: Tensor, many: Tensor) -> int:
+    """Fill the statistics from ``many`` and run the model once: a size or rank it does not take is wrong input."""
+    try:
         filled = specimens.calibrate(eager, many)
         with torch.no_grad():
             eager(x)
-        return filled
-
-    return attempt
+    except Exception as error:  # the code of others: whatever it raises
+        shape = "x".join(map(str, x.shape))
+        said = f"{type(error).__name__}: {one_line(error)}"
+        expected = f"expected a shape that the model takes, for example --input {_example(eager)}"
+        raise CommandError(f"{expected}, got {shape}, on which eager PyTorch fails ({said})") from error
+    return filled
