@@ -272,8 +272,15 @@ def test_two_of_one_gpu_and_day_are_refused(tmp_path: Path) -> None:
         report.files([path, path])
 
 
-def test_an_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("results are read and drawn")
+
+    monkeypatch.setattr(report, "files", work)
     (tmp_path / "file").write_text("")
+    assert main(["report", "-o", str(tmp_path / "file")]) == 2
     assert main(["report", "-o", str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 

@@ -114,3 +114,16 @@ def test_a_full_disk_leaves_the_file_as_it_was(
     assert main(["zoo", "resnet34", "--csv", "/dev/null"]) == 2, "nothing is written over a device"
     assert main(["zoo", "resnet34", "--csv", str(path), "--size", "99999999"]) == 2
     assert "fit into memory, got 8 x 3 x 99999999" in capsys.readouterr().err and tried == ["resnet34"]
+
+
+def test_no_folder_is_made_for_a_file(tried: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of the files of other commands."""
+    folder = tmp_path / "none"
+    for command_line in (
+        ["zoo", "resnet18", "--csv", str(folder / "zoo.csv")],
+        ["zoo", "resnet18", "--csv", str(tmp_path / "zoo.csv"), "--markdown", str(folder / "models.md")],
+        ["inspect", "--model", "resnet18", "--json", str(folder / "report.json")],
+    ):
+        assert main(command_line) == 2
+        assert f"cannot write to the folder {folder}: it does not exist, and is not made for a file" in capsys.readouterr().err
+    assert tried == [] and not folder.exists()

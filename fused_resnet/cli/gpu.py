@@ -55,11 +55,15 @@ def need_gpu(command: str, dry: bool) -> str:
     return torch.cuda.get_device_name(0)
 
 
-def writable(folder: Path) -> None:
-    """Make sure that a folder is there and takes files."""
+def writable(folder: Path, make: bool = True) -> None:
+    """Make sure that a folder is there and takes files; without ``make``, that it could be made, of which nothing is left."""
+    place = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            place = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), folder)
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise CommandError(f"{folder}: cannot be written ({error.strerror})") from error

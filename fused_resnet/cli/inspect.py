@@ -73,7 +73,8 @@ def writable(file: Path | None, folder: Path | None = None) -> None:
             raise CommandError(f"cannot make the folder {folder}: {error.strerror}") from error
     place = folder if folder is not None else file.parent if file is not None else None
     if place is not None and not (place.is_dir() and os.access(place, os.W_OK)):
-        raise CommandError(f"cannot write to the folder {place}")
+        missing = "" if place.exists() else ": it does not exist, and is not made for a file"  # a slip is likelier than a wish
+        raise CommandError(f"cannot write to the folder {place}{missing}")
     if file is not None and file.is_dir():
         raise CommandError(f"{file} is a folder")
     if file is not None and file.exists() and not file.is_file():  # /dev/null: a file would take its place

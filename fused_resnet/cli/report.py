@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..gpu import report
     from ..gpu.results import ResultsError
 
+    writable(arguments.output, make=False)  # drawing takes most of a minute, and wrong results leave no folder
     try:
         made = report.files(arguments.results)
     except ResultsError as error:

@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{arguments.csv}: {'it has no rows' if arguments.csv.exists() else 'no such file'}")
     writable(arguments.markdown)
     if wanted:
-        writable(arguments.csv, arguments.csv.parent)
+        writable(arguments.csv)
         images(8, arguments.size)  # wrong input, not a failure of each model
     progress = Progress()
     for index, name in enumerate(wanted):
