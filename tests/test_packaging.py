@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import zoo
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -124,6 +126,24 @@ def test_wheel_metadata(wheel: Path, project: dict) -> None:
     for extra in project["project"]["optional-dependencies"]:
         assert f"Provides-Extra: {extra}\n" in metadata
     assert "fused-resnet = fused_resnet.cli:main" in entry_points
+
+
+def test_all_tests_have_their_packages(project: dict) -> None:
+    """What a test is skipped without is among what ``make test-all`` installs (or PyTorch, Python or an extra of users brings)."""
+    makefile = (ROOT / "Makefile").read_text()
+    (extras,) = re.findall(r"^test-all: \.venv/\.with-(\S+) \.venv-oldest/\.with-test ", makefile, re.MULTILINE)
+    assert extras.split(",") == ["test", "zoo", "dropin"]
+    optional = project["project"]["optional-dependencies"]
+    listed = [entry for extra in (*extras.split(","), "models") for entry in optional[extra]]
+    installed = {re.split(r"[<>=\[]", entry)[0].replace("-", "_").removesuffix("_torch") for entry in listed}
+    wanted = {
+        re.split(r"\W", name)[0]
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"importorskip\(\s*\"([^\"]+)\"", path.read_text())
+    } | {package.split(".")[0] for package, *_ in zoo.ZOO.values()}
+    names = {"sklearn": "scikit_learn", "smp": "segmentation_models_pytorch"}
+    elsewhere = {"torch", "triton", "resource", "tensorboard", "matplotlib"}
+    assert {names.get(name, name) for name in wanted} - elsewhere <= installed
 
 
 def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
