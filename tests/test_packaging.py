@@ -129,7 +129,7 @@ def test_wheel_metadata(wheel: Path, project: dict) -> None:
 
 
 def test_all_tests_have_their_packages(project: dict) -> None:
-    """What a test is skipped without is among what ``make test-all`` installs (or PyTorch, Python or an extra of users brings)."""
+    """What a test is skipped without is among what ``make test-all`` installs (or an extra of users brings)."""
     makefile = (ROOT / "Makefile").read_text()
     (extras,) = re.findall(r"^test-all: \.venv/\.with-(\S+) \.venv-oldest/\.with-test ", makefile, re.MULTILINE)
     assert extras.split(",") == ["test", "zoo", "dropin"]
