@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import operator
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,18 @@ def execute(code: str, path: Path, namespace: dict[str, Any]) -> None:
 
 def test_links_and_code_of_all_documents() -> None:
     assert check_docs.main([]) == 0
+
+
+def test_predicted_times_are_those_of_the_benchmarks() -> None:
+    """The README's GPU row, docs/evidence.md and docs/kernels.md say what the model's page says of ResNet-50 on the H200."""
+    page = (ROOT / "docs" / "benchmarks" / "predicted.md").read_text(encoding="utf-8")
+    table = page.partition("| inference: eager, fused")[2]
+    cells = next(line for line in table.splitlines() if line.startswith("| H200 |")).split("|")
+    eager, fused, factor = re.findall(r"[\d.]+", cells[3])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"NVIDIA H200 | {eager} ms | {fused} ms ({factor}x) | **predicted**" in readme
+    assert f"{eager} ms in eager PyTorch and {fused} ms fused" in (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert f"{factor}x ({fused} against {eager} ms)" in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 
 def test_the_api_lists_what_the_package_offers() -> None:
