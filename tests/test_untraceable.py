@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from nets import randomise, train_step
 from tolerances import relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 from fused_resnet import count_launches, explain, fuse, unfuse
@@ -139,3 +141,66 @@ def test_a_wrong_choice() -> None:
         fuse(Network(), untraceable="compile", backend="cpu")
     with pytest.raises(ValueError, match="untraceable must be one of 'leave', 'compile', got 'both'"):
         fuse(Network(), untraceable="both")
+
+
+class OnTensor(nn.Module):
+    """Control flow on what a tensor is."""
+
+    def __init__(self, decide: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.decide = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.decide(x):
+            x = x * 2
+        return torch.relu(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda x: x.shape[2] > 4,
+        lambda x: x.dim() == 4,
+        lambda x: x.requires_grad,
+        lambda x: x.dtype == torch.float32,
+        lambda x: x.device.type == "cpu",
+        lambda x: x.sum() > 0,
+    ],
+    ids=["shape", "dim", "requires_grad", "dtype", "device", "data"],
+)
+def test_what_decides_by_a_tensor_is_left_alone(decide: Callable[[Tensor], bool]) -> None:
+    """docs/swap.md: not by its values alone."""
+    plain = randomise(nn.Sequential(OnTensor(decide), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))).eval()
+    fused = fuse(copy.deepcopy(plain))
+    rows = [row for row in explain(fused, show=False).left_alone if row.name.startswith("0")]
+    assert rows and all("control flow" in row.note for row in rows)
+    for x in (torch.randn(2, 3, 9, 9), torch.randn(2, 3, 9, 9, requires_grad=True)):
+        assert relative_error(fused(x), plain(x)) < 1e-5
+
+
+class Checkpointed(nn.Module):
+    """A BatchNorm whose forward is run again in the backward, in what only Dynamo can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.chain, x * 2 if x.sum() > 0 else x, use_reentrant=False)
+        assert isinstance(y, Tensor)
+        return y
+
+
+def test_a_checkpoint_around_a_batch_norm_counts_as_under_torch_compile() -> None:
+    """docs/swap.md: once a step, with any backend; eager's running statistics move in the backward again."""
+    plain = randomise(nn.Sequential(Checkpointed())).train()
+    fused, compiled = fuse(copy.deepcopy(plain), untraceable="compile"), copy.deepcopy(plain)
+    compiled[0].compile(backend="aot_eager")
+    x = torch.randn(2, 3, 9, 9)
+    for model in (plain, fused, compiled):
+        model(x).square().sum().backward()
+    eager, ours, theirs = (dict(model.named_buffers()) for model in (plain, fused, compiled))
+    count = next(name for name in eager if name.endswith("num_batches_tracked"))
+    assert (int(eager[count]), int(ours[count]), int(theirs[count])) == (2, 1, 1)
+    for name, value in theirs.items():
+        assert relative_error(ours[name], value) < 1e-5, name
