@@ -18,6 +18,8 @@ STATE = 1e-4
 TIMES, FLOOR = 3.0, 1e-5
 #: Further inputs that are looked at where gradients are further away: the median of these and the first decides.
 FURTHER = 4
+#: Why a model without results is not compared.
+NOTHING = "it gives no floating-point tensors"
 
 
 def outputs(made: Any) -> list[Tensor]:
@@ -141,6 +143,8 @@ def in_training(plain: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Dist
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Uncomparable(f"eager does not run in it here ({said})") from error
+    if not made:
+        raise Uncomparable(NOTHING)
     if not all(t.isfinite().all() for t in (*made, *gradients.values())):
         raise Uncomparable("eager itself overflows in it")
     found, got = step(ours, x)

@@ -26,6 +26,22 @@ def rows():
 def signals():
     return nn.Sequential(nn.Conv1d(8, 16, 3), nn.BatchNorm1d(16), nn.ReLU())
 
+class Output(dict):
+    # A container that PyTorch's trees do not know, as transformers' are.
+    pass
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        return Output(logits=self.inner(x))
+
+class Choice(Named):
+    def forward(self, x):
+        return self.inner(x).argmax(1)
+
 class Particular(nn.Module):
     def __init__(self):
         super().__init__()
@@ -167,6 +183,19 @@ def test_the_help_names_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(
         word in out for word in ("timm/NAME", "Exit code 0", "1 where they disagree", "2 for wrong input", "--input SHAPE")
     )
+
+
+def test_results_in_containers_of_others(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their tensors are compared; where there are none at all that is no agreement."""
+    assert run(models, "Named", "--size", "8") == 0
+    assert run(models, "Choice", "--size", "8") == 1
+    assert capsys.readouterr().out.count("skipped: it gives no floating-point tensors") == 2
+    right = blocks.FusedSequential.forward
+    monkeypatch.setattr(blocks.FusedSequential, "forward", lambda self, x: right(self, x) * 1.01)
+    assert run(models, "Named", "--size", "8") == 1
+    assert capsys.readouterr().out.count("DIFFERS") == 2
 
 
 def test_where_eager_itself_is_too_far_off() -> None:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .. import counts, importing, specimens
-from ..agreement import FURTHER, Distance, Uncomparable, in_training
+from ..agreement import FURTHER, NOTHING, Distance, Uncomparable, in_training, outputs
 from ..measure import relative_error
 from ..swap import explain, fuse
 from .arguments import (
@@ -135,7 +134,7 @@ def _channels(model: nn.Module) -> int:
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     """All floating-point results of a model, in a row, in float64."""
     with torch.no_grad():
-        leaves = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        leaves = outputs(model(x))
     return torch.cat([leaf.reshape(-1).double() for leaf in leaves]) if leaves else torch.empty(0, dtype=torch.float64)
 
 
@@ -187,6 +186,8 @@ def agreement(eager: nn.Module, fused: nn.Module, x: Tensor, wanted: torch.dtype
     except (RuntimeError, NotImplementedError) as error:
         return Agreement(wanted, skipped=f"eager does not run in it here ({one_line(error)})")
     truth = _outputs(model.double(), x.double())
+    if truth.numel() == 0:
+        return Agreement(wanted, skipped=NOTHING)
     if not truth.isfinite().all():
         return Agreement(wanted, skipped="the model overflows even in fp64")
     if not own.isfinite().all():

@@ -158,8 +158,8 @@ What `fuse` does to models of others: chains fused, launches and bytes of one im
 the convolutions' FLOPs that runs in launches of plans, and the relative error against float64, fp32, eager's and ours.
 
 Evidence: launches and bytes are *counted from sizes*, errors are *measured* on a CPU with random weights and small images
-(64 x 64). No time is measured here. `fused-resnet zoo resnext50_32x4d 'timm/resnet50[ts]' --markdown docs/models.md` adds the rows
-of these to [`bench/results/zoo.csv`](../bench/results/zoo.csv) and makes this page of all its rows.
+(64 x 64). No time is measured here. `fused-resnet zoo resnext50_32x4d 'timm/resnet50[ts]' --markdown docs/models.md` adds the
+rows of these to [`bench/results/zoo.csv`](../bench/results/zoo.csv) and makes this page of all its rows.
 
 | model | chains | launches | MB | fused share | error eager, fused | |
 |---|---|---|---|---|---|---|
