@@ -221,7 +221,7 @@ NAMES: tuple[str, ...] = (*_OTHERS, *(f"cifar_{kind}{depth}" for kind in _CIFAR 
 
 def image_size(name: str) -> int:
     """Rows and columns of the images that the network ``name`` was made for."""
-    return 32 if name.startswith("cifar_") else 224
+    return 32 if name.startswith("cifar_") else 299 if name == "inception_v3" else 224
 
 
 def build(name: str, num_classes: int | None = None, **arguments: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .models import build
+from .models import NAMES, build
 from .swap import unfuse
 
 #: Names of element types on the command line.
@@ -37,6 +37,38 @@ def unknown(what: str, name: str, choices: list[str]) -> ValueError:
     if not near and len(choices) <= 40:
         hint = f": expected one of {', '.join(choices)}"
     return ValueError(f"unknown {what} {name!r}{hint}")
+
+
+def classifiers() -> list[str]:
+    """Names of torchvision's models that classify images; none where it is not installed."""
+    vision = torchvision_models()
+    return [] if vision is None else list(vision.list_models(module=vision))
+
+
+def classifier(name: str) -> nn.Module:
+    """One of :func:`classifiers`, on the meta device where that is possible: for its sizes, not its values."""
+    vision = torchvision_models()
+    assert vision is not None, "names come from classifiers()"
+    builder = vision.get_model_builder(name)
+    # GoogLeNet and Inception initialise for minutes otherwise, and warn of it.
+    plain = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module
+    try:
+        with torch.device("meta"):
+            model = builder(weights=None, **plain)
+    except NotImplementedError:  # RegNets compute their widths with tensors
+        model = builder(weights=None, **plain)
+    return model
+
+
+def unknown_network(name: str, error: ValueError) -> ValueError:
+    """What :func:`build` raised for ``name``; where it knows no such network, with what torchvision has as well."""
+    if not str(error).startswith("unknown model"):  # a depth that is not 6n + 2
+        return error
+    theirs = classifiers()
+    if not theirs:
+        return ValueError(f"{error}; torchvision, whose classifiers are known too, is not installed")
+    return unknown("model", name, [*NAMES, *theirs])
 
 
 def eager_model(name: str) -> nn.Module:

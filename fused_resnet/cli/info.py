@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from .. import counts
 from ..models import MODELS, build, image_size
+from ..specimens import classifier, classifiers, unknown_network
 from ..swap import fuse, unfuse
-from .arguments import dtype, dtype_name, natural, one_line, refusing, too_large
+from .arguments import CommandError, dtype, dtype_name, natural, one_line, refusing, too_large
 from .text import scaled, table
 
 
@@ -20,16 +22,49 @@ def add(commands: Any) -> None:
     """Declare the command."""
     text = "layers, parameters, FLOPs, launches and bytes of a forward pass and a training step, eager and fused"
     parser = commands.add_parser("info", help=text, description=f"Show {text}. Nothing is computed: sizes suffice.")
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(MODELS)}, cifar_resnet20, plain34 ...")
+    names = f"{', '.join(MODELS)}, cifar_resnet20, plain34 ...; vgg16 and the other classifiers of torchvision"
+    parser.add_argument("model", metavar="MODEL", help=names)
     parser.add_argument("--batch", type=natural, default=1, metavar="N", help="images (1)")
     parser.add_argument("--size", type=natural, metavar="N", help="rows and columns of an image (224; for CIFAR 32)")
     parser.add_argument("--dtype", type=dtype, default="fp32", metavar="TYPE", help="fp32 (the default), fp16, bf16, fp64")
     parser.set_defaults(run=run)
 
 
-def weight_layers(model: nn.Module) -> int:
-    """Convolutions and linear layers, projections included."""
-    return sum(isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) for module in model.modules())
+def weight_layers(model: nn.Module) -> dict[str, int]:
+    """How many convolutions and linear layers: ``weight layers``, which the names of networks count, and beside them the
+    ``projections`` of shortcuts and the ``gates`` of highways, which they leave out (He et al. 2016, table 1)."""
+    found = {"weight layers": 0, "projections": 0, "gates": 0}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        parts = set(name.split("."))
+        if isinstance(module, nn.Linear):  # Swin has one called proj, which is in no shortcut
+            kind = "weight layers"
+        elif parts & {"downsample", "proj"}:  # ours and torchvision's ResNets; RegNets and MaxViT
+            kind = "projections"
+        else:
+            kind = "gates" if "gate" in parts else "weight layers"
+        found[kind] += 1
+    return found
+
+
+def _named(numbers: dict[str, int]) -> str:
+    """Such as ``34 weight layers and 3 projections``."""
+    words = [f"{number} {what.removesuffix('s') if number == 1 else what}" for what, number in numbers.items() if number]
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:]))) or "no weight layers"
+
+
+def _pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """The network ``name`` on the meta device in eval mode, eager and fused: ours, or a classifier of torchvision."""
+    try:
+        with torch.device("meta"):
+            fused = build(name).eval()
+    except ValueError as error:
+        if name not in classifiers():  # asked only now: to import torchvision takes seconds
+            raise CommandError(one_line(unknown_network(name, error))) from error
+        eager = classifier(name).to("meta").eval()
+        return eager, fuse(eager, inplace=False)
+    return unfuse(copy.deepcopy(fused)), fused
 
 
 def _megabytes(number: int) -> str:
@@ -57,7 +92,7 @@ def _show_step(eager: nn.Module, x: torch.Tensor) -> None:
     print("\na training step: forward with the batch's statistics, backward to all parameters")
     try:
         steps = {name: counts.step(model, x) for name, model in models.items()}
-    except ValueError as error:  # one value per channel
+    except (ValueError, RuntimeError) as error:  # one value per channel; images too small for an auxiliary classifier
         print(f"  none for this input: {one_line(error)}\n")
         return
     works = {name: counts.Work.of(step.kernels) for name, step in steps.items()}
@@ -77,24 +112,29 @@ def _show_step(eager: nn.Module, x: torch.Tensor) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fuse found no", UserWarning)  # the table shows it
+        return _show(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> int:
     size = arguments.size or image_size(arguments.model)
-    with torch.device("meta"):
-        fused = refusing(lambda: build(arguments.model), ValueError).eval().to(arguments.dtype)
-        try:
-            x = torch.empty(arguments.batch, 3, size, size, dtype=arguments.dtype)
-        except RuntimeError as error:  # more bytes than there are numbers for
-            raise too_large(arguments.batch, size) from error
-    eager = unfuse(copy.deepcopy(fused))
-    rows = refusing(lambda: counts.compare(eager, fused, x), RuntimeError)
+    eager, fused = (model.to(arguments.dtype) for model in _pair(arguments.model))
+    try:
+        x = torch.empty(arguments.batch, 3, size, size, dtype=arguments.dtype, device="meta")
+    except RuntimeError as error:  # more bytes than there are numbers for
+        raise too_large(arguments.batch, size) from error
+    # Transformers assert that images have their size.
+    rows = refusing(lambda: counts.compare(eager, fused, x), RuntimeError, ValueError, AssertionError)
     all_eager, all_fused = counts.total(rows)
+    convolutions = sum(kernel.flops for kernel in counts.kernels(eager, x) if kernel.name == "convolution")
 
     parameters = sum(parameter.numel() for parameter in eager.parameters())
     shape = f"{arguments.batch} x 3 x {size} x {size}, {dtype_name(arguments.dtype)}"
     print(f"{arguments.model}, forward pass in eval mode, input {shape}")
-    print(
-        f"{weight_layers(eager)} weight layers, {scaled(parameters)} parameters, {scaled(all_eager.flops, 'FLOP')} "
-        "(a multiply-add counts two)\n"
-    )
+    print(f"{_named(weight_layers(eager))}, {scaled(parameters)} parameters, {scaled(all_eager.flops, 'FLOP')}")
+    adds = f"{scaled(all_eager.flops // 2)} multiply-adds ({scaled(convolutions // 2)} in convolutions)"
+    print(f"{adds}, each of which counts as two FLOPs\n")
     head = ["chain", "GFLOP", "launches eager", "fused", "MB eager", "fused", "saved"]
     cells = [_cells(row.place if row.chain else f"{row.place} (PyTorch)", row.eager, row.fused) for row in rows]
     print(table(head, [*cells, _cells("total", all_eager, all_fused)]))
