@@ -240,6 +240,22 @@ def test_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["cifar_resnet8", "--compile"], "--compile is for --growth"),
+        *(
+            (["cifar_resnet8", "--growth", option, value], f"small fp32 images on the CPU: leave out {option}\n")
+            for option, value in (
+                ("--mode", "train"),
+                ("--batch", "8"),
+                ("--dtype", "fp32"),
+                ("--size", "16"),
+                ("--seconds", "1"),
+                ("--device", "cpu"),
+                ("--recipe", "digits"),
+                ("--data", "digits"),
+                ("--data-dir", "here"),
+                ("--workers", "0"),
+            )
+        ),
+        (["cifar_resnet8", "--growth", "--batch", "4", "--mode", "infer"], "leave out --batch, --mode"),
         (["resnet17"], "unknown model 'resnet17'"),
         (["cifar_resnet21"], "depth must be 6n + 2"),
         (["resnet18", "--batch", "0"], "at least 1"),

@@ -29,6 +29,7 @@ from .arguments import (
     too_large,
     whole,
 )
+from .arguments import device as named_device
 from .gpu import writable
 from .inspect import write_text
 from .text import Progress, scaled, sentence, table
@@ -42,23 +43,23 @@ def add(commands: Any) -> None:
     text = "images a second over depth and batch, time by launch, data loading, memory by layer, eager beside fused"
     parser = commands.add_parser("profile", help=text, description=f"{sentence(text)}; docs/paper.md has an example.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names, such as cifar_resnet20 cifar_resnet56 resnet50")
-    parser.add_argument("--batch", type=naturals, default="8", metavar="A,B", help="images in a call (8)")
-    parser.add_argument("--size", type=natural, default=0, metavar="N", help="rows and columns; by default the network's own")
-    parser.add_argument("--mode", choices=profiling.MODES, default="train", help="a training step (the default) or a forward")
+    parser.add_argument("--batch", type=naturals, metavar="A,B", help="images in a call (8)")
+    parser.add_argument("--size", type=natural, metavar="N", help="rows and columns; by default the network's own")
+    parser.add_argument("--mode", choices=profiling.MODES, help="a training step (the default) or a forward")
     parser.add_argument("--memory", choices=("default", "less", "low"), help="what is kept for the backward")
-    parser.add_argument("--dtype", type=dtype, default="fp32", metavar="TYPE", help="fp32 (the default), fp16, bf16")
-    parser.add_argument("--seconds", type=positive, default=3.0, metavar="S", help="to time each pair (3)")
+    parser.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32 (the default), fp16, bf16")
+    parser.add_argument("--seconds", type=positive, metavar="S", help="to time each pair (3)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for profile.json, trace.json and the pictures")
     grow = parser.add_argument_group("what grows with the depth", "counted on small images; nothing is timed")
     grow.add_argument("--growth", action="store_true", help="launches, autograd nodes and Python calls of each model's step")
     grow.add_argument("--compile", action="store_true", help="and nodes of the compiler's graph (minutes for 100 layers)")
     data = parser.add_argument_group("data loading", "beside a training step; by default the digits for CIFAR's networks")
     data.add_argument("--recipe", metavar="NAME", help="whose images and augmentation, as of the train command")
-    data.add_argument("--data", default="", metavar="NAME", help="digits, cifar10, cifar100 or folder; by default the recipe's")
+    data.add_argument("--data", metavar="NAME", help="digits, cifar10, cifar100 or folder; by default the recipe's")
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
-    data.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images of a folder (2)")
+    data.add_argument("--workers", type=whole, metavar="N", help="processes that decode images of a folder (2)")
     add_where(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, device=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(one_line(error)) from error
     if arguments.compile and not arguments.growth:
         raise CommandError("--compile is for --growth")
+    if arguments.growth:
+        _refuse_with_growth(arguments)
+    _fill_in(arguments)
     if arguments.out is not None:
         writable(arguments.out)
     if arguments.growth:
@@ -87,6 +91,36 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:  # one value a channel
             raise CommandError(one_line(error)) from error
     return 0
+
+
+#: Options that ``--growth`` has no use for, and what they are where they are not given: argparse does not tell "given" from
+#: "as by default", so that they have none there.
+IDLE: dict[str, Any] = {
+    "batch": [8],
+    "size": 0,
+    "mode": "train",
+    "dtype": torch.float32,
+    "seconds": 3.0,
+    "recipe": "",
+    "data": "",
+    "data_dir": None,
+    "workers": 2,
+    "device": "auto",
+}
+
+
+def _refuse_with_growth(arguments: argparse.Namespace) -> None:
+    """It counts a training step of two small fp32 images on the CPU, whatever is asked for."""
+    given = [f"--{name.replace('_', '-')}" for name in IDLE if getattr(arguments, name) is not None]
+    if given:
+        raise CommandError(f"--growth counts a training step of two small fp32 images on the CPU: leave out {', '.join(given)}")
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """The defaults of :data:`IDLE`."""
+    for name, value in IDLE.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, named_device(value) if name == "device" else value)
 
 
 def _growth(arguments: argparse.Namespace) -> None:
