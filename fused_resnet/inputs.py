@@ -91,25 +91,47 @@ def skip_fits(chain: Chain, x: Tensor, skip: Tensor) -> bool:
     return shape_behind((side,), skip.shape[0], *skip.shape[2:]) == made
 
 
+#: Roles of a BatchNorm's tensors, by what the module calls them.
+_OF_NORM = {
+    "gamma": "weight",
+    "beta": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+    "batches": "num_batches_tracked",
+}
+
+
+def _told(layer: Layer, role: str) -> str:
+    """A tensor as its owner is known outside: a layer has its convolution's name, but ``conv1`` has no ``running_mean``."""
+    if role not in _OF_NORM:
+        return f"{layer.name}.{'weight' if role == 'w' else role}"
+    # A chain's entry is a BatchNorm alone, and has that one's name.
+    return f"{_OF_NORM[role]} of the BatchNorm behind {layer.name}" if layer.weights else f"{layer.name}.{_OF_NORM[role]}"
+
+
 def _check_parameter(layer: Layer, role: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise RuntimeError(
-            f"x is on {x.device} but {layer.slot(role)} is on {tensor.device}: expected all tensors on the same device"
+            f"x is on {x.device} but {_told(layer, role)} is on {tensor.device}: expected all tensors on the same device"
         )
     if role in ("w", "bias"):
         if tensor.dtype != x.dtype:
             raise RuntimeError(
-                f"input type ({x.dtype}) and weight type ({tensor.dtype}, {layer.slot(role)}) should be the same"
+                f"input type ({x.dtype}) and weight type ({tensor.dtype}, {_told(layer, role)}) should be the same"
             )
     elif role != "batches" and tensor.dtype != x.dtype and tensor.dtype != accumulation_dtype(x.dtype):
         raise RuntimeError(
-            f"{layer.slot(role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32"
+            f"{_told(layer, role)} is {tensor.dtype}: expected BatchNorm's tensors in x's type, {x.dtype}, or in float32"
         )
     if role == "w" and tuple(tensor.shape) != (layer.filters, layer.channels // layer.groups, *layer.kernel):
         expected = [layer.filters, layer.channels // layer.groups, *layer.kernel]
-        raise RuntimeError(f"{layer.slot(role)} must be [K, C / groups, R, S] = {expected}, got {list(tensor.shape)}")
+        raise RuntimeError(f"{_told(layer, role)} must be [K, C / groups, R, S] = {expected}, got {list(tensor.shape)}")
     if role not in ("w", "batches") and tensor.shape[0] != layer.filters:
-        raise RuntimeError(f"{layer.slot(role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}")
+        raise RuntimeError(
+            f"{_told(layer, role)} must have {layer.filters} elements, one for each filter, got {tensor.shape[0]}"
+        )
 
 
 def autocasts(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
-from fused_resnet import count_launches, functional, fuse
+from fused_resnet import count_launches, functional, fuse, resnet18, unfuse
 from fused_resnet.chain import Chain, Layer
 
 
@@ -120,6 +120,38 @@ def test_bad_input_raises_what_eager_raises(name: str, grad: bool) -> None:
         with pytest.raises(Exception, match=message) as ours:
             model(x)
     assert type(ours.value) is type(eager.value), f"eager raises {type(eager.value).__name__}: {eager.value}"
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("place", "name", "message"),
+    [
+        ("bn1", "running_mean", "running_mean of the BatchNorm behind conv1 must have 64 elements, one for each filter, got 3"),
+        ("layer1.0.bn2", "running_var", "running_var of the BatchNorm behind conv2 must have 64 elements"),
+        ("layer2.0.downsample.1", "weight", "weight of the BatchNorm behind downsample must have 128 elements"),
+        ("layer2.0.bn1", "bias", "bias of the BatchNorm behind conv1 must have 128 elements"),
+    ],
+)
+def test_a_tensor_of_the_wrong_length_is_named_as_its_module_names_it(
+    place: str, name: str, message: str, training: bool
+) -> None:
+    """A layer of a chain has its convolution's name, but ``conv1.running_mean`` is nothing that the user could look at."""
+    model = resnet18(num_classes=2).train(training)
+    old = getattr(model.get_submodule(place), name)
+    setattr(model.get_submodule(place), name, nn.Parameter(torch.ones(3)) if isinstance(old, nn.Parameter) else torch.ones(3))
+    with pytest.raises(RuntimeError) as eager:
+        unfuse(copies(model)[0])(torch.ones(2, 3, 32, 32))
+    assert "elements not 3" in str(eager.value)
+    with pytest.raises(RuntimeError, match=message):
+        model(torch.ones(2, 3, 32, 32))
+
+
+def test_the_entry_of_a_chain_has_its_batch_norms_name() -> None:
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean = torch.zeros(3)
+    model = fuse(nn.Sequential(norm, nn.ReLU(), nn.Conv2d(8, 8, 3)).eval())
+    with pytest.raises(RuntimeError, match=r"^(?!.*behind).*0\.running_mean must have 8 elements, one for each filter, got 3"):
+        model(torch.ones(2, 8, 9, 9))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("channels between", "channels of a p"))])
@@ -225,9 +257,9 @@ def test_filters_of_the_wrong_shape_are_named() -> None:
     x, good = torch.ones(2, 6, 9, 9), [torch.ones(8, 3, 3, 3), torch.ones(4, 8, 1, 1)]
     assert functional.chain(x, good, spec).shape == (2, 4, 7, 7)
     for index, shape, message in (
-        (0, (8, 6, 3, 3), r"conv1\.w must be \[K, C / groups, R, S\] = \[8, 3, 3, 3\], got \[8, 6, 3, 3\]"),
-        (0, (8, 3, 3), r"conv1\.w must be .*, got \[8, 3, 3\]"),
-        (1, (5, 8, 1, 1), r"conv2\.w must be .* = \[4, 8, 1, 1\], got \[5, 8, 1, 1\]"),
+        (0, (8, 6, 3, 3), r"conv1\.weight must be \[K, C / groups, R, S\] = \[8, 3, 3, 3\], got \[8, 6, 3, 3\]"),
+        (0, (8, 3, 3), r"conv1\.weight must be .*, got \[8, 3, 3\]"),
+        (1, (5, 8, 1, 1), r"conv2\.weight must be .* = \[4, 8, 1, 1\], got \[5, 8, 1, 1\]"),
     ):
         given = [torch.ones(shape) if i == index else w for i, w in enumerate(good)]
         with pytest.raises(RuntimeError, match=message):
