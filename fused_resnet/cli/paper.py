@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .arguments import CommandError, natural, one_line, positive
+from ..train.config import AMP, BACKENDS
+from .arguments import CommandError, device, natural, one_line, positive, whole
 from .gpu import writable
 from .text import sentence
 
@@ -25,7 +26,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--seeds", type=natural, metavar="N", help="how often each network is trained; by default the scale's")
     parser.add_argument("--jobs", type=natural, metavar="N", help="runs at a time (2 on a CPU, 1 on a GPU)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
-    parser.add_argument("--backend", choices=("auto", "eager", "cpu", "reference", "triton"), default="auto")
+    parser.add_argument("--device", type=device, default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
+    parser.add_argument("--memory", choices=("default", "less", "low"), default="default", help="what is kept for the backward")
+    parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--workers", type=whole, metavar="N", help="imagenet: processes that decode images, of each run (2)")
+    parser.add_argument("--on-corrupt", choices=("stop", "skip"), help="imagenet: at an image that cannot be read (stop)")
     parser.add_argument("--recipe", metavar="NAME", help="another recipe than the scale's, as of the train command")
     parser.add_argument("--epochs", type=positive, metavar="N", help="another length of each run")
     parser.add_argument("--draw", action="store_true", help="train nothing: draw what the folder's logs hold")
@@ -34,7 +41,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run what is not done, then draw; 1 if a run failed."""
-    from ..measure import automatic_device, circumstances
+    from ..measure import circumstances
     from ..paper.files import LogError
     from ..paper.page import draw, write
     from ..paper.results import collect
@@ -45,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..train.files import alone
 
     scale = SCALES[arguments.scale]
+    of_files = {"--workers": arguments.workers, "--on-corrupt": arguments.on_corrupt}
+    idle = [name for name, value in of_files.items() if value is not None]
+    if idle and scale.data != "folder":
+        raise CommandError(f"{', '.join(idle)}: for --scale imagenet, whose images are files, got --scale {scale.name}")
     if arguments.recipe:
         scale = dataclasses.replace(scale, recipe=arguments.recipe, deep_recipe=arguments.recipe)
     if arguments.epochs:
@@ -53,15 +64,26 @@ def run(arguments: argparse.Namespace) -> int:
         length = f"{scale.epochs:g} epochs" if scale.epochs else "its own length"
         scale = dataclasses.replace(scale, about=f"{scale.about} (here recipe {scale.recipe}, {length})")
     out: Path = arguments.out or Path("runs") / f"paper-{scale.name}"
-    device = automatic_device()
     nothing = CommandError(f"{out}: no run of scale {scale.name} has come to its end there; leave --draw out to start them")
     if arguments.draw and not out.is_dir():
         raise nothing
     writable(out)
     seeds = arguments.seeds or scale.seeds
-    jobs = arguments.jobs or (1 if device.type == "cuda" else 2)
+    jobs = arguments.jobs or (1 if arguments.device.type == "cuda" else 2)
     code = 0
-    options = Options(out, seeds, jobs, arguments.data_dir, arguments.backend)
+    options = Options(
+        out,
+        seeds,
+        jobs,
+        arguments.data_dir,
+        arguments.backend,
+        str(arguments.device),
+        arguments.memory,
+        arguments.amp,
+        arguments.compile,
+        2 if arguments.workers is None else arguments.workers,
+        arguments.on_corrupt or "stop",
+    )
     try:
         recipes.load(scale.recipe)
         check_same(scale, options)
@@ -90,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             return code
         raise nothing
     try:
-        write(out, draw(scale, found, seeds, circumstances(device)))
+        write(out, draw(scale, found, seeds, circumstances(arguments.device)))
     except LogError as error:
         raise CommandError(one_line(error)) from error
     print(f"{out / 'paper.md'}")

@@ -39,7 +39,7 @@ class Options:
         seeds: how often each network is trained.
         jobs: runs at a time; on a CPU they share its threads.
         data_folder: where the data set lies, if it has to be brought.
-        backend: as of ``fused-resnet train``.
+        backend, device, memory, amp, compile, workers, on_corrupt: as of ``fused-resnet train``.
     """
 
     out: Path
@@ -47,6 +47,17 @@ class Options:
     jobs: int = 1
     data_folder: Path | None = None
     backend: str = "auto"
+    device: str = "auto"
+    memory: str = "default"
+    amp: str = "off"
+    compile: bool = False
+    workers: int = 2
+    on_corrupt: str = "stop"
+
+    def manner(self) -> dict[str, Any]:
+        """What the trainer is told as it is."""
+        names = ("backend", "device", "memory", "amp", "compile", "workers", "on_corrupt")
+        return {name: getattr(self, name) for name in names}
 
 
 def job_of(scale: Scale, run: Run, options: Options) -> dict[str, Any]:
@@ -60,7 +71,7 @@ def job_of(scale: Scale, run: Run, options: Options) -> dict[str, Any]:
         "data_folder": options.data_folder and str(options.data_folder),
         "recipe": scale.deep_recipe if deep else scale.recipe,
         "epochs": scale.epochs,
-        "backend": options.backend,
+        **options.manner(),
         "out": str(options.out / run.name),
         "threads": max(1, (os.cpu_count() or 1) // options.jobs) if options.jobs > 1 else 0,
         "responses": run.network in scale.responses,
@@ -71,16 +82,17 @@ def check_same(scale: Scale, options: Options) -> None:
     """What is done in the folder was done as it would be now.
 
     Raises:
-        UsageError: a run is of another recipe, length or data set.
+        UsageError: a run is of another recipe, length, data set or element type of autocast.
         LogError: what a run says about itself cannot be read.
     """
     for run in scale.runs(options.seeds):
         if is_done(options.out, run):
             done = files.done(options.out / run.name / DONE)
             wanted = job_of(scale, run, options)
-            for name in ("recipe", "epochs", "data", "pool"):
-                if done.get(name) != wanted[name]:
-                    what = f"{name} {done.get(name)!r}, not {wanted[name]!r}"
+            for name in ("recipe", "epochs", "data", "pool", "amp"):
+                was = done.get(name, "off" if name == "amp" else None)  # runs of before it could be chosen do not say
+                if was != wanted[name]:
+                    what = f"{name} {was!r}, not {wanted[name]!r}"
                     raise UsageError(f"{options.out}: {run.name} in it is of {what}: name another --out")
 
 

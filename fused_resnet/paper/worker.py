@@ -32,8 +32,9 @@ def run(job: dict[str, Any]) -> None:
     """Train, then write the responses of the layers.
 
     Args:
-        job: ``network``, ``seed``, ``pool``, ``data``, ``data_folder``, ``recipe``, ``epochs``, ``backend``, ``out``,
-            ``threads``, ``responses``.
+        job: ``network``, ``seed``, ``pool``, ``data``, ``data_folder``, ``recipe``, ``epochs``, ``out``, ``threads``,
+            ``responses``, and of the trainer's options ``backend``, ``device``, ``memory``, ``amp``, ``compile``,
+            ``workers``, ``on_corrupt``.
     """
     from ..train import Config, checkpoint, fit
     from ..train import data as datasets
@@ -57,6 +58,12 @@ def run(job: dict[str, Any]) -> None:
         out=out,
         resume=True,
         backend=job["backend"],
+        device=job["device"],
+        memory=job["memory"],
+        amp=job["amp"],
+        compile=job["compile"],
+        workers=job["workers"],
+        on_corrupt=job["on_corrupt"],
         evaluate_every=recipe.length / 3 if recipe.unit == "epochs" else 10,
         quiet=True,
     )
@@ -73,11 +80,17 @@ def run(job: dict[str, Any]) -> None:
     write_whole(out / DONE, json.dumps(done, indent=1, default=str).encode(), durable=True)
 
 
-if __name__ == "__main__":
-    from ..train import UsageError
+def main(path: str) -> int:
+    """Do the job of a file; what went wrong is the last line on stderr, which the command tells."""
+    from ..train import TrainingError, UsageError
 
     try:
-        run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    except UsageError as error:
+        run(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (UsageError, TrainingError) as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
