@@ -68,7 +68,8 @@ def unknown_network(name: str, error: ValueError) -> ValueError:
     theirs = classifiers()
     if not theirs:
         return ValueError(f"{error}; torchvision, whose classifiers are known too, is not installed")
-    return unknown("model", name, [*NAMES, *theirs])
+    found = unknown("model", name, list(dict.fromkeys([*NAMES, *theirs])))  # a name of both is suggested once
+    return found if "did you mean" in str(found) else error  # which lists ours: all of both are too many
 
 
 def eager_model(name: str) -> nn.Module:

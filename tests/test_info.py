@@ -71,6 +71,7 @@ def test_info_of_what_is_in_nobodys_list(monkeypatch: pytest.MonkeyPatch, capsys
     """Near names are those of torchvision too; RegNets cannot be made without values, ViTs have one size of images."""
     for arguments, says in (
         (["vgg61"], "unknown model 'vgg61'; did you mean vgg"),
+        (["resnet1010"], "did you mean resnet101 or resnet50"),
         (["fcn_resnet50"], "unknown model 'fcn_resnet50'"),
         (["cifar_resnet21"], "depth must be 6n + 2"),
         (["vit_b_16", "--size", "100"], "Expected 224 but got 100"),
