@@ -371,7 +371,7 @@ def test_lazy_and_quantized_modules_are_left_alone() -> None:
             self.conv, self.bn = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.bn1(self.conv1(x))
+            return self.bn(self.conv(x))
 
     with pytest.warns(UserWarning, match="unchanged"):
         net = fuse(Lazy())
