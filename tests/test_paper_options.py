@@ -40,6 +40,13 @@ def test_the_trainers_options_reach_the_runs(
     assert "is of amp 'off', not 'bf16'" in capsys.readouterr().err, "written before there was a choice"
 
 
+def test_networks_keep_their_own_memory_where_none_is_asked_for(fake: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Those of 110 layers and more choose less; ``default`` passed on would take it from them."""
+    out = tmp_path / "out"
+    assert main(["paper", "--scale", "imagenet", "--out", str(out), "--device", "cpu", "--data-dir", str(tmp_path)]) == 0
+    assert json.loads((out / "plain18-seed0" / "job.json").read_text())["memory"] is None
+
+
 @pytest.mark.parametrize("scale", ["tiny", "cifar"])
 @pytest.mark.parametrize("option", [("--workers", "2"), ("--on-corrupt", "stop")])
 def test_what_is_for_images_in_files(

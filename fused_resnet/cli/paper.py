@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
     parser.add_argument("--device", type=device, default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
-    parser.add_argument("--memory", choices=("default", "less", "low"), default="default", help="what is kept for the backward")
+    parser.add_argument(
+        "--memory", choices=("default", "less", "low"), help="what is kept for the backward (the network's own choice)"
+    )
     parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--workers", type=whole, metavar="N", help="imagenet: processes that decode images, of each run (2)")

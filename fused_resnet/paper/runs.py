@@ -48,7 +48,7 @@ class Options:
     data_folder: Path | None = None
     backend: str = "auto"
     device: str = "auto"
-    memory: str = "default"
+    memory: str | None = None
     amp: str = "off"
     compile: bool = False
     workers: int = 2
