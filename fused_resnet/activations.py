@@ -36,10 +36,13 @@ class Activation:
 
 
 def _gradient(operator: Any, *constants: Any, into: str = "grad_input", **options: Any) -> Any:
-    """PyTorch's own backward of an activation with constants."""
+    """PyTorch's own backward of an activation with constants. Its overloads by name: to find one takes as long as to run it."""
+    new, written = operator.default, getattr(operator, into)
 
     def backward(gradient: Tensor, z: Tensor, slope: float, out: Tensor | None) -> Tensor:
-        return operator(gradient, z, *constants, **options, **({} if out is None else {into: out}))
+        if out is None:
+            return new(gradient, z, *constants, **options)
+        return written(gradient, z, *constants, **options, **{into: out})
 
     return backward
 

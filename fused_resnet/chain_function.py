@@ -26,10 +26,10 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def _images_channels_last(slots: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a backward reads back: x was kept as it came, and hooks on saved tensors may copy into another layout."""
-    return {
-        slot: channels_last(tensor) if tensor.dim() == 4 and not slot.endswith(".w") else tensor
-        for slot, tensor in slots.items()
-    }
+    for slot, tensor in slots.items():
+        if tensor.dim() == 4 and not slot.endswith(".w"):
+            slots[slot] = channels_last(tensor)
+    return slots
 
 
 def _unseen(tensor: Tensor) -> bool:
@@ -39,7 +39,9 @@ def _unseen(tensor: Tensor) -> bool:
 
 def _turned(slots: dict[str, Tensor], needs: frozenset[str]) -> dict[str, Tensor]:
     """Filters that are trained on a GPU and are not channels_last, copied for one step: for its forward and its backward."""
-    made = {}
+    made: dict[str, Tensor] = {}
+    if not any(map(_unseen, slots.values())):
+        return made
     for slot, tensor in slots.items():
         if not slot.endswith(".w") or slot not in needs or not _unseen(tensor):
             continue
@@ -55,11 +57,26 @@ def needs_of(chain: Chain, flags: tuple[bool, ...]) -> frozenset[str]:
     return frozenset(slot for slot, flag in zip(("x", *chain.operand_slots), flags, strict=True) if flag)
 
 
+def _trained(spec: Chain) -> tuple[bool, ...]:
+    """Which operands may get gradients; running statistics never do, as in PyTorch."""
+    roles = [*spec.inputs[1:], *[role for layer in spec.weight_layers for role in layer.parameter_roles]]
+    return tuple([role not in BUFFERS for role in roles])
+
+
+_cached_trained = lru_cache(maxsize=4096)(_trained)  # torch.compile traces past caches, and warns of them
+
+
 def flags_of(spec: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[bool, ...]:
-    """Which of x and the operands get gradients; running statistics never do, as in PyTorch."""
-    roles = [*spec.inputs[1:], *(role for layer in spec.weight_layers for role in layer.parameter_roles)]
-    wanted = [tensor.requires_grad and role not in BUFFERS for role, tensor in zip(roles, operands, strict=True)]
-    return (x.requires_grad, *wanted)
+    """Which of x and the operands get gradients."""
+    trained = (_trained if torch.compiler.is_compiling() else _cached_trained)(spec)
+    return (x.requires_grad, *[flag and tensor.requires_grad for tensor, flag in zip(operands, trained, strict=True)])
+
+
+@lru_cache(maxsize=4096)
+def _laid_out(spec: Chain) -> tuple[int, ...]:
+    """Where images and filters are among x and the operands: what has a layout."""
+    slots = ("x", *spec.operand_slots)
+    return tuple(place for place, slot in enumerate(slots) if slot in spec.inputs or slot.endswith(".w"))
 
 
 def size_of(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -114,7 +131,7 @@ def backward(
     """
     n, h, w, *skip = size
     plan = backward_plan(chain, n, h, w, dout.dtype, needs, tuple(skip) or None)
-    slots = _images_channels_last({**dict(zip(saved_slots(chain, needs), saved, strict=True)), "dout": dout})
+    slots = _images_channels_last(dict(zip((*saved_slots(chain, needs), "dout"), (*saved, dout), strict=True)))
     results = backends.execute(plan, slots, backend)
     gradients: list[Tensor] = []
     taken = {tensor.data_ptr() for tensor in slots.values()}
@@ -178,7 +195,7 @@ def _slots_of(ctx: Any) -> dict[str, Tensor]:
     if ctx.source is not None:
         slots["x"] = _slots_of(ctx.source)["out"]
     if ctx.drop:
-        given = _images_channels_last({**slots, **ctx.turned})
+        given = _images_channels_last({**slots, **ctx.turned})  # (a copy)
         n, h, w, *skip = ctx.size
         plan = rebuild_plan(ctx.chain, n, h, w, ctx.dtype, tuple(skip) or None)
         slots.update(backends.execute(plan, given, ctx.backend))
@@ -200,18 +217,21 @@ class ChainFunction(torch.autograd.Function):
         ctx: Any, chain: Chain, backend: str, flags: tuple[bool, ...], drop: bool, x: Tensor, *operands: Tensor
     ) -> Tensor:
         needs = needs_of(chain, flags)
-        ctx.turned = _turned(dict(zip(chain.operand_slots, operands, strict=True)), needs)
-        given = [ctx.turned.get(slot, tensor) for slot, tensor in zip(chain.operand_slots, operands, strict=True)]
+        slots = dict(zip(chain.operand_slots, operands, strict=True))
+        ctx.turned = _turned(slots, needs)
+        given = [*{**slots, **ctx.turned}.values()] if ctx.turned else operands
         outputs = forward(chain, backend, x, given, needs, drop=drop)
         outputs[0] = _no_view(outputs[0])
         ctx.source, ctx.made, ctx.drop, ctx.version = _dropped(x), None, drop, outputs[0]._version
-        slots = {"x": x, **dict(zip(chain.operand_slots, operands, strict=True)), "out": outputs[0]}
-        slots.update(zip(kept_slots(chain, needs, drop), outputs[1:], strict=True))
-        ctx.remembered = tuple(slot for slot in remembered_slots(chain, needs, drop) if slot != "x" or ctx.source is None)
-        ctx.save_for_backward(*(slots[slot] for slot in ctx.remembered))
+        slots.update(zip(("x", "out", *kept_slots(chain, needs, drop)), (x, *outputs), strict=True))
+        ctx.remembered = remembered_slots(chain, needs, drop)
+        if ctx.source is not None:
+            ctx.remembered = tuple(slot for slot in ctx.remembered if slot != "x")
+        ctx.save_for_backward(*[slots[slot] for slot in ctx.remembered])
         ctx.chain, ctx.needs, ctx.backend = chain, needs, backend
         ctx.size, ctx.dtype = size_of(chain, x, operands), x.dtype
-        ctx.strides = [said(tensor) for tensor in (x, *operands)]
+        tensors = (x, *operands)
+        ctx.strides = [(place, said(tensors[place])) for place in _laid_out(chain)]
         return outputs[0]
 
     @staticmethod
@@ -229,7 +249,9 @@ class ChainFunction(torch.autograd.Function):
             del slots
             ctx.made = None
             gradients = backward(spec, ctx.backend, ctx.needs, ctx.size, dout, saved)
-            given = list(map(as_said, spread(ctx.chain, ctx.needs, gradients), ctx.strides))
+            given = spread(ctx.chain, ctx.needs, gradients)
+            for place, strides in ctx.strides:
+                given[place] = as_said(given[place], strides)
         if torch.is_grad_enabled():  # create_graph
             given = _once(given, [tensor for tensor in (dout, *saved) if tensor.requires_grad])
         return None, None, None, None, *given

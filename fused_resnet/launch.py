@@ -35,7 +35,8 @@ class HashedOnce:
         return hash(tuple(getattr(self, entry.name) for entry in fields(self) if entry.compare))  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "hash"}  # hashes of text differ between processes
+        # Not what was computed once: hashes of text differ between processes.
+        return {entry.name: self.__dict__[entry.name] for entry in fields(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,27 @@ class Geometry:
                 f"dilation {self.dilation}: the output would be {self.P}x{self.Q}, expected at least 1x1"
             )
 
-    @property
+    @cached_property
     def P(self) -> int:
         """Output rows."""
         return output_size(self.H, self.R, self.stride[0], self.padding[0], self.dilation[0])
 
-    @property
+    @cached_property
     def Q(self) -> int:
         """Output columns."""
         return output_size(self.W, self.S, self.stride[1], self.padding[1], self.dilation[1])
 
-    @property
+    @cached_property
     def x_shape(self) -> tuple[int, int, int, int]:
         """Logical (NCHW) shape of the input."""
         return (self.N, self.C, self.H, self.W)
 
-    @property
+    @cached_property
     def w_shape(self) -> tuple[int, int, int, int]:
         """Logical (KCRS) shape of the filters."""
         return (self.K, self.C // self.groups, self.R, self.S)
 
-    @property
+    @cached_property
     def y_shape(self) -> tuple[int, int, int, int]:
         """Logical (NCHW) shape of the output."""
         return (self.N, self.K, self.P, self.Q)
@@ -263,12 +264,22 @@ class Launch(HashedOnce):
     def __hash__(self) -> int:
         return self.hash
 
-    @property
+    @cached_property
     def roles(self) -> frozenset[str]:
         """Roles of the operands present."""
         return frozenset(role for role, _ in self.operands)
 
-    @property
+    @cached_property
+    def reads(self) -> dict[str, str]:
+        """What the plan calls each operand, by role."""
+        return dict(self.operands)
+
+    @cached_property
+    def makes(self) -> dict[str, str]:
+        """What the plan calls each output, by role."""
+        return dict(self.outputs)
+
+    @cached_property
     def x_activation(self) -> str:
         """The activation in the prologue, a key of :data:`ACTIVATIONS`."""
         return self.prologue.removeprefix("bn").removeprefix("_") or "identity"

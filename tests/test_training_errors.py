@@ -190,7 +190,8 @@ def test_backward_twice_is_refused() -> None:
 def test_a_launch_that_fails_midway_leaves_the_statistics(
     momentum: float | None, backend: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last launch of a block raises, such as for want of memory, when all its layers have updated their statistics."""
+    """The last launch of a block raises, such as for want of memory, when all its layers have made their statistics: kernels
+    have updated the running ones then, the CPU's executor does so behind all launches."""
     net = fuse(randomise(Bottleneck(8, 2)).train(), backend=backend)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -207,7 +208,8 @@ def test_a_launch_that_fails_midway_leaves_the_statistics(
     look_at_launches(monkeypatch, failing)
     with pytest.raises(error, match="no memory"):
         net(x)
-    assert len(changed) == 9, "means, variances and counts of three layers had been updated when it failed"
+    expected = 0 if backend == "cpu" else 9
+    assert len(changed) == expected, "means, variances and counts of three layers had been updated when it failed"
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     monkeypatch.undo()
     net(x)

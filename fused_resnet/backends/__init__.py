@@ -9,10 +9,11 @@ and ``check_available(device)``, which raises where the backend cannot run at al
 tensors; ``donated`` names the roles whose memory nobody reads afterwards. A module with ``shares = True`` gets one more
 argument, a dict that lives as long as the plan runs: what its launches leave for each other, and under :func:`before_slot`
 what the running statistics were that a launch has updated (fp32 [2, K]: mean, variance). One with a function
-``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see :class:`Ready`; one
-with ``join(first, second)`` gives what runs two neighbouring launches as one, ``(first, second, operands, donated, shared)``,
-or None. A launch the chosen executor does not support goes to the ``reference`` executor, and :func:`fused_resnet.explain` says
-so.
+``finish(shared)`` has it called behind a plan's last launch, and updates the running statistics there, all of them or none.
+One with a function ``prepare(launch, parameters, donated)`` tells what is left to do where the parameters stay the same, see
+:class:`Ready`; one with ``join(first, second)`` gives what runs two neighbouring launches as one, ``(first, second, operands,
+donated, shared)``, or None. A launch the chosen executor does not support goes to the ``reference`` executor, and
+:func:`fused_resnet.explain` says so.
 """
 
 from __future__ import annotations
@@ -307,10 +308,10 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
     """Run a plan's launches.
 
     Where one raises, the running statistics and counts of the whole plan are put back to what they were, bit by bit. In the
-    CPU's memory they are copied first; copies of such short vectors cost nothing there, and whatever was interrupted is made
-    good. On a GPU each copy would be a launch of its own, in every step, for a failure that hardly ever comes: a Triton kernel
-    that updates them writes aside what they were instead. (To make all launches ready before the first one starts would not
-    do: memory can run out at any of them.)
+    CPU's memory they are copied first, or written when all else is done, by executors that ``finish``: whatever was interrupted
+    is made good. On a GPU each copy would be a launch of its own, in every step, for a failure that hardly ever comes: a Triton
+    kernel that updates them writes aside what they were instead. (To make all launches ready before the first one starts would
+    not do: memory can run out at any of them.)
 
     Args:
         plan: what to run.
@@ -322,10 +323,13 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> dict[str, T
     """
     slots = _copied(plan, tensors, name) if plan.updated else ()
     copied = [(tensors[slot], tensors[slot].clone()) for slot in slots]
-    shared: dict[str, Tensor] = {}
+    shared: dict[str, Any] = {}
     try:
         with _own_types(next(iter(tensors.values())).device.type):
-            return _run(plan, dict(tensors), name, shared)
+            results = _run(plan, dict(tensors), name, shared)
+            for finish in _updates(plan, name)[1] if plan.updated else ():
+                finish(shared)
+            return results
     except BaseException:  # an interrupt from the keyboard, too
         with torch.no_grad():
             _put_back(plan, tensors, shared)
@@ -345,14 +349,22 @@ def before_slot(launch: Launch) -> str:
     return "before " + next(slot for role, slot in launch.operands if role in UPDATED)
 
 
+@lru_cache(maxsize=4096)
+def _updates(plan: Plan, name: str) -> tuple[tuple[tuple[str, bool], ...], tuple[Callable[[dict[str, Any]], None], ...]]:
+    """``(slot, shares)`` of what launches update at once, by executors that share or do not; and what is called behind them."""
+    at_once, behind = [], {}
+    for step in _program(plan, name):
+        finish = getattr(executor(step.runner), "finish", None)
+        if finish is None:
+            at_once += [(slot, step.shares) for role, slot in step.operands if role in UPDATED]
+        else:
+            behind[step.runner] = finish
+    return tuple(at_once), tuple(behind.values())
+
+
 def _copied(plan: Plan, tensors: Mapping[str, Tensor], name: str) -> Sequence[str]:
     """The slots that no kernel writes aside, or not surely (an interpreted one can stop halfway)."""
-    return [
-        slot
-        for step in _program(plan, name)
-        for role, slot in step.operands
-        if role in UPDATED and (tensors[slot].device.type == "cpu" or not step.shares)
-    ]
+    return [slot for slot, shares in _updates(plan, name)[0] if not shares or tensors[slot].device.type == "cpu"]
 
 
 def _put_back(plan: Plan, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
@@ -424,7 +436,7 @@ class Ready:
     def of(plan: Plan, name: str, inputs: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Ready | None:
         """``tensors``: what is read besides the ``inputs``, by slot. None where a launch has to be run as ever."""
         steps = []
-        loaded = [dict(launch.operands).get("x") for launch in plan.launches if launch.prologue != "identity"]
+        loaded = [launch.reads.get("x") for launch in plan.launches if launch.prologue != "identity"]
         if len(set(loaded)) != len(loaded):  # what one makes of it on load is shared with the other
             return None
         for step in _program(plan, name):

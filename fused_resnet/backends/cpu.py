@@ -23,8 +23,8 @@ from ..launch import Geometry, Launch, PoolGeometry, index_dtype
 from . import cpu_convolution, cpu_inference, cpu_norm, reference
 
 Operands = dict[str, Tensor]
-#: Temporary tensors of one plan, by the slot they belong to.
-Shared = dict[str, Tensor]
+#: Temporary tensors of one plan, by the slot they belong to; and what is left for :func:`finish`.
+Shared = dict[str, Any]
 
 
 def check_available(device: torch.device) -> None:
@@ -67,7 +67,7 @@ def supports(launch: Launch) -> str | None:
 
 def _activated(launch: Launch, operands: Operands, activation: str, slope: float, shared: Shared) -> Tensor:
     """The activation of ``x``, behind a BatchNorm where its vectors are there; kept for the next launch that reads it."""
-    slot = dict(launch.operands)["x"]
+    slot = launch.reads["x"]
     if slot not in shared:
         if "x_mean" in operands:
             z = cpu_norm.normalised(operands["x"], operands, "x_", launch.x_eps)
@@ -93,7 +93,7 @@ def _training_conv(launch: Launch, g: Geometry, operands: Operands, shared: Shar
     bias = operands.get("bias") if alone else None
     y = cpu_convolution.forward(g, x, operands["w"], bias)
     if launch.epilogue == "stats":
-        return y, *cpu_norm.statistics(launch, operands, y)
+        return y, *cpu_norm.statistics(launch, operands, y, shared)
     if not alone:
         z = reference.EPILOGUES[launch.epilogue](y.to(torch.float32), operands, launch.eps)
         y = z.to(launch.dtype)
@@ -124,7 +124,7 @@ def _sums(
 ) -> dict[str, Tensor]:
     """The sums a launch lists, by role: of dz, and for each ``(y, prefix, dot)`` of its product with the normalised y."""
     sums: dict[str, Tensor] = {}
-    slots = dict(launch.outputs)
+    slots = launch.makes
     for y, prefix, dot in roles:
         if dot in slots:
             dy, sums[dot], total = cpu_norm.sums(dz, operands[y], operands, prefix, launch.x_eps)
@@ -151,7 +151,7 @@ def _bn_add_relu_backward(
 
 def _listed(launch: Launch, made: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
     """What a launch lists of what was made, in its order."""
-    outputs = tuple(made[role] for role, _ in launch.outputs)
+    outputs = tuple([made[role] for role in launch.makes])
     return outputs if len(outputs) > 1 else outputs[0]
 
 
@@ -183,7 +183,7 @@ def _gate_backward(launch: Launch, operands: Operands, donated: frozenset[str], 
     dt = (h - side).mul_(opened.neg_().add_(1)).mul_(dz)  # dout * (h - side) * T * (1 - T)
     dz = _masked(launch, dz, h, dz)
     made = {"dz": dz, "dt": dt, "dside": dside, "dt_sum": dt.sum((0, 2, 3))}
-    slots = dict(launch.outputs)
+    slots = launch.makes
     ends = (("dz", "y", "", "sum", "dot"), ("dside", "shortcut", "shortcut_", "dside_sum", "shortcut_dot"))
     for gradient, role, prefix, total, dot in ends:
         if dot in slots:
@@ -199,7 +199,7 @@ def _output_gradient(launch: Launch, operands: Operands, donated: frozenset[str]
     """Gradient behind the convolution (where statistics are given, but for a factor per filter)."""
     if launch.gradient != "bn_backward":
         return operands["dz"]
-    slot = dict(launch.operands)["dot"]
+    slot = launch.reads["dot"]
     if slot not in shared:
         shared[slot] = cpu_norm.gradient(operands["dz"], operands["y"], operands, "dz" in donated)
     return shared[slot]
@@ -210,7 +210,7 @@ def _through_norm(launch: Launch, operands: Operands, donated: frozenset[str], s
     shortcut = operands.get("dshortcut")
     if launch.gradient == "bn_backward":
         dy = _output_gradient(launch, operands, donated, shared)
-        del shared[dict(launch.operands)["dot"]]
+        del shared[launch.reads["dot"]]
         return dy if shortcut is None else dy.add_(shortcut)
     scale = reference.given_scale(operands, launch.eps, torch.float32).to(launch.dtype).view(1, -1, 1, 1)
     return operands["dz"] * scale if shortcut is None else torch.addcmul(shortcut, operands["dz"], scale)
@@ -231,18 +231,18 @@ def _dgrad(launch: Launch, operands: Operands, donated: frozenset[str], shared: 
 def _behind_dgrad(launch: Launch, operands: Operands, shared: Shared, dx: Tensor) -> Tensor | tuple[Tensor, ...]:
     """What a dgrad does with the gradient of its convolution's input."""
     if launch.gradient == "bn_backward":
-        del shared[dict(launch.operands)["dot"]]  # a layer's wgrad runs before its dgrad
+        del shared[launch.reads["dot"]]  # a layer's wgrad runs before its dgrad
     if "dshortcut" in operands:
         dx.add_(operands["dshortcut"])
     if launch.epilogue == "store":
         return dx
     if launch.epilogue == "mask":
         dx = _masked(launch, dx, operands["a_previous" if "a_previous" in operands else "z_previous"], dx)
-        shared.pop(dict(launch.operands).get("z_previous", ""), None)
+        shared.pop(launch.reads.get("z_previous", ""), None)
         return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, ())})
     if launch.activation != "identity":
         dx = _masked(launch, dx, _differentiated_at(launch, operands, shared), dx)
-    shared.pop(dict(launch.operands)["x"], None)
+    shared.pop(launch.reads["x"], None)
     return _listed(launch, {"dx": dx, **_sums(launch, operands, shared, dx, (("x", "x_", "dot_previous"),))})
 
 
@@ -255,7 +255,7 @@ def _differentiated_at(launch: Launch, operands: Operands, shared: Shared) -> Te
 
 def _no_gradient_of_bias(launch: Launch, dz: Tensor) -> dict[str, Tensor]:
     """In front of a BatchNorm by the batch's statistics a bias changes nothing."""
-    if all(role != "dbias" for role, _ in launch.outputs):
+    if "dbias" not in launch.makes:
         return {}
     return {"dbias": torch.zeros(launch.geometry.y_shape[1], dtype=torch.float32, device=dz.device)}
 
@@ -281,7 +281,7 @@ def join(first: Launch, second: Launch) -> Callable[..., Any] | None:
     takes 401 ms joined, 413 ms not (medians of 24 rounds in turn).
     """
     g = first.geometry
-    fits = (first.kind, second.kind) == ("wgrad", "dgrad") and dict(first.operands)["dz"] == dict(second.operands)["dz"]
+    fits = (first.kind, second.kind) == ("wgrad", "dgrad") and first.reads["dz"] == second.reads["dz"]
     if not fits or g != second.geometry or {first.gradient, second.gradient} != {"bn_backward"} or "x" not in first.roles:
         return None
     return _gradients
@@ -296,8 +296,13 @@ def _gradients(
     dy = _output_gradient(first, operands, donated, shared)
     dx, dw = cpu_convolution.gradients(g, dy, _input(first, operands, shared), operands["w"])
     assert dx is not None and dw is not None
-    made = _listed(first, {"dw": dw, **_no_gradient_of_bias(first, dy)}), _behind_dgrad(second, operands, shared, dx)
-    return tuple(tensor for part in made for tensor in ((part,) if isinstance(part, Tensor) else part))
+    of_filters = _listed(first, {"dw": dw, **_no_gradient_of_bias(first, dy)})
+    of_input = _behind_dgrad(second, operands, shared, dx)
+    return (*_several(of_filters), *_several(of_input))
+
+
+def _several(made: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (made,) if isinstance(made, Tensor) else made
 
 
 def _max_pool(launch: Launch, g: PoolGeometry, operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
@@ -321,6 +326,8 @@ def _max_pool_backward(
 
 #: :func:`run` takes what launches of one plan share.
 shares = True
+#: Behind a plan's last launch.
+finish = cpu_norm.update_running
 
 
 def prepare(
@@ -366,7 +373,7 @@ def run(launch: Launch, operands: Operands, donated: frozenset[str], shared: Sha
             return empty if len(launch.outputs) == 1 else (empty, empty.to(index_dtype(g.kernel)))
         return _max_pool(launch, g, operands)
     if launch.kind == "statistics":
-        return cpu_norm.statistics(launch, operands, operands["x"])
+        return cpu_norm.statistics(launch, operands, operands["x"], shared)
     if launch.kind in _ELEMENTWISE:
         return _ELEMENTWISE[launch.kind](launch, operands)
     return _BACKWARD[launch.kind](launch, operands, donated, shared)

@@ -13,12 +13,15 @@ in shorter parts: 512 filters of 3x3 on 512 channels are 2.3e-7 from float64, 1.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..launch import Geometry
 from . import cpu_wgrad, reference
+
+_backward = torch.ops.aten.convolution_backward.default
 
 #: How many times as large as input and output together filters are from which tensors are contiguous, if filters are that or
 #: channels_last; and the elements they have at least. *Measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1,
@@ -61,6 +64,13 @@ def is_blocked(g: Geometry, dtype: torch.dtype, contiguous: bool) -> bool:
     if g.R == g.S == 1 or g.groups != 1 or dtype != torch.float32 or filters < LEAST_FILTERS:
         return False
     return filters > (LARGER if contiguous else LARGER_IN_CHANNELS_LAST) * g.N * (g.C * g.H * g.W + g.K * g.P * g.Q)
+
+
+@lru_cache(maxsize=4096)
+def _is_plain(g: Geometry, dtype: torch.dtype, contiguous: bool) -> bool:
+    """Whether no other way than oneDNN's own, in channels_last, is taken by either function below, whatever settings say."""
+    one_tap = g.R == g.S == 1
+    return not (one_tap or is_blocked(g, dtype, contiguous) or cpu_wgrad.suits(g, dtype))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -118,6 +128,9 @@ def forward(g: Geometry, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [N, K, P, Q], channels_last.
     """
+    if _is_plain(g, x.dtype, w.is_contiguous()):
+        y = torch.conv2d(x, w, bias, g.stride, g.padding, g.dilation, g.groups)
+        return y.contiguous(memory_format=torch.channels_last)
     if is_product(g, x.dtype):
         return _product(g, x, w, bias)
     if is_blocked(g, x.dtype, w.is_contiguous()):
@@ -138,6 +151,10 @@ def gradients(g: Geometry, dy: Tensor, x: Tensor | None, w: Tensor | None) -> tu
     Returns:
         [N, C, H, W], channels_last, or None; [K, C / groups, R, S], or None.
     """
+    if x is not None and w is not None and _is_plain(g, dy.dtype, w.is_contiguous()):
+        w = w.contiguous(memory_format=torch.channels_last)
+        dx, dw, _ = _backward(dy, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, [True, True, False])
+        return dx.contiguous(memory_format=torch.channels_last), dw
     if is_product(g, dy.dtype):
         return _gradients_of_product(g, dy, x, w)
     dw = None
@@ -157,6 +174,6 @@ def gradients(g: Geometry, dy: Tensor, x: Tensor | None, w: Tensor | None) -> tu
             tensors.append(torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout))
         else:
             tensors.append(tensor.contiguous(memory_format=layout))
-    made = torch.ops.aten.convolution_backward(*tensors, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, wanted)
+    made = _backward(*tensors, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, wanted)
     dx = None if made[0] is None else made[0].contiguous(memory_format=torch.channels_last)
     return dx, made[1] if x is not None else dw
