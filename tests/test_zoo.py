@@ -40,12 +40,13 @@ def test_the_fused_share_of_the_convolutions(name: str) -> None:
 
 # ---- the command's file
 
-HEADER = ",".join(command.COLUMNS) + "\n"
+HEADER = ",".join((*command.COLUMNS, *command.TIMES)) + "\n"
+OLD_HEADER = ",".join(command.COLUMNS) + "\n"
 NAMES = ("resnet18", "resnet34", "resnet50")
 
 
 def line_of(name: str, agrees: str = "yes", note: str = "") -> str:
-    return f"{name},9,68,23,117.0,72.6,1.000,1.7e-06,1.7e-06,{agrees},1.21,{note}\n"
+    return f"{name},9,68,23,117.0,72.6,1.000,1.7e-06,1.7e-06,{agrees},1.21,{note},,,,\n"
 
 
 @pytest.fixture
@@ -53,11 +54,12 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Models are not made but looked up: a list of those asked for; resnet50 fails the first time."""
     asked: list[str] = []
 
-    def row(name: str, size: int, counted: int) -> dict[str, object]:
+    def row(name: str, size: int, counted: int, seconds: float | None = None) -> dict[str, object]:
         asked.append(name)
         if name == "resnet50" and asked.count(name) == 1:
             return {"model": name, "agrees": "", "note": "MemoryError: out of memory"}
-        return dict(zip(command.COLUMNS, line_of(name).rstrip("\n").split(",")))
+        made = dict(zip((*command.COLUMNS, *command.TIMES), line_of(name).rstrip("\n").split(",")))
+        return made if seconds is None else {**made, "ms_eager": 3.0, "ms_channels_last": 2.0, "ms_fused": 1.6, "timed": "here"}
 
     monkeypatch.setattr(command, "row", row)
     return asked
@@ -85,6 +87,23 @@ def test_a_file_that_was_cut_off_is_gone_on_with(there: str, kept: list[str], tr
     assert path.read_text() == HEADER + line_of("resnet18") + line_of("resnet34")
     assert page.read_text().count("| agrees |") == 2
     assert {file.name for file in tmp_path.iterdir()} - {".zoo.csv.lock"} == {"zoo.csv", "models.md"}
+
+
+def test_what_was_not_timed_is_timed_in_a_file_of_before_there_were_times(tried: list[str], tmp_path: Path) -> None:
+    path, page = tmp_path / "zoo.csv", tmp_path / "models.md"
+    path.write_text((HEADER + line_of("resnet18") + line_of("resnet34")).replace(",,,,", "").replace(HEADER, OLD_HEADER))
+    run = ["zoo", "resnet18", "--csv", str(path), "--markdown", str(page), "--time", "1"]
+    assert main(run) == 0 and main(run) == 0
+    assert tried == ["resnet18"], "once"
+    assert path.read_text().splitlines()[1].endswith(",,3.0,2.0,1.6,here")
+    text = page.read_text()
+    assert "| agrees | 3.0, 2.0; 1.6 | 1.25 |" in text and "| agrees | - | - |" in text and text.count("Timed on here.") == 1
+
+
+def test_a_row_is_timed(tmp_path: Path) -> None:
+    made = command.row("resnet18", 32, 32, 0.01)
+    assert made["agrees"] == "yes" and made["note"] == ""
+    assert all(float(made[name]) > 0 for name in command.TIMES[:3]) and torch.__version__ in made["timed"]
 
 
 def test_what_failed_is_told_and_tried_again(tried: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

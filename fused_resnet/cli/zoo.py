@@ -1,12 +1,13 @@
 """``fused-resnet zoo PATTERN...``: fuses every model whose name matches and keeps a row of each in a CSV file.
 
-A file that exists is gone on with: names that were compared are not done again, those that failed are. ``--markdown`` makes
-docs/models.md of it. A lock beside it may stay.
+A file that exists is gone on with: names that were compared are not done again, those that failed are; with ``--time`` those
+that were not timed too. ``--markdown`` makes docs/models.md of it. A lock beside it may stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
 import sys
@@ -18,23 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import counts, specimens
+from ..measure import circumstances, interleaved
 from ..swap import explain, fuse
 from ..whole_file import LOCK, held
-from .arguments import CommandError, images, natural, one_line, refusing
+from .arguments import CommandError, images, natural, one_line, positive, refusing
 from .fuse_check import agreement
 from .inspect import writable, write_text
 from .text import Progress, sentence
 
 #: Seconds to wait for another run that writes a row.
 PATIENCE = 10.0
-#: Columns of the file.
+#: Columns of the file, and those that are filled with ``--time``.
 COLUMNS = (
     "model", "chains", "launches_eager", "launches_fused", "megabytes_eager", "megabytes_fused", "fused_share",
     "error_eager", "error_fused", "agrees", "fuse_seconds", "note",
 )  # fmt: skip
+TIMES = ("ms_eager", "ms_channels_last", "ms_fused", "timed")
+#: Seconds of one sample: a small model is called several times in turn, as it is in use.
+SAMPLE = 0.03
 
 
 def add(commands: Any) -> None:
@@ -48,7 +53,15 @@ def add(commands: Any) -> None:
     parser.add_argument("--csv", type=Path, default=Path("bench/results/zoo.csv"), metavar="FILE", help="rows kept here")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of all rows here (docs/models.md)")
     parser.add_argument("--size", type=natural, default=64, metavar="N", help="rows and columns of the images compared (64)")
-    parser.add_argument("--counted", type=natural, default=224, metavar="N", help="of the images counted, on meta (224)")
+    parser.add_argument(
+        "--counted", type=natural, default=224, metavar="N", help="of the image counted, on meta, and timed (224)"
+    )
+    parser.add_argument(
+        "--time",
+        type=positive,
+        metavar="SECONDS",
+        help="time inference of one image on this CPU too, so long: eager, eager in channels_last, fused, in turn",
+    )
     parser.set_defaults(run=run)
 
 
@@ -88,7 +101,9 @@ def _rows(file: Path) -> list[_Row]:
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise CommandError(f"{file}: not CSV ({one_line(error)})") from error
-    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in found or None in found.values() for found in rows):
+    if tuple(reader.fieldnames or ()) not in ((*COLUMNS, *TIMES), COLUMNS) or any(
+        None in found or None in found.values() for found in rows
+    ):
         raise CommandError(f"{file}: these are no rows of fused-resnet zoo")
     if rest:
         print(f"{file}: its last line has no end and is left out", file=sys.stderr)
@@ -106,7 +121,7 @@ def _keep(file: Path, made: _Row) -> None:
         place = next((index for index, found in enumerate(rows) if found["model"] == made["model"]), len(rows))
         rows[place : place + 1] = [made]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, (*COLUMNS, *TIMES), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(file, text.getvalue())
@@ -128,8 +143,30 @@ def _counts(name: str, size: int) -> dict[str, Any]:
     }
 
 
-def row(name: str, size: int, counted: int) -> dict[str, Any]:
-    """Fuse one model; what came out by :data:`COLUMNS`."""
+def _times(eager: nn.Module, fused: nn.Module, x: Tensor, seconds: float) -> dict[str, str]:
+    """Milliseconds of a forward of both, the eager one in both memory formats. Images are in the format of the faster."""
+    last = copy.deepcopy(eager).to(memory_format=torch.channels_last)
+    turned = x.contiguous(memory_format=torch.channels_last)
+    calls = {"ms_eager": (eager, x), "ms_channels_last": (last, turned), "ms_fused": (fused, turned)}
+    with torch.inference_mode():
+        single = interleaved({name: partial(model, y) for name, (model, y) in calls.items()}, x.device, rounds=(3, 3))
+        if single["ms_eager"].median < single["ms_channels_last"].median:
+            calls["ms_fused"] = (fused, x)
+        count = max(1, round(SAMPLE / min(timing.median for timing in single.values())))
+
+        def burst(model: nn.Module, images: Tensor) -> None:
+            for _ in range(count):
+                model(images)
+
+        bursts = {name: partial(burst, *call) for name, call in calls.items()}
+        found = interleaved(bursts, x.device, seconds=seconds, rounds=(5, 1000))
+    where = circumstances(x.device)
+    timed = f"{where['device']}; PyTorch {where['versions']['torch']}; {where['date']}"
+    return {**{name: f"{timing.milliseconds / count:.3g}" for name, timing in found.items()}, "timed": timed}
+
+
+def row(name: str, size: int, counted: int, seconds: float | None = None) -> dict[str, Any]:
+    """Fuse one model; what came out by :data:`COLUMNS`, and :data:`TIMES` where it is timed."""
     made: dict[str, Any] = {"model": name}
     try:
         eager = specimens.eager_model(name)
@@ -144,6 +181,8 @@ def row(name: str, size: int, counted: int) -> dict[str, Any]:
         made |= {"error_eager": f"{found.eager:.1e}", "error_fused": "" if found.failed else f"{found.fused:.1e}"}
         made |= {"agrees": "yes" if found.ok else "NO", "note": found.skipped or found.failed or ""}
         made |= _counts(name, counted)
+        if seconds is not None and found.ok and not found.skipped:
+            made |= _times(eager, fused, specimens.images(1, counted), seconds)
     except Exception as error:  # the code of others
         made.setdefault("agrees", "")
         made["note"] = f"{type(error).__name__}: {one_line(error)[:120]}"
@@ -158,11 +197,15 @@ What `fuse` does to models of others: chains fused, launches and bytes of one im
 the convolutions' FLOPs that runs in launches of plans, and the relative error against float64, fp32, eager's and ours.
 
 Evidence: launches and bytes are *counted from sizes*, errors are *measured* on a CPU with random weights and small images
-(64 x 64). No time is measured here. `fused-resnet zoo resnext50_32x4d 'timm/resnet50[ts]' --markdown docs/models.md` adds the
-rows of these to [`bench/results/zoo.csv`](../bench/results/zoo.csv) and makes this page of all its rows.
+(64 x 64). Times, where there are any, are *measured* on the CPU named below: inference of one image of 224 x 224, fp32, eager
+(contiguous, channels_last) and fused in turn, medians; the ratio is the faster eager's time over the fused model's. Runs of one
+model differ by a few hundredths.
 
-| model | chains | launches | MB | fused share | error eager, fused | |
-|---|---|---|---|---|---|---|
+`fused-resnet zoo resnext50_32x4d 'timm/resnet50[ts]' --time 5 --markdown docs/models.md` adds the rows of these to
+[`bench/results/zoo.csv`](../bench/results/zoo.csv) and makes this page of all its rows.
+
+| model | chains | launches | MB | fused share | error eager, fused | | ms eager, fused | ratio |
+|---|---|---|---|---|---|---|---|---|
 """
     lines = []
     for found in rows:
@@ -171,9 +214,26 @@ rows of these to [`bench/results/zoo.csv`](../bench/results/zoo.csv) and makes t
         errors = f"{found['error_eager']}, {found['error_fused']}"
         said = "agrees" if found["agrees"] == "yes" else f"**{found['agrees'] or 'not compared'}** {found['note']}"
         lines.append(
-            f"| {found['model']} | {found['chains']} | {launches} | {moved} | {found['fused_share']} | {errors} | {said} |"
+            f"| {found['model']} | {found['chains']} | {launches} | {moved} | {found['fused_share']} | {errors} | {said} "
+            f"| {_told_times(found)} |"
         )
-    return head + "\n".join(lines) + "\n"
+    machines = dict.fromkeys(found["timed"] for found in rows if found.get("timed"))
+    timed = "".join(f"\nTimed on {machine}.\n" for machine in machines)
+    return head + "\n".join(lines) + "\n" + timed
+
+
+def ratio(found: _Row) -> float | None:
+    """The faster eager's time over the fused model's, where they were timed."""
+    if not found.get("ms_fused"):
+        return None
+    return min(float(found["ms_eager"]), float(found["ms_channels_last"])) / float(found["ms_fused"])
+
+
+def _told_times(found: _Row) -> str:
+    times = ratio(found)
+    if times is None:
+        return "- | -"
+    return f"{found['ms_eager']}, {found['ms_channels_last']}; {found['ms_fused']} | {times:.2f}"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -181,7 +241,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.patterns and arguments.markdown is None:
         raise CommandError("expected names of models, such as 'timm/resnet*', or --markdown")
     there = _rows(arguments.csv)
-    done = {found["model"] for found in there if found["agrees"]}
+    untimed = arguments.time is not None
+    done = {found["model"] for found in there if found["agrees"] and not (untimed and not found.get("timed"))}
     wanted = [name for name in names(arguments.patterns) if name not in done]
     if not there and not wanted:
         raise CommandError(f"{arguments.csv}: {'it has no rows' if arguments.csv.exists() else 'no such file'}")
@@ -193,7 +254,7 @@ def run(arguments: argparse.Namespace) -> int:
     for index, name in enumerate(wanted):
         progress.step(f"{index + 1} of {len(wanted)}: {name}")
         progress.bar(index / len(wanted))
-        made = row(name, arguments.size, arguments.counted)
+        made = row(name, arguments.size, arguments.counted, arguments.time)
         _keep(arguments.csv, {column: str(value) for column, value in made.items()})
     progress.clear()
     rows = _rows(arguments.csv) if wanted else there
