@@ -16,6 +16,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo_check import fill
 
 from fused_resnet import count_launches, explain, fuse, unfuse
+from fused_resnet.cli import main
+from fused_resnet.detectors import REGIONS, comparable
 from fused_resnet.swap.region import WAITING
 
 NAMES = (
@@ -119,3 +121,26 @@ def test_what_chooses_boxes_is_left_alone() -> None:
     assert "" not in fused and not any(name in fused for name in ("rpn", "roi_heads", "transform")) and "rpn.head" in fused
     notes = {row.name: row.note for row in explain(model, show=False).left_alone}
     assert notes == dict.fromkeys(("rpn.head.cls_logits", "rpn.head.bbox_pred"), WAITING)
+
+
+def test_fuse_check_compares_a_detector_but_for_its_choice_of_boxes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which on random images names none: nothing could be compared."""
+    assert main(["fuse-check", f"{__file__}:small", "--dtype", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "a detector: features and heads" in said and said.count("ok\n") == 2 and said.endswith("agrees with eager\n")
+
+
+def test_what_is_compared_is_what_a_detector_computes() -> None:
+    """Its own heads, on regions that are given: the same that the model gives them, where it chooses these."""
+    model = randomise(small()).eval()
+    x, seen = torch.rand(1, 3, 64, 96), []
+    regions = torch.tensor([[part * side for part, side in zip(region, (96, 64, 96, 64))] for region in REGIONS])
+    model.roi_heads.box_predictor.register_forward_hook(lambda _m, _x, made: seen.append(made))
+    with torch.no_grad():
+        made = comparable(model)(x)[-1]
+        features = model.backbone(x)
+        model.roi_heads(features, [regions], [(64, 96)])
+    for ours, theirs, own in zip(made, *seen, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(ours, own) and ours.shape[0] == len(REGIONS)
+    backbone = model.backbone
+    assert comparable(backbone) is backbone

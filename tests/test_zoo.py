@@ -100,6 +100,26 @@ def test_what_was_not_timed_is_timed_in_a_file_of_before_there_were_times(tried:
     assert "| agrees | 3.0, 2.0; 1.6 | 1.25 |" in text and "| agrees | - | - |" in text and text.count("Timed on here.") == 1
 
 
+def test_names_are_of_all_that_takes_images_and_of_functions() -> None:
+    assert command.names(["fcn_resnet50", "fasterrcnn_*", "resnet18", "bench/others.py:smp_unet_resnet34"]) == [
+        "fcn_resnet50", "fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_resnet50_fpn",
+        "fasterrcnn_resnet50_fpn_v2", "resnet18", "bench/others.py:smp_unet_resnet34",
+    ]  # fmt: skip
+
+
+def test_a_row_of_a_detector_and_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both whole, though one asks for values, which the meta device has not; what fails is told in the row."""
+    small = f"{Path(__file__).parent / 'test_detection.py'}:small"
+    made = command.row(small, 64, 64)
+    assert (made["agrees"], made["note"], made["fused_share"]) == ("yes", "", "1.000")
+    made = command.row(f"{__file__}:no_model", 64, 64)
+    assert made["agrees"] == "" and "returned a int, expected an nn.Module" in made["note"]
+
+
+def no_model() -> int:
+    return 3
+
+
 def test_a_row_is_timed(tmp_path: Path) -> None:
     made = command.row("resnet18", 32, 32, 0.01)
     assert made["agrees"] == "yes" and made["note"] == ""

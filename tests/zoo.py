@@ -11,6 +11,8 @@ import torch
 from nets import randomise
 from torch import Tensor, nn
 
+from fused_resnet.detectors import comparable
+
 #: Name -> (package, builder, shape of the images, least fused share of the convolutions' FLOPs).
 ZOO: dict[str, tuple[str, Callable[[Any], nn.Module], tuple[int, ...], float]] = {}
 
@@ -82,25 +84,11 @@ _timm("densenet121", 1.0)
 def _detection(name: str) -> None:
     def build(detection: Any) -> nn.Module:
         options = {"weights": None, "weights_backbone": None, "num_classes": 3}
-        return _Backbone(getattr(detection, name)(**options))
+        return comparable(getattr(detection, name)(**options))
 
     # In the heads of RetinaNet's second version GroupNorms stand behind convolutions without a bias: nothing to be fused with.
     share = 0.5 if name == "retinanet_resnet50_fpn_v2" else 0.95
-    ZOO[f"torchvision {name} backbone"] = ("torchvision.models.detection", build, (2, 3, 96, 96), share)
-
-
-class _Backbone(nn.Module):
-    """The backbone, the neck and the heads of a detection model, without the choice of boxes, which jumps."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        features = list(self.model.backbone(x).values())
-        if hasattr(self.model, "rpn"):
-            return features, self.model.rpn.head(features)
-        return features, self.model.head(features)
+    ZOO[f"torchvision {name} without the choice of boxes"] = ("torchvision.models.detection", build, (2, 3, 96, 96), share)
 
 
 for _name in ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import counts, importing, specimens
 from ..agreement import FURTHER, NOTHING, Distance, Uncomparable, in_training, outputs
+from ..detectors import REGIONS, comparable
 from ..measure import relative_error
 from ..swap import explain, fuse
 from .arguments import (
@@ -291,7 +292,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--input is the whole shape: leave --batch and --size out")
     modes = MODES[arguments.mode]
     with chosen_backend(arguments.backend, where):
-        eager = load(arguments.model).to(where).float()
+        model = load(arguments.model)
+        eager = comparable(model).to(where).float()
         x, many = (made.to(where) for made in _inputs(arguments, eager))
         if ":" not in arguments.model:
             specimens.randomise(eager)
@@ -299,6 +301,8 @@ def run(arguments: argparse.Namespace) -> int:
         fused = _fused_copy(eager)
 
         print(f"{arguments.model}, input {' x '.join(map(str, x.shape))} on {where}")
+        if eager is not model:
+            print(f"a detector: features and heads, these on {len(REGIONS)} given regions, without the choice of boxes")
         if filled:
             print(f"{filled} BatchNorms had no statistics yet: taken from random images")
         _report_launches(eager, fused, x)

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import counts, specimens
+from ..detectors import comparable
 from ..measure import circumstances, interleaved
 from ..swap import explain, fuse
 from ..whole_file import LOCK, held
 from .arguments import CommandError, images, natural, one_line, positive, refusing
-from .fuse_check import agreement
+from .fuse_check import agreement, load
 from .inspect import writable, write_text
 from .text import Progress, sentence
 
@@ -48,7 +49,10 @@ def add(commands: Any) -> None:
     about = f"{sentence(text)}. Exit code 1 where one disagrees or fails; what failed is tried again the next time."
     parser = commands.add_parser("zoo", help=text, description=about)
     parser.add_argument(
-        "patterns", nargs="*", metavar="PATTERN", help="resnet*, timm/resnet* (quoted); none with --markdown only"
+        "patterns",
+        nargs="*",
+        metavar="PATTERN",
+        help="resnet*, timm/resnet* (quoted), file.py:function; none with --markdown only",
     )
     parser.add_argument("--csv", type=Path, default=Path("bench/results/zoo.csv"), metavar="FILE", help="rows kept here")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of all rows here (docs/models.md)")
@@ -66,12 +70,15 @@ def add(commands: Any) -> None:
 
 
 def names(patterns: list[str]) -> list[str]:
-    """The models that match, each once."""
+    """The models that match, each once: torchvision's for images, timm's, and functions, which are named as they are."""
     vision = specimens.torchvision_models()
-    known = vision.list_models(module=vision) if vision is not None else []
+    groups = (vision, vision.segmentation, vision.detection) if vision is not None else ()
+    known = [name for group in groups for name in vision.list_models(module=group)]  # type: ignore[union-attr]
     found: list[str] = []
     for pattern in patterns:
-        if pattern.startswith("timm/"):
+        if ":" in pattern:
+            found.append(pattern)
+        elif pattern.startswith("timm/"):
             matching = refusing(partial(specimens.timm_names, pattern.removeprefix("timm/")), ValueError)
             found += [f"timm/{name}" for name in matching]
         else:
@@ -127,13 +134,18 @@ def _keep(file: Path, made: _Row) -> None:
         write_text(file, text.getvalue())
 
 
+def _work(eager: nn.Module, size: int) -> tuple[list[counts.Work], float]:
+    fused, x = fuse(eager, inplace=False), torch.zeros(1, 3, size, size)
+    return [counts.Work.of(counts.kernels(model, x)) for model in (eager, fused)], counts.fused_share(fused, x)
+
+
 def _counts(name: str, size: int) -> dict[str, Any]:
-    """Launches and bytes of one image, from sizes alone."""
-    with torch.device("meta"):
-        eager, fused = specimens.eager_model(name), fuse(specimens.eager_model(name))
-        x = torch.empty(1, 3, size, size)
-        works = [counts.Work.of(counts.kernels(model, x)) for model in (eager, fused)]
-        share = counts.fused_share(fused, x)
+    """Launches and bytes of one image, from sizes alone; as they run where a model asks for values."""
+    try:
+        with torch.device("meta"):
+            works, share = _work(comparable(load(name)), size)
+    except (RuntimeError, NotImplementedError):
+        works, share = _work(comparable(load(name)), size)
     return {
         "launches_eager": works[0].kernels,
         "launches_fused": works[1].kernels,
@@ -169,7 +181,8 @@ def row(name: str, size: int, counted: int, seconds: float | None = None) -> dic
     """Fuse one model; what came out by :data:`COLUMNS`, and :data:`TIMES` where it is timed."""
     made: dict[str, Any] = {"model": name}
     try:
-        eager = specimens.eager_model(name)
+        whole = load(name)
+        eager = comparable(whole)
         specimens.randomise(eager)
         x = specimens.images(2, size)
         specimens.calibrate(eager, specimens.images(8, size, seed=1))
@@ -182,7 +195,8 @@ def row(name: str, size: int, counted: int, seconds: float | None = None) -> dic
         made |= {"agrees": "yes" if found.ok else "NO", "note": found.skipped or found.failed or ""}
         made |= _counts(name, counted)
         if seconds is not None and found.ok and not found.skipped:
-            made |= _times(eager, fused, specimens.images(1, counted), seconds)
+            # A detector takes a list of images, and makes each as large as it is used to.
+            made |= _times(whole, fuse(whole, inplace=False), specimens.images(1, counted), seconds)
     except Exception as error:  # the code of others
         made.setdefault("agrees", "")
         made["note"] = f"{type(error).__name__}: {one_line(error)[:120]}"
