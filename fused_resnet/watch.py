@@ -47,8 +47,12 @@ def _copied(value: Any) -> Any:
     """
     if type(value) in _PLAIN:
         return value
-    if type(value) in (tuple, list):
-        return type(value)([_copied(part) for part in value])
+    if type(value) is tuple:
+        copied = tuple([_copied(part) for part in value])
+        # Itself, where nothing in it can change: two that are one object are equal at a glance.
+        return value if all(copy is part for copy, part in zip(copied, value)) else copied
+    if type(value) is list:
+        return [_copied(part) for part in value]
     if type(value) is dict:
         return {_copied(key): _copied(part) for key, part in value.items()}
     raise CannotWatchError(type(value).__name__)

@@ -120,6 +120,17 @@ def no_model() -> int:
     return 3
 
 
+def test_a_row_that_is_not_whole_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It agreed, but was not counted."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(command, "_work", fails)
+    made = command.row("resnet18", 32, 32)
+    assert (made["agrees"], made["note"]) == ("", "RuntimeError: no memory")
+
+
 def test_a_row_is_timed(tmp_path: Path) -> None:
     made = command.row("resnet18", 32, 32, 0.01)
     assert made["agrees"] == "yes" and made["note"] == ""

@@ -2,21 +2,14 @@
 
 PyTorch's operators take the pixels of a channels_last tensor one after another, whatever the number of channels. Taken in
 groups, neighbours for channels of their own (:func:`_shared_out`), the same operators' sums are vectorised where channels are
-few, and shorter: what a channel's sum loses in fp32 is a tenth. What is left is one factor or two per channel and a shift, in
-elementwise operators, which may write over what they read. *Measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1,
-2026-11-29, medians, us, PyTorch's BatchNorm, this, alone with tensors in the cache (in a whole step memory decides, and no
-difference was seen beside the noise):
+few, and shorter: what a channel's sum loses in fp32 is a tenth. Statistics are made so; the gradient in front of a BatchNorm
+comes with its sums from PyTorch's one call, unless it is large (:data:`LEAST_APART`).
 
-=================  ===========  ===========
-images             forward      backward
-=================  ===========  ===========
-128 x 16 x 32x32   344, 181     1068, 863
-128 x 32 x 16x16   150, 68      409, 313
-128 x 64 x 8x8     77, 36       148, 129
-8 x 64 x 56x56     388, 168     436, 335
-8 x 128 x 28x28    111, 46      254, 213
-8 x 512 x 7x7      39, 16       94, 89
-=================  ===========  ===========
+In a step two things decide that do not show alone. Each thread ought to read what it has written: behind sums in eight parts,
+all threads in each, the next elementwise operator on 128 images of 16 x 32x32 took 950 us, behind sums by one call 140, and the
+sums 1312, not 602. And operators on vectors ought to be few: behind a convolution, which has emptied the caches of their code,
+each takes 10 to 20 us. (*Measured* on 2 threads of an AMD EPYC with AVX-512, PyTorch 2.14.1, 2026-11-29, medians; the two cores
+share no cache that is fast.)
 """
 
 from __future__ import annotations
@@ -42,13 +35,15 @@ LARGE_MEAN = 32
 #: backward take 227 us for 128 images of 16 x 32x32, 2048 458.
 TOGETHER, TOGETHER_BACKWARD = 2048, 512
 #: Pixels up to which PyTorch's own sums of a channel are short enough for statistics, which what follows multiplies.
-FEW = 2**11
+FEW = 2**8
 #: Elements from which pixels that do not divide are added up by themselves: of fewer, what divides is enough.
 LEAST_WITH_REST = 2**18
 #: Elements from which a gradient is written over what it is made of, and its sums are taken in groups. Below, PyTorch's one
 #: call is sooner: in a step of cifar_resnet20 128 images of 16 x 32x32 take it 1065 us, the ten operators of the other way
 #: 1250; 32 x 16x16 490, 715 (medians, where the convolution before has emptied the caches, of the operators' code too).
 LEAST_APART = 2**22
+#: The most parts that their sums are added up in, which are exacter for it, each of so many pixels taken together at least.
+PARTS, LEAST_IN_PART = 8, 256
 
 
 def _fp32(vector: Tensor) -> Tensor:
@@ -69,14 +64,15 @@ def _shared_out(pixels: int, channels: int, values: int) -> tuple[int, int]:
     return together, pixels % together
 
 
-def _groups(y: Tensor, together: int) -> Tensor:
-    """[N, C, H, W] as [pixels, together * C, 1, 1], neighbours as channels of their own, but for those left over.
+def _groups(y: Tensor, together: int, parts: int = 1) -> tuple[Tensor, ...]:
+    """[N, C, H, W] in parts of [pixels, together * C, 1, 1], neighbours as channels of their own, but for those left over.
 
-    All of them by one call: each thread reads the part that elementwise operators give it before and behind, which another
-    processor's cache would have to hand over.
+    Where there is one part each thread reads what elementwise operators give it before and behind. In more, of a tensor that
+    fits the caches, it would be handed over from the other processors': up to nine times as long.
     """
     values = together * y.shape[1]
-    return y.as_strided((y.numel() // values, values, 1, 1), (values, 1, values, values))
+    pixels = y.numel() // (values * parts)
+    return y.as_strided((parts, pixels, values, 1, 1), (pixels * values, values, 1, values, values)).unbind()
 
 
 def _left(y: Tensor, rest: int) -> Tensor:
@@ -133,7 +129,7 @@ def _grouped_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     channels = y.shape[1]
     pixels = y.numel() // channels
     together, rest = _shared_out(pixels, channels, TOGETHER)
-    means, variances = _moments_of(_groups(y, together))
+    means, variances = _moments_of(*_groups(y, together))
     mean, between = _moments_of(means.view(-1, channels))
     var = between.add_(
         _moments_of(variances.view(-1, channels))[0]
@@ -225,10 +221,14 @@ def sums(dz: Tensor, y: Tensor, operands: Operands, prefix: str, eps: float = 0.
     elements, channels = dz.numel(), mean.shape[0]
     if given is None and (elements < LEAST_APART or dz.dtype != torch.float32):
         return _in_one(dz, y, mean, invstd, _vector(operands, f"{prefix}gamma"))
-    together, rest = _shared_out(elements // channels, channels, TOGETHER_BACKWARD)
+    pixels = elements // channels
+    together, _ = _shared_out(pixels, channels, TOGETHER_BACKWARD)
+    parts = max(1, min(PARTS, pixels // together // LEAST_IN_PART))
+    rest = pixels % (together * parts)
     vectors = (mean, invstd) if together == 1 else (torch.cat((mean,) * together), torch.cat((invstd,) * together))
-    made = _sums_of(_groups(dz, together), _groups(y, together), *vectors)
-    dot, total = made if together == 1 else (values.view(together, channels).sum(0) for values in made)
+    pairs = zip(_groups(dz, together, parts), _groups(y, together, parts), strict=True)
+    made = zip(*[_sums_of(*pair, *vectors) for pair in pairs], strict=True)
+    dot, total = (torch.cat(values).view(-1, channels).sum(0) for values in made)
     if rest:
         others_dot, others = _sums_of(_left(dz, rest), _left(y, rest), mean, invstd)
         dot, total = dot.add_(others_dot), total.add_(others)
