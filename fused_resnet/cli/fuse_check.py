@@ -292,6 +292,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--input is the whole shape: leave --batch and --size out")
     modes = MODES[arguments.mode]
     with chosen_backend(arguments.backend, where):
+        torch.manual_seed(0)  # weights that nobody brings: the same in each run
         model = load(arguments.model)
         eager = comparable(model).to(where).float()
         x, many = (made.to(where) for made in _inputs(arguments, eager))
