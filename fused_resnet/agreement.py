@@ -85,7 +85,7 @@ def median_times(plain: nn.Module, fused: nn.Module, x: Tensor) -> float:
     return times[len(times) // 2]
 
 
-def _median_of(plain: nn.Module, fused: nn.Module, x: Tensor, what: str) -> float:
+def median_of(plain: nn.Module, fused: nn.Module, x: Tensor, what: str) -> float:
     """As :func:`median_times`, of ``"output"`` or ``"statistics"``: where a BatchNorm has few values a channel the rounding
     errors of both models are multiplied by chance.
     """
@@ -186,5 +186,5 @@ def in_training(plain: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Dist
     worst = {"output": _worst(near), "gradients": gradient, "statistics": _worst(statistics)}
     for what in ("output", "statistics"):
         if not worst[what].ok and worst[what].fused == worst[what].fused:
-            worst[what] = replace(worst[what], median=_median_of(plain, fused, x, what))
+            worst[what] = replace(worst[what], median=median_of(plain, fused, x, what))
     return worst

@@ -212,11 +212,11 @@ def test_where_chance_decides_over_one_input_several_do(what: str) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     x = torch.randn(2, 3, 6, 7)
-    assert agreement._median_of(plain, plain, x, what) <= 1.0
+    assert agreement.median_of(plain, plain, x, what) <= 1.0
     wrong = copy.deepcopy(plain)
     with torch.no_grad():
         (wrong[1].bias if what == "output" else wrong[1].running_mean).add_(1e-2)
-    assert agreement._median_of(plain, wrong, x, what) > 10
+    assert agreement.median_of(plain, wrong, x, what) > 10
     found = agreement.in_training(plain, wrong, x)[what]
     assert not found.ok and found.median is not None and found.median > 10
 
