@@ -9,7 +9,7 @@ import zoo
 from torch import Tensor, nn
 
 from fused_resnet import count_launches, fuse, unfuse
-from fused_resnet.agreement import FLOOR, STATE, TIMES, far, gradients_far, median_of, median_times, step
+from fused_resnet.agreement import FLOOR, STATE, TIMES, far, gradients_far, median_times, step
 
 #: How far an output in fp32 may be from float64, over its norm, by mode.
 OUTPUT = {False: 1e-4, True: 1e-3}
@@ -70,9 +70,7 @@ def check(name: str, training: bool) -> None:
     assert len(log) > 0 and len(found) == len(results) == len(truth) and gradients.keys() == eager.keys() == wanted.keys()
     for a, e, t in zip(found, results, truth, strict=True):
         assert a.shape == e.shape and a.dtype == e.dtype
-        if not far(a, t) <= max(TIMES * far(e, t), FLOOR):  # over one input chance decides
-            times = median_of(same, fuse(copy.deepcopy(same)), x, "output") if training else float("inf")
-            assert times <= TIMES, f"output: {far(a, t):.1e}, eager's own {far(e, t):.1e}, {times:.1f} times that in the middle"
+        assert far(a, t) <= max(TIMES * far(e, t), FLOOR), f"output: {far(a, t):.1e}, eager's own {far(e, t):.1e}"
         assert far(a, e) <= OUTPUT[training], f"output: {far(a, e):.1e}"
     if gradients_far(gradients, wanted) > max(TIMES * gradients_far(eager, wanted), FLOOR):
         times = median_times(same, fuse(copy.deepcopy(same)), x)

@@ -127,10 +127,10 @@ def _grouped_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     together, rest = _shared_out(pixels, channels, TOGETHER)
     if together == 1:
         return _moments_of(y)
-    means, variances = _moments_of(*_groups(y, together))
-    mean, between = _moments_of(means.view(-1, channels))
-    # Their mean, in a fifth of the time that torch.mean takes down columns.
-    var = between.add_(_moments_of(variances.view(-1, channels))[0])
+    means, variances = (values.view(-1, channels) for values in _moments_of(*_groups(y, together)))
+    mean = means.mean(0)
+    between = (means - mean).square_()  # not var_mean, which takes ten times as long down the columns of so small a matrix
+    var = between.add_(variances).mean(0)
     if rest:
         others_mean, others = _moments_of(_left(y, rest))
         share, apart = rest / pixels, others_mean.sub_(mean)
