@@ -3,7 +3,7 @@
 PyTorch's operators take the pixels of a channels_last tensor one after another, whatever the number of channels. Taken in
 groups, neighbours for channels of their own (:func:`_shared_out`), the same operators' sums are vectorised where channels are
 few, and shorter: what a channel's sum loses in fp32 is a tenth. Statistics are made so; the gradient in front of a BatchNorm
-comes with its sums from PyTorch's one call, unless it is large (:data:`LEAST_APART`).
+of small tensors comes with its sums from PyTorch's one call (:data:`LEAST_APART`).
 
 In a step two things decide that do not show alone. Each thread ought to read what it has written: behind sums in eight parts,
 all threads in each, the next elementwise operator on 128 images of 16 x 32x32 took 950 us, behind sums by one call 140, and the
@@ -32,16 +32,13 @@ _update_stats = torch.ops.aten.batch_norm_update_stats.default
 LARGE_MEAN = 32
 #: Values of neighbouring pixels that are taken for one: of statistics, and of the two sums of the backward, which read twice as
 #: much. *Measured* likewise: twice the values cost statistics a third more (they no longer stay in the first cache); 512 of the
-#: backward take 227 us for 128 images of 16 x 32x32, 2048 458.
-TOGETHER, TOGETHER_BACKWARD = 2048, 512
-#: Elements from which pixels that do not divide are added up by themselves: of fewer, what divides is enough.
-LEAST_WITH_REST = 2**18
-#: Elements from which a gradient is written over what it is made of, and its sums are taken in groups. Below, PyTorch's one
-#: call is sooner: in a step of cifar_resnet20 128 images of 16 x 32x32 take it 1065 us, the ten operators of the other way
-#: 1250; 32 x 16x16 490, 715 (medians, where the convolution before has emptied the caches, of the operators' code too).
-LEAST_APART = 2**22
-#: The most parts that their sums are added up in, which are exacter for it, each of so many pixels taken together at least.
-PARTS, LEAST_IN_PART = 8, 256
+#: backward take 227 us for 128 images of 16 x 32x32, 2048 458; 1024 are as exact as many channels of few pixels need.
+TOGETHER, TOGETHER_BACKWARD = 2048, 1024
+#: Elements from which pixels that do not divide are added up by themselves (of fewer, what divides is enough); and from which
+#: sums are taken in groups and a gradient is written over what it is made of. Of fewer PyTorch's one call makes all.
+LEAST_WITH_REST = LEAST_APART = 2**18
+#: Elements from which sums are made in so many parts, which is exacter: they are in no cache behind them anyway.
+LARGE, PARTS = 2**22, 8
 
 
 def _fp32(vector: Tensor) -> Tensor:
@@ -220,7 +217,7 @@ def sums(dz: Tensor, y: Tensor, operands: Operands, prefix: str, eps: float = 0.
         return _in_one(dz, y, mean, invstd, _vector(operands, f"{prefix}gamma"))
     pixels = elements // channels
     together, _ = _shared_out(pixels, channels, TOGETHER_BACKWARD)
-    parts = max(1, min(PARTS, pixels // together // LEAST_IN_PART))
+    parts = PARTS if elements >= LARGE and pixels >= PARTS * together else 1
     rest = pixels % (together * parts)
     vectors = (mean, invstd) if together == 1 else (torch.cat((mean,) * together), torch.cat((invstd,) * together))
     pairs = zip(_groups(dz, together, parts), _groups(y, together, parts), strict=True)
