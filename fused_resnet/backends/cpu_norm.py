@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chain import UPDATED
 from ..launch import Launch
 from . import reference
 
@@ -144,15 +145,16 @@ def _moments_of(y: Tensor) -> tuple[Tensor, Tensor]:
     return _update_stats(y, *running, 0.0)
 
 
-#: Where launches leave ``(operands, mean, var, count, momentum)`` for :func:`update_running`; no slot has such a name.
+#: Where launches leave ``(running statistics, mean, var, count, momentum)`` for :func:`update_running`; no slot is named so.
 UPDATES = "updates of running statistics"
 
 
 def statistics(launch: Launch, operands: Operands, y: Tensor, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean and invstd of y; what the running statistics become of them is left for :func:`update_running`."""
     mean, var = moments(y)
-    if "running_mean" in operands or "batches" in operands:
-        shared.setdefault(UPDATES, []).append((operands, mean, var, y.numel() // y.shape[1], launch.momentum))
+    running = {role: operands[role] for role in UPDATED if role in operands}  # not the images, which are to be freed
+    if running:
+        shared.setdefault(UPDATES, []).append((running, mean, var, y.numel() // y.shape[1], launch.momentum))
     return mean, (var + launch.eps).rsqrt_()
 
 

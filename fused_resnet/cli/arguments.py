@@ -107,6 +107,18 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Declare how a network is run that is trained: ``--backend``, ``--memory``, ``--amp``, ``--compile``."""
+    from ..train.config import AMP, BACKENDS  # of no other commands' concern
+
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
+    parser.add_argument(
+        "--memory", choices=("default", "less", "low"), help="what is kept for the backward (the network's own choice)"
+    )
+    parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+
+
 def chosen_backend(name: str | None, where: torch.device) -> AbstractContextManager[Any]:
     """The context in which the backend ``name`` runs, after a look at whether it can run on ``where`` at all."""
     try:

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..train.config import AMP, BACKENDS
-from .arguments import CommandError, device, natural, one_line, positive, whole
+from .arguments import CommandError, add_training, device, natural, one_line, positive, whole
 from .gpu import writable
 from .text import sentence
 
@@ -27,12 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--jobs", type=natural, metavar="N", help="runs at a time (2 on a CPU, 1 on a GPU)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data set lies, if it has to be brought")
     parser.add_argument("--device", type=device, default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
-    parser.add_argument(
-        "--memory", choices=("default", "less", "low"), help="what is kept for the backward (the network's own choice)"
-    )
-    parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    add_training(parser)
     parser.add_argument("--workers", type=whole, metavar="N", help="imagenet: processes that decode images, of each run (2)")
     parser.add_argument("--on-corrupt", choices=("stop", "skip"), help="imagenet: at an image that cannot be read (stop)")
     parser.add_argument("--recipe", metavar="NAME", help="another recipe than the scale's, as of the train command")

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..train.config import AMP, BACKENDS, DISTRIBUTED
-from .arguments import CommandError, natural, one_line, positive, whole
+from ..train.config import DISTRIBUTED
+from .arguments import CommandError, add_training, natural, one_line, positive, whole
 from .text import sentence
 
 
@@ -33,12 +33,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch", type=natural, metavar="N", help="images in a step, of all processes together")
     parser.add_argument("--lr", type=positive, metavar="LR", help="another learning rate")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (the default), cpu, cuda, cuda:N")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager is the unfused network (auto)")
-    parser.add_argument(
-        "--memory", choices=("default", "less", "low"), help="what is kept for the backward (the network's own)"
-    )
-    parser.add_argument("--amp", choices=AMP, default="off", help="element type of autocast (off)")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    add_training(parser)
     parser.add_argument("--distributed", choices=DISTRIBUTED, default="ddp", help="what shares the work under torchrun (ddp)")
     parser.add_argument("--workers", type=whole, default=2, metavar="N", help="processes that decode images (2)")
     parser.add_argument("--on-corrupt", choices=("stop", "skip"), default="stop", help="at an image that cannot be read (stop)")
