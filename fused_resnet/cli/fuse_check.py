@@ -44,7 +44,8 @@ FACTOR = 2.0
 MODES = {"infer": ("infer",), "train": ("train",), "both": ("infer", "train")}
 #: Images, and their rows and columns, where nothing is asked for.
 BATCH, SIZE = 2, 64
-#: Images that statistics are taken from, at least.
+#: Images that statistics are taken from, at least, and that a training step has where nothing is asked for. The last BatchNorms
+#: of a network may see one pixel of each: of two values batch statistics keep little but the sign, whatever computes them.
 MANY = 8
 
 
@@ -76,7 +77,7 @@ def add(commands: Any) -> None:
         help="a torchvision name, timm/NAME, or module:function or file.py:function that returns an nn.Module",
     )
     parser.add_argument("--mode", choices=list(MODES), default="both", help="infer, train, or both (the default)")
-    parser.add_argument("--batch", type=natural, metavar="N", help=f"images ({BATCH})")
+    parser.add_argument("--batch", type=natural, metavar="N", help=f"images ({BATCH}; {MANY} in a training step)")
     parser.add_argument("--size", type=natural, metavar="N", help=f"rows and columns of an image ({SIZE})")
     parser.add_argument(
         "--input",
@@ -301,7 +302,10 @@ def run(arguments: argparse.Namespace) -> int:
         filled = _fill(eager, x, many)
         fused = _fused_copy(eager)
 
-        print(f"{arguments.model}, input {' x '.join(map(str, x.shape))} on {where}")
+        # Batch statistics of few values are ill-conditioned: without a word of the user, a step is on many images.
+        step = x if arguments.input is not None or arguments.batch is not None else many
+        more = f", in training {' x '.join(map(str, step.shape))}," if "train" in modes and step is not x else ""
+        print(f"{arguments.model}, input {' x '.join(map(str, x.shape))}{more} on {where}")
         if eager is not model:
             print(f"a detector: features and heads, these on {len(REGIONS)} given regions, without the choice of boxes")
         if filled:
@@ -317,7 +321,7 @@ def run(arguments: argparse.Namespace) -> int:
         if "train" in modes:
             learning = _in_training(eager)
             both = learning, _fused_copy(learning)
-            trained = [training_agreement(*both, x, wanted) for wanted in arguments.dtype]
+            trained = [training_agreement(*both, step, wanted) for wanted in arguments.dtype]
             columns = [f"{what}: eager" for what in ("output", "gradients", "statistics")]
             head = ["training step", *(cell for column in columns for cell in (column, "fused", "allowed")), ""]
             print(table(head, [result.cells for result in trained]))
