@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
+import typing
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 
@@ -42,6 +44,47 @@ def exists(name: str) -> bool:
         return False
 
 
+def _imported(source: str) -> ModuleType:
+    """As :func:`_module`; whatever goes wrong is a ValueError of one line."""
+    try:
+        return _module(source)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # the code of others: whatever it raises
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"cannot import {source!r}: {type(error).__name__}: {said or type(error).__name__}") from error
+
+
+def _says_that_it_gives(value: Any, kind: type[Any]) -> bool:
+    """Whether a class is one of ``kind``, or a function is annotated to return such, and neither has to be given anything.
+
+    What says nothing is not called to find out: it may as well train.
+    """
+    if not isinstance(value, (type, FunctionType)):
+        return False
+    try:
+        given = value if isinstance(value, type) else typing.get_type_hints(value).get("return")
+        parameters = inspect.signature(value).parameters.values()
+    except Exception:  # annotations are code of others, too
+        return False
+    optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return isinstance(given, type) and issubclass(given, kind) and optional
+
+
+def givers(source: str, kind: type[Any]) -> dict[str, Any]:
+    """What a module or file defines of a ``kind``, by name: such objects, classes of it, functions annotated to return one.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    module = _imported(source)
+    public = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    own = {name for name, value in public if getattr(value, "__module__", None) == module.__name__}
+    return {
+        name: value for name, value in public if isinstance(value, kind) or (name in own and _says_that_it_gives(value, kind))
+    }
+
+
 def load(what: str) -> Any:
     """The object that ``module:name`` or ``file.py:name`` names.
 
@@ -49,13 +92,7 @@ def load(what: str) -> Any:
         ValueError: no such file, module or name, or its code fails; one line.
     """
     source, _, name = what.rpartition(":")
-    try:
-        module = _module(source)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
-    except Exception as error:  # the code of others: whatever it raises
-        said = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"cannot import {source!r}: {type(error).__name__}: {said or type(error).__name__}") from error
+    module = _imported(source)
     if not hasattr(module, name):
         raise ValueError(f"{source!r} has no function {name!r}")
     return getattr(module, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,74 @@ def test_inputs_of_any_shape(name: str, shape: str, models: Path, capsys: pytest
     assert f"input {shape.replace('x', ' x ')} on cpu" in capsys.readouterr().out
 
 
+#: A file with one model by each of the ways to say so, among what is none.
+ONE = """
+from functools import wraps
+import torch
+from torch import nn
+from torch.nn import Conv2d, Sequential
+from torchvision.models import resnet18
+
+class Block(nn.Module):  # has to be given something
+    def __init__(self, channels):
+        super().__init__()
+
+class _Hidden(nn.Module):
+    pass
+
+def main():
+    raise SystemExit("a training")
+
+def unknown() -> "Missing":
+    raise SystemExit("called")
+
+def sized(channels: int) -> nn.Module:
+    return nn.Identity()
+
+def layers():
+    torch.manual_seed(5)
+    return Sequential(Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+"""
+WAYS = {
+    "class": """class Net(nn.Sequential):
+    def __init__(self, channels=4, **others):
+        super().__init__(*layers())
+""",
+    "function": """def net(*, classes: int = 10) -> nn.Sequential:
+    return layers()
+""",
+    "text": """def net() -> "Sequential":
+    return layers()
+""",
+    "module": """net = layers()
+net[0].weight.data.fill_(0.25)
+""",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_with_one_model_is_enough(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing else in it is called; the model's weights are its own."""
+    (tmp_path / f"alone_{way}.py").write_text(ONE + WAYS[way])
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[float] = []
+    real = fuse_check.agreement
+
+    def agreement(eager: nn.Module, *others: Any) -> Any:
+        seen.append(eager[0].weight.flatten()[0].item())
+        return real(eager, *others)
+
+    monkeypatch.setattr(fuse_check, "agreement", agreement)
+    for source in (str(tmp_path / f"alone_{way}.py"), f"alone_{way}"):
+        assert main(["fuse-check", source, "--size", "8", "--dtype", "fp32", "--device", "cpu"]) == 0
+        assert "agrees with eager" in capsys.readouterr().out
+    torch.manual_seed(5)
+    assert seen == [0.25 if way == "module" else nn.Conv2d(3, 4, 3).weight.flatten()[0].item()] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -172,9 +241,10 @@ def test_inputs_of_any_shape(name: str, shape: str, models: Path, capsys: pytest
         (["{models}:rows", "--input", "16x8", "--batch", "2"], "leave --batch and --size out"),
         (["{models}:rows", "--input", "99999999x99999999"], "fits into memory, got 99999999x99999999"),
         (["{models}:rows", "--mode", "eval"], "--mode"),
-        (["{models}"], "names a file but no function in it: expected {models}:FUNCTION, which returns an nn.Module, such as"),
-        (["{models}:"], "{models}:net"),
-        (["some_models"], "'some_models' names a module but no function in it: expected some_models:FUNCTION"),
+        (["{models}"], "names a file with several models (Named, Choice, Particular): say which, such as {models}:Particular"),
+        (["{models}:"], "say which, such as {models}:Particular"),
+        (["some_models"], "'some_models' names a module with several models (Named, Choice, Particular): say which"),
+        (["json"], "'json' names a module but no function in it: expected json:FUNCTION, which returns an nn.Module, such as"),
     ],
 )
 def test_wrong_input(

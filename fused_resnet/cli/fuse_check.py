@@ -74,7 +74,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a torchvision name, timm/NAME, or module:function or file.py:function that returns an nn.Module",
+        help="a torchvision name, timm/NAME, module:function or file.py:function that returns an nn.Module, or a file or "
+        "module with one of them",
     )
     parser.add_argument("--mode", choices=list(MODES), default="both", help="infer, train, or both (the default)")
     parser.add_argument("--batch", type=natural, metavar="N", help=f"images ({BATCH}; {MANY} in a training step)")
@@ -102,19 +103,27 @@ def load(what: str) -> nn.Module:
     Raises:
         CommandError: there is none: no such name, file, module or function, or it returns something else, or fails.
     """
-    if ":" not in what or not what.rpartition(":")[2]:
-        source = what.removesuffix(":")
-        missing = f"but no function in it: expected {source}:FUNCTION, which returns an nn.Module, such as {source}:net"
-        if source.endswith(".py"):
-            there = Path(source).is_file()
-            raise CommandError(f"{source!r} names a file {missing}" if there else f"no file {source!r} ({source}:FUNCTION)")
+    return _find(what)[0]
+
+
+def _find(what: str) -> tuple[nn.Module, bool]:
+    """The same, and whether it is one of a zoo, which brings no weights."""
+    if ":" in what and what.rpartition(":")[2]:
+        return _made(what, refusing(lambda: importing.load(what), ValueError)), False
+    source = what.removesuffix(":")
+    if not source.endswith(".py"):
         try:
-            return eager_model(what)
+            return eager_model(what).eval(), True
         except CommandError:
             if not importing.exists(source):
                 raise
-            raise CommandError(f"{source!r} names a module {missing}") from None
-    function = refusing(lambda: importing.load(what), ValueError)
+    elif not Path(source).is_file():
+        raise CommandError(f"no file {source!r} ({source}:FUNCTION)")
+    return _made(*_only(source)), False
+
+
+def _made(what: str, function: Any) -> nn.Module:
+    """The module that an object is or returns."""
     model = function
     if not isinstance(function, nn.Module):
         if not callable(function):
@@ -126,6 +135,23 @@ def load(what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CommandError(f"{what}() returned a {type(model).__name__}, expected an nn.Module")
     return model.eval()
+
+
+def _only(source: str) -> tuple[str, Any]:
+    """The one model of a module or file, behind its name."""
+    found: dict[str, Any] = refusing(lambda: importing.givers(source, nn.Module), ValueError)
+    if len(found) == 1:
+        [(name, value)] = found.items()
+        return f"{source}:{name}", value
+    kind = "file" if source.endswith(".py") else "module"
+    if found:
+        raise CommandError(
+            f"{source!r} names a {kind} with several models ({', '.join(found)}): say which, such as {source}:{[*found][-1]}"
+        )
+    raise CommandError(
+        f"{source!r} names a {kind} but no function in it: expected {source}:FUNCTION, which returns an nn.Module, such as "
+        f"{source}:net (a {kind} alone does if one class, or one function annotated to return a module, needs no arguments)"
+    )
 
 
 def _channels(model: nn.Module) -> int:
@@ -294,10 +320,10 @@ def run(arguments: argparse.Namespace) -> int:
     modes = MODES[arguments.mode]
     with chosen_backend(arguments.backend, where):
         torch.manual_seed(0)  # weights that nobody brings: the same in each run
-        model = load(arguments.model)
+        model, of_a_zoo = _find(arguments.model)
         eager = comparable(model).to(where).float()
         x, many = (made.to(where) for made in _inputs(arguments, eager))
-        if ":" not in arguments.model:
+        if of_a_zoo:
             specimens.randomise(eager)
         filled = _fill(eager, x, many)
         fused = _fused_copy(eager)

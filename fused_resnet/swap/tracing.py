@@ -129,6 +129,18 @@ _ARITHMETIC = {
     for name in ("matmul", "neg", "invert", "getitem", *_BINARY, *(f"i{name.removesuffix('_')}" for name in _BINARY))
 }
 
+#: Methods and attributes of tensors that tell what they are, whatever is in them.
+_SIZES = frozenset(("size", "dim", "numel", "shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"))
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    """Whether a value hangs on sizes and types of tensors alone."""
+    about = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+    if about in _SIZES:
+        return True
+    return bool(node.all_input_nodes) and all(map(_of_sizes, node.all_input_nodes))
+
+
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
 
@@ -212,6 +224,10 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.take_apart(obj)
         return super().iter(obj)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        by = "sizes or types of tensors" if _of_sizes(obj.node) else "data"
+        raise CannotTrace(f"the control flow of its forward depends on {by}")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -328,8 +344,6 @@ def _message(error: BaseException) -> str:
     if isinstance(error, CannotTrace):
         return str(error)
     text = str(error).strip().split("\n")[0]
-    if "inputs to control flow" in text:
-        return "the control flow of its forward depends on data"
     if "iterat" in text or "len" in text:
         return "its forward takes apart a tensor, or counts with sizes"
     return f"its forward cannot be traced ({type(error).__name__}: {text[:100]})"
