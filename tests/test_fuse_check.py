@@ -84,6 +84,13 @@ def test_a_training_step_has_enough_values_for_statistics(models: Path, capsys: 
         assert "in training" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("batch", "told"), [("2", True), ("8", False)])
+def test_few_values_of_a_channel_are_told(batch: str, told: bool, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One pixel an image is left: BatchNorms of as many values as there are images. Whatever it comes to, the reader knows."""
+    run(models, "net", "--size", "1", "--batch", batch)
+    assert (f"statistics of {batch} values" in capsys.readouterr().out) == told
+
+
 def test_all_types_in_training(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     types = "fp32,fp16,bf16,fp64"
     assert main(["fuse-check", f"{models}:net", "--size", "8", "--device", "cpu", "--mode", "train", "--dtype", types]) == 0

@@ -11,13 +11,12 @@ import copy
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import counts, importing, specimens
+from .. import counts, specimens
 from ..agreement import FURTHER, NOTHING, Distance, Uncomparable, in_training, outputs
 from ..detectors import REGIONS, comparable
 from ..measure import relative_error
@@ -28,12 +27,12 @@ from .arguments import (
     chosen_backend,
     dtype,
     dtype_name,
-    eager_model,
     images,
     natural,
     one_line,
     refusing,
 )
+from .named import find
 from .text import sentence, table
 
 #: Relative error that is allowed in fp32 in any case.
@@ -95,63 +94,6 @@ def add(commands: Any) -> None:
     )
     add_where(parser)
     parser.set_defaults(run=run)
-
-
-def load(what: str) -> nn.Module:
-    """The model that ``MODEL`` names, in eval mode.
-
-    Raises:
-        CommandError: there is none: no such name, file, module or function, or it returns something else, or fails.
-    """
-    return _find(what)[0]
-
-
-def _find(what: str) -> tuple[nn.Module, bool]:
-    """The same, and whether it is one of a zoo, which brings no weights."""
-    if ":" in what and what.rpartition(":")[2]:
-        return _made(what, refusing(lambda: importing.load(what), ValueError)), False
-    source = what.removesuffix(":")
-    if not source.endswith(".py"):
-        try:
-            return eager_model(what).eval(), True
-        except CommandError:
-            if not importing.exists(source):
-                raise
-    elif not Path(source).is_file():
-        raise CommandError(f"no file {source!r} ({source}:FUNCTION)")
-    return _made(*_only(source)), False
-
-
-def _made(what: str, function: Any) -> nn.Module:
-    """The module that an object is or returns."""
-    model = function
-    if not isinstance(function, nn.Module):
-        if not callable(function):
-            raise CommandError(f"{what} is a {type(function).__name__}, expected a function that returns an nn.Module")
-        try:
-            model = function()
-        except Exception as error:
-            raise CommandError(f"{what}() failed: {type(error).__name__}: {one_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"{what}() returned a {type(model).__name__}, expected an nn.Module")
-    return model.eval()
-
-
-def _only(source: str) -> tuple[str, Any]:
-    """The one model of a module or file, behind its name."""
-    found: dict[str, Any] = refusing(lambda: importing.givers(source, nn.Module), ValueError)
-    if len(found) == 1:
-        [(name, value)] = found.items()
-        return f"{source}:{name}", value
-    kind = "file" if source.endswith(".py") else "module"
-    if found:
-        raise CommandError(
-            f"{source!r} names a {kind} with several models ({', '.join(found)}): say which, such as {source}:{[*found][-1]}"
-        )
-    raise CommandError(
-        f"{source!r} names a {kind} but no function in it: expected {source}:FUNCTION, which returns an nn.Module, such as "
-        f"{source}:net (a {kind} alone does if one class, or one function annotated to return a module, needs no arguments)"
-    )
 
 
 def _channels(model: nn.Module) -> int:
@@ -286,6 +228,24 @@ def _in_training(eager: nn.Module) -> nn.Module:
     return model
 
 
+def _fewest_values(learning: nn.Module, step: Tensor) -> int | None:
+    """The least number of values of a channel that a BatchNorm takes batch statistics of."""
+    model, seen = copy.deepcopy(learning), []
+
+    def see(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if norm.training:
+            seen.append(given[0].numel() // max(given[0].shape[1], 1))
+
+    for norm in specimens.norms(model):
+        norm.register_forward_pre_hook(see)
+    try:
+        with torch.no_grad():
+            model(step)
+    except Exception:  # the code of others, which the table tells of
+        return None
+    return min(seen, default=None)
+
+
 def _fused_copy(eager: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing could be fused stands in the report
@@ -320,7 +280,7 @@ def run(arguments: argparse.Namespace) -> int:
     modes = MODES[arguments.mode]
     with chosen_backend(arguments.backend, where):
         torch.manual_seed(0)  # weights that nobody brings: the same in each run
-        model, of_a_zoo = _find(arguments.model)
+        model, of_a_zoo = find(arguments.model)
         eager = comparable(model).to(where).float()
         x, many = (made.to(where) for made in _inputs(arguments, eager))
         if of_a_zoo:
@@ -353,6 +313,12 @@ def run(arguments: argparse.Namespace) -> int:
             print(table(head, [result.cells for result in trained]))
             if any(result.undecided for result in trained):
                 print("undecided: eager itself is too far from float64 there; larger images or --dtype fp64 say more")
+            fewest = _fewest_values(learning, step)
+            if fewest is not None and fewest < MANY:
+                print(
+                    f"a BatchNorm takes its statistics of {fewest} values there, which makes large errors of small ones, in "
+                    "eager too: more images or larger ones say more"
+                )
             results += trained
     if all(result.skipped is not None for result in results):
         print("nothing could be compared")

@@ -27,8 +27,9 @@ from ..measure import circumstances, interleaved
 from ..swap import explain, fuse
 from ..whole_file import LOCK, held
 from .arguments import CommandError, images, natural, one_line, positive, refusing
-from .fuse_check import agreement, load
+from .fuse_check import agreement
 from .inspect import writable, write_text
+from .named import load
 from .text import Progress, sentence
 
 #: Seconds to wait for another run that writes a row.
