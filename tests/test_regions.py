@@ -178,7 +178,7 @@ class InPlaceInput(Base):
 #: Class -> launches in eval mode and in training, of one call.
 MODULES = {
     Residual: (2, 3), SumFirst: (1, 2), IntoInput: (1, 2), WrittenBetween: (2, 3), ReadElsewhere: (2, 4), OneNormTwice: (2, 4),
-    OneConvTwice: (2, 4), OnMode: (2, 3), OnData: (0, 0), OnSize: (0, 0), OnAttribute: (1, 2), OnType: (1, 2), OnNone: (1, 2),
+    OneConvTwice: (2, 4), OnMode: (2, 3), OnData: (0, 0), OnSize: (1, 2), OnAttribute: (1, 2), OnType: (1, 2), OnNone: (1, 2),
     OnGradient: (0, 0), Counts: (0, 0), Notes: (0, 0), Makes: (0, 0), Dropped: (2, None), Dense: (2, 4), InPlaceInput: (2, 2),
 }  # fmt: skip
 
@@ -212,9 +212,8 @@ def test_it_computes_what_it_did(kind: type[Base]) -> None:
 
 
 REASONS = {
-    OnData: "control flow of its forward depends on data", OnSize: "depends on sizes or types of tensors",
-    OnGradient: "asks torch.is_grad_enabled", Counts: "sets attributes", Notes: "sets attributes",
-    Draws: "random", Makes: "makes or reads a tensor",
+    OnData: "control flow of its forward depends on data", OnGradient: "asks torch.is_grad_enabled", Counts: "sets attributes",
+    Notes: "sets attributes", Draws: "random", Makes: "makes or reads a tensor",
 }  # fmt: skip
 
 

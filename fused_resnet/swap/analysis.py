@@ -23,7 +23,7 @@ from .harmless import CannotTrace
 from .layout import to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
 from .region import FusedRegion, Later, Path, Places, Region, Site, waits
-from .tracing import Frame, TakesApart, Traced, arguments_of, trace
+from .tracing import DecidesBySizes, Frame, TakesApart, Traced, arguments_of, trace
 
 
 def _path(place: str | None) -> Path | None:
@@ -83,8 +83,8 @@ class Analysis:
         """As :meth:`region`, for arguments of a structure; None: tensors."""
         try:
             traced = trace(module, self._opaque, structure)
-        except TakesApart as error:
-            return Later(str(error))
+        except (TakesApart, DecidesBySizes) as error:
+            return str(error) if structure is not None else Later(str(error), isinstance(error, DecidesBySizes))
         except CannotTrace as error:
             return str(error)
         matcher = Matcher(module, traced.graph)
@@ -94,7 +94,7 @@ class Analysis:
         reshaped = to_reshape(traced.graph, matcher)
         if not spanning and not (self._fused_inside(module, matches) and any(frames[node].parent is None for node in reshaped)):
             return None
-        return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
+        return _Writer(module, traced, matcher, matches, spanning, reshaped).region(traced.structure)
 
     def _fused_inside(self, module: nn.Module, matches: list[Match]) -> bool:
         """Whether some child gives a tensor that a chain has made."""
@@ -261,9 +261,11 @@ class _Writer:
             names = frame.path.split(".")
             if self._folded_parent(frame) is None:
                 paths.update(".".join(names[:depth]) for depth in range(len(names)))
+        paths |= self.traced.sized
         found = ((path, descend(self.module, tuple(path.split(".")) if path else ())) for path in sorted(paths))
-        called = {frame.path for frame in self.open if frame.parent is not None}
-        return tuple(Guard.of(path, module, path in called) for path, module in found if module is not None)
+        sized = self.traced.sized
+        called = {frame.path for frame in self.open if frame.parent is not None} | (sized - {""})
+        return tuple(Guard.of(path, module, path in called, path in sized) for path, module in found if module is not None)
 
 
 def _parts(result: Any) -> list[tuple[Any, Any]]:

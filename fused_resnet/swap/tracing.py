@@ -19,7 +19,7 @@ import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import FunctionType
@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..describe import hooked, hooks_everywhere
-from .arguments import Given, Structure, hands_on, may_change, put_together
+from .arguments import SIZED, Given, Structure, hands_on, may_change, put_together
 from .guards import original
 from .harmless import CannotTrace, watched
 from .quantised import quantised
+from .sizes import SIZES, TYPES, Deciding, follows_from, forget_decisions
 from .stand_ins import Attribute, StandIn, TensorStandIn
 
 LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
@@ -41,6 +42,14 @@ LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it trace
 
 class TakesApart(CannotTrace):
     """An argument is counted or looped over. It may be a container: it can be traced once it is known what is in it."""
+
+
+class DecidesBySizes(CannotTrace):
+    """A decision hangs on sizes of tensors: it can be traced once those of the arguments are known."""
+
+    def __init__(self, condition: fx.Node, graph: fx.Graph) -> None:
+        super().__init__("the control flow of its forward depends on sizes or types of tensors")
+        self.condition, self.graph = condition, graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +86,16 @@ class Traced:
         frames: node -> the innermost frame that it was called in.
         results: frame -> what the call gave back, nodes in containers.
         leaves: path -> why a module was not traced through, for those with convolutions in them.
+        structure: of the arguments that the graph is for, see :func:`trace`.
+        sized: places of the modules by whose sizes a decision was made.
     """
 
     graph: fx.Graph
     frames: dict[fx.Node, Frame]
     results: dict[Frame, Any]
     leaves: dict[str, str] = field(default_factory=dict)
+    structure: Structure | None = None
+    sized: set[str] = field(default_factory=set)
 
 
 def _mark() -> None:
@@ -129,18 +142,6 @@ _ARITHMETIC = {
     for name in ("matmul", "neg", "invert", "getitem", *_BINARY, *(f"i{name.removesuffix('_')}" for name in _BINARY))
 }
 
-#: Methods and attributes of tensors that tell what they are, whatever is in them.
-_SIZES = frozenset(("size", "dim", "numel", "shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"))
-
-
-def _of_sizes(node: fx.Node) -> bool:
-    """Whether a value hangs on sizes and types of tensors alone."""
-    about = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
-    if about in _SIZES:
-        return True
-    return bool(node.all_input_nodes) and all(map(_of_sizes, node.all_input_nodes))
-
-
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
 
@@ -155,12 +156,14 @@ class _Tracer(fx.Tracer):
         opaque: Callable[[nn.Module], str | None],
         untraceable: dict[nn.Module, str],
         structure: Structure | None = None,
+        decided: Sequence[bool] = (),
     ) -> None:
         super().__init__()
         self.thread: int | None = threading.get_ident()  # none: it is over
         self.opaque = opaque
         self.untraceable = untraceable
         self.structure = structure
+        self.decided = iter(decided)
         self.given = Given([])
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
@@ -226,7 +229,11 @@ class _Tracer(fx.Tracer):
         return super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        by = "sizes or types of tensors" if _of_sizes(obj.node) else "data"
+        if follows_from(obj.node, SIZES):
+            if (decided := next(self.decided, None)) is not None:
+                return decided
+            raise DecidesBySizes(obj.node, self.graph)
+        by = "sizes or types of tensors" if follows_from(obj.node, SIZES | TYPES) else "data"
         raise CannotTrace(f"the control flow of its forward depends on {by}")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -356,10 +363,10 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
         module: fused or not; the forward of its original class is traced.
         opaque: why a child must stay a call, or None; empty where that needs no reason.
         structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
-            each argument that must be given.
+            each argument that must be given. Of sizes those stay in the graph's own that a decision hangs on.
 
     Raises:
-        TakesApart: it could be, if the structure of its arguments were known.
+        TakesApart, DecidesBySizes: it could be, if the structure of its arguments were known.
         CannotTrace: the forward of the module itself cannot be traced.
     """
     if hooks_everywhere():
@@ -370,23 +377,84 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
     if structure is not None and not required <= len(structure) <= most:
         raise CannotTrace(f"it was called with {len(structure)} arguments by position, its forward must be given {required}")
     untraceable: dict[nn.Module, str] = {}
+    decisions = _Decisions(module, structure)
     with LOCK:
         while True:
-            tracer = _Tracer(opaque, untraceable, structure)
+            tracer = _Tracer(opaque, untraceable, structure, decisions.made)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
                 with watched(module, tracer):
                     graph = tracer.trace(module)
                 tracer.check_attributes()
             except Exception as error:  # the code of others, run on stand-ins: whatever it raises
+                if isinstance(error, DecidesBySizes) and decisions.make(error):
+                    continue
                 if not tracer.running:
                     if isinstance(error, CannotTrace):
                         raise
                     raise CannotTrace(_message(error)) from error
                 blamed = tracer.running[-1]  # try again with a call of it in its place
                 untraceable[blamed] = _message(error)
+                decisions = _Decisions(module, structure)
                 continue
             finally:
                 tracer.thread = None
-            tracer.traced.graph = graph
-            return tracer.traced
+            traced = tracer.traced
+            traced.graph, traced.structure, traced.sized = graph, decisions.pattern, decisions.sized
+            if decisions.made:
+                forget_decisions(graph, _nodes_of(traced.results))
+            return traced
+
+
+class _Decisions:
+    """What a forward decides by sizes, in its order, for arguments of a structure.
+
+    Attributes:
+        made: the decisions so far.
+        pattern: the structure with those sizes alone that they hang on.
+        sized: places of the modules whose own sizes they may hang on.
+    """
+
+    #: A forward that decides more often is left alone.
+    MOST = 32
+
+    def __init__(self, module: nn.Module, structure: Structure | None) -> None:
+        self.module, self.structure = module, structure
+        self.made: list[bool] = []
+        self.sized: set[str] = set()
+        self.sizes = [part[1] if part is not None and part[0] == SIZED else None for part in structure or ()]
+        self.plain = structure is None or all(part is None or part[0] == SIZED for part in structure)
+        self.needed: list[list[int | None]] = [[None] * len(sizes or ()) for sizes in self.sizes]
+        self.asked: set[int] = set()
+
+    def make(self, error: DecidesBySizes) -> bool:
+        """Make one more decision; False where it cannot be made."""
+        if not self.plain or self.structure is None or len(self.made) >= self.MOST:
+            return False
+        deciding = Deciding(self.module, error.graph, self.sizes)
+        decided = deciding.decide(error.condition)
+        if decided is None:
+            return False
+        self.made.append(decided)
+        for place, dimensions in deciding.consulted(error.condition).items():
+            sizes = self.sizes[place]
+            if sizes is None:  # which it was decided without
+                continue
+            self.asked.add(place)
+            for dimension in range(len(sizes)) if dimensions is None else dimensions:
+                self.needed[place][dimension] = sizes[dimension]
+        self.sized |= deciding.run
+        return True
+
+    @property
+    def pattern(self) -> Structure | None:
+        if self.structure is None or not self.plain:
+            return self.structure
+        return tuple((SIZED, tuple(sizes)) if place in self.asked else None for place, sizes in enumerate(self.needed))
+
+
+def _nodes_of(results: dict[Frame, Any]) -> set[fx.Node]:
+    found: list[fx.Node] = []
+    for frame, result in results.items():
+        fx.node.map_arg((result, frame.args, frame.kwargs), found.append)
+    return set(found)
