@@ -337,13 +337,28 @@ class Forever(Base):
         return F.relu(self.bn(self.conv(x))) * found
 
 
+class Patches(nn.Module):
+    """No BatchNorm: not looked at, whatever it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 4
+        return self.conv(x).flatten(2)
+
+
 SIZES, DATA = "depends on sizes or types of tensors", "depends on data"
-LEFT_ALONE = {BehindLeaf: SIZES, ByLeafsArgument: SIZES, ByType: SIZES, ByData: DATA, Forever: SIZES}
+LEFT_ALONE: dict[type[nn.Module], str] = {
+    **dict.fromkeys((BehindLeaf, ByLeafsArgument, ByType, Forever, Patches), SIZES),
+    ByData: DATA,
+}
 
 
 @pytest.mark.filterwarnings("ignore:fuse found no")
 @pytest.mark.parametrize("kind", LEFT_ALONE, ids=lambda kind: kind.__name__)
-def test_what_cannot_be_told_is_left_alone_with_a_reason(kind: type[Base]) -> None:
+def test_what_cannot_be_told_is_left_alone_with_a_reason(kind: type[nn.Module]) -> None:
     plain = randomise(kind()).eval()
     fused = fuse(copy.deepcopy(plain))
     for size in IMAGES:
