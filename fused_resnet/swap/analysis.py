@@ -261,11 +261,12 @@ class _Writer:
             names = frame.path.split(".")
             if self._folded_parent(frame) is None:
                 paths.update(".".join(names[:depth]) for depth in range(len(names)))
-        paths |= self.traced.sized
+        decides = self.traced.decides  # by sizes that follow from those of any module inside, or by their attributes
+        if decides:
+            paths.update(path for path, _ in self.module.named_modules(remove_duplicate=False))
         found = ((path, descend(self.module, tuple(path.split(".")) if path else ())) for path in sorted(paths))
-        sized = self.traced.sized
-        called = {frame.path for frame in self.open if frame.parent is not None} | (sized - {""})
-        return tuple(Guard.of(path, module, path in called, path in sized) for path, module in found if module is not None)
+        called = paths - {""} if decides else {frame.path for frame in self.open if frame.parent is not None}
+        return tuple(Guard.of(path, module, path in called, decides) for path, module in found if module is not None)
 
 
 def _parts(result: Any) -> list[tuple[Any, Any]]:

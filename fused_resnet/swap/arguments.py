@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .guards import original
+from .sizes import known
 
 #: For each argument None, a tensor, or the name of a container and its keys, or :data:`SIZED` and a tensor's sizes, None where
 #: any will do. Plain values, which torch.compile can compare.
@@ -44,9 +45,10 @@ def structure_of(args: tuple[Any, ...]) -> Structure | None:
     return tuple(found)
 
 
-def sizes_of(args: tuple[Tensor, ...]) -> Structure:
-    """The structure of tensors that are told by their sizes."""
-    return tuple((SIZED, tuple(x.shape)) for x in args)
+def sizes_of(args: tuple[Tensor, ...]) -> Structure | None:
+    """The structure of tensors that are told by their sizes; None where these are no numbers."""
+    found = tuple([(SIZED, tuple(x.shape)) for x in args])
+    return found if all([known(sizes) for _, sizes in found]) else None
 
 
 def fits(pattern: Structure | None, structure: Structure | None) -> bool:

@@ -169,11 +169,6 @@ class Regions:
                     return region, None
         return None, reason
 
-    def key(self, mode: bool, sizes: Structure) -> Structure:
-        """As what to remember the forward for tensors of such sizes: as that for all that it was traced for at once."""
-        known = (region.structure for region in self.traced[mode])
-        return next((pattern for pattern in known if pattern is not None and fits(pattern, sizes)), sizes)
-
     def __deepcopy__(self, memo: Any) -> Regions:
         copy = Regions()
         copy.by_sizes = dict(self.by_sizes)
@@ -203,6 +198,8 @@ def usable(module: Any, structure: Structure | None = None) -> tuple[Region | No
         return None, reason or "not traced yet in this mode: call it once before torch.compile"
     if regions is None:
         regions = module.fused_region = Regions()
+    if structure is not None and regions.exhausted(mode):  # nothing is traced: no need to wait for each other
+        return _traced(module, regions, mode, structure)
     with LOCK:  # another thread may have traced it meanwhile
         return _traced(module, regions, mode, structure)
 
@@ -233,7 +230,9 @@ def _traced(module: Any, regions: Regions, mode: bool, structure: Structure | No
     from .recognise import analysis
 
     found = analysis()
-    return regions.add(mode, found.region(module) if structure is None else found.look(module, structure), structure)
+    region, reason = regions.add(mode, found.region(module) if structure is None else found.look(module, structure), structure)
+    broken = region.broken(module) if region is not None else None
+    return (region, reason) if broken is None else (None, broken)
 
 
 def waits(module: Any) -> bool:
@@ -325,16 +324,14 @@ class FusedRegion(Fused):
         if kwargs or not (plain or structure is not None):
             return super().forward(*args, **kwargs)
         regions: Regions | None = self.__dict__.get("fused_region")
-        key = structure
         if plain and regions is not None and regions.by_sizes[self.training] and not torch.compiler.is_compiling():
             structure = sizes_of(args)
-            key = regions.key(self.training, structure)
         if structure is None:
             region = self.recall(*_OF_TENSORS)
+        elif plain:  # it decides by sizes: of these there are too many to be remembered
+            region, _ = usable(self, structure)
         else:
-            region = self.recall(("region", key), partial(_region, structure))
-            if region is not None and not fits(region.structure, structure):  # remembered when another was known by that key
-                region, _ = usable(self, structure)
+            region = self.recall(("region", structure), partial(_region, structure))
             if self.remembers(_whole):
                 Memory.of(self).entries.pop(_whole, None)  # the next call with a tensor is one of another kind again
         regions = self.__dict__.get("fused_region")

@@ -1,57 +1,98 @@
 """What a forward decides by the sizes of tensors, while it is traced: an ``if`` on ``x.shape[1]``, an assertion on ``x.dim()``.
 
-A trace has no values, but the sizes of all that a forward computes follow from those of its arguments: the graph so far is run
-on tensors without memory (the ``meta`` device). A decision holds for all arguments of the same sizes, as far as it hangs on
-them, and so does the graph.
+A trace has no values, but sizes follow from those of the arguments: what the forward has done so far is run on tensors without
+memory (the ``meta`` device). A decision holds for all arguments of the same sizes, as far as it hangs on them, and so does the
+graph. Only what is known to compute, and to do nothing else, is run so: layers of torch.nn, activations, sums, indexing, and
+arithmetic with sizes. A decision behind anything else is not made.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..describe import hooked
-from .guards import original
 
 #: Methods and attributes of tensors that tell sizes; and those that tell types.
 SIZES = frozenset(("size", "dim", "numel", "shape", "ndim"))
 TYPES = frozenset(("dtype", "device", "is_cuda", "requires_grad"))
 
-#: Functions and methods in place that leave sizes as they are.
-_KEEP_SIZES = frozenset(("relu_", "add_", "sub_", "mul_", "div_", "clamp_", "sigmoid_", "tanh_", "copy_", "fill_", "zero_"))
+_NUMBERS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "and_", "or_", "getitem")
+#: What is done with sizes.
+_ARITHMETIC = frozenset(getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", *_NUMBERS))
+#: What is done with tensors: nothing here draws on the CPU, changes a tensor's sizes in place, or reads what is in a tensor.
+_FUNCTIONS = _ARITHMETIC | {
+    *(operator.iadd, operator.isub, operator.imul, torch.add, torch.sub, torch.mul, torch.cat, torch.flatten),
+    *(torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.hardswish, F.dropout),
+    *(F.pad, F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d),
+}
+_METHODS = SIZES | {
+    *("relu", "relu_", "sigmoid", "tanh", "add", "add_", "sub", "mul", "mul_", "contiguous"),
+    *("flatten", "unsqueeze", "squeeze", "transpose", "permute"),
+}
+_LAYERS = frozenset(
+    (
+        *(nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+    )
+)
 
-#: Which sizes of an argument a decision hangs on: places of dimensions, or all. (How many there are counts in any case.)
-Consulted = set[int] | None
+
+class _Unknown(Exception):
+    """What is not run on the meta device."""
 
 
-class _Unknown:
-    """What could not be run on the meta device."""
-
-
-_UNKNOWN = _Unknown()
-
-
-def asked_of(node: fx.Node) -> Any:
+def _asked_of(node: fx.Node) -> Any:
     """The method or attribute that a node reads of what it is given, or None."""
-    return node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1]
+    return node.target if node.op == "call_method" else None
+
+
+def _reads(node: fx.Node, names: frozenset[str]) -> list[fx.Node] | None:
+    """The nodes that read such methods and attributes of tensors, if a value hangs on these alone, by arithmetic; else None."""
+    found: dict[fx.Node, None] = {}
+    waiting, seen = [node], {node}
+    while waiting:
+        part = waiting.pop()
+        if _asked_of(part) in names and isinstance(part.args[0], fx.Node):
+            found[part] = None
+        elif part.op == "call_function" and part.target in _ARITHMETIC and part.all_input_nodes:
+            waiting += [given for given in part.all_input_nodes if given not in seen]
+            seen.update(part.all_input_nodes)
+        else:
+            return None
+    return [*found]
 
 
 def follows_from(node: fx.Node, names: frozenset[str]) -> bool:
     """Whether a value hangs on such methods and attributes of tensors alone."""
-    if asked_of(node) in names:
-        return True
-    return bool(node.all_input_nodes) and all([follows_from(part, names) for part in node.all_input_nodes])
+    return _reads(node, names) is not None
 
 
-def forget_decisions(graph: fx.Graph, kept: set[fx.Node]) -> None:
-    """Leave out what was computed of sizes for decisions alone: a chain must not seem to be read there. ``kept``: results."""
+def forget_decisions(graph: fx.Graph, conditions: Sequence[fx.Node], kept: set[fx.Node]) -> None:
+    """Leave out what was computed for decisions alone: a chain must not seem to be read there. ``kept``: results."""
+    fed, waiting = set(conditions), [*conditions]
+    while waiting:  # down to the reads of sizes, not through them
+        node = waiting.pop()
+        if _asked_of(node) not in SIZES:
+            waiting += [part for part in node.all_input_nodes if part not in fed]
+            fed.update(node.all_input_nodes)
     for node in reversed(graph.nodes):
-        if not node.users and node not in kept and node.op != "output" and follows_from(node, SIZES):
+        if node in fed and not node.users and node not in kept:
             graph.erase_node(node)
+
+
+def known(sizes: Sequence[Any]) -> bool:
+    """Whether they are numbers: not symbols of a compiler, nor tensors, as ``torch.jit.trace`` has them."""
+    return all([type(size) is int for size in sizes])
 
 
 class Deciding:
@@ -60,119 +101,81 @@ class Deciding:
     Args:
         root: the module that the graph's places are in; it is not changed.
         graph: of its forward, as far as it has been traced.
-        given: for each placeholder its sizes, or None where they are not known.
+        given: the sizes of each placeholder.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, given: Sequence[tuple[int, ...] | None]) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, given: Sequence[tuple[int, ...]]) -> None:
         self.root, self.graph = root, graph
         self.given = list(given)
         self.places: dict[fx.Node, int] = {}
-        self.values: dict[fx.Node, Any] = {}
-        self.run: set[str] = set()  # places of modules whose own sizes may count
 
     def decide(self, condition: fx.Node) -> bool | None:
-        """What a condition comes to; None where that cannot be told.
-
-        In the order of the forward: what is written in place may change a tensor's sizes for those who ask afterwards.
-        """
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        """What a condition comes to; None where that cannot be told."""
+        values: dict[fx.Node, Any] = {}
+        try:
             for node in self.graph.nodes:
-                self.values[node] = self._value(node)
+                values[node] = self._value(node, values)
                 if node is condition:
                     break
-        value = self.values.get(condition, _UNKNOWN)
-        if isinstance(value, (_Unknown, Tensor)):
+        except Exception:  # whatever a layer raises for such sizes, which it will for real
             return None
-        return bool(value)
+        value = values[condition]
+        return None if isinstance(value, Tensor) else bool(value)
 
-    def _value(self, node: fx.Node) -> Any:
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.op == "placeholder":
             place = self.places[node] = len(self.places)
-            sizes = self.given[place] if place < len(self.given) else None
-            return _UNKNOWN if sizes is None or None in sizes else torch.empty(sizes, device="meta")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        try:
-            if any(self.values[part] is _UNKNOWN for part in node.all_input_nodes):
-                raise NotImplementedError
-            return self._run(node, args, kwargs)
-        except Exception:  # whatever it raises on tensors without memory, or of another type
-            for part in node.all_input_nodes:  # it may have done anything to them
-                self.values[part] = _UNKNOWN
-            return _UNKNOWN
-
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.op == "get_attr":
-            self.run.add(str(node.target).rpartition(".")[0])
-            return _without_memory(_at(self.root, str(node.target)))
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return torch.empty(self.given[place], device="meta")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        target: Any = node.target
+        if "out" in kwargs:
+            raise _Unknown
+        if node.op == "call_method" and target in _METHODS:
+            return getattr(args[0], target)(*args[1:], **kwargs)
         if node.op == "call_function":
-            function: Any = node.target
-            if not str(getattr(function, "__module__", "")).startswith(("torch", "_operator", "builtins")):
-                if node.all_input_nodes or args or kwargs:
-                    raise NotImplementedError
-                return None  # a mark
-            return function(*args, **kwargs)
-        module = _at(self.root, str(node.target))
-        kind: Any = original(type(module))
-        if not kind.__module__.startswith("torch.nn.") or module._modules or hooked(module):  # a hook may change its result
-            raise NotImplementedError
-        self.run.add(str(node.target))
+            if getattr(target, "__name__", "") == "_mark":
+                return None
+            if target in _FUNCTIONS or _asked_of(node) in SIZES:
+                return target(*args, **kwargs)
+        if node.op == "call_module":
+            return self._layer(target)(*args, **kwargs)
+        raise _Unknown
+
+    def _layer(self, place: str) -> Any:
+        """The forward of a layer on a copy without memory."""
+        module: Any = self.root
+        for name in place.split("."):
+            module = module._modules[name]
+        replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+        if type(module) not in _LAYERS or replaced or hooked(module) or module._modules:
+            raise _Unknown
         stand_in = copy.copy(module)
         for held in ("_parameters", "_buffers"):
             stand_in.__dict__[held] = {name: _without_memory(tensor) for name, tensor in getattr(module, held).items()}
-        return kind.forward(stand_in, *args, **kwargs)
+        return stand_in.forward
 
-    def consulted(self, condition: fx.Node) -> dict[int, Consulted]:
-        """Which sizes of which placeholders a condition hangs on."""
-        before = list(self.graph.nodes)
-        before = before[: before.index(condition) + 1]
-        if any(_changes_sizes(node) for node in before):
-            return {place: None for node, place in self.places.items() if node in before}
-        found: dict[int, Consulted] = {}
-
-        def of_all(node: fx.Node) -> None:
-            """Of a tensor that is computed, all sizes of all that it is computed from."""
-            if node.op == "placeholder":
-                found[self.places[node]] = None
-            for part in node.all_input_nodes:
-                of_all(part)
-
-        def visit(node: fx.Node, place: int | None) -> None:
-            """``place``: of the one dimension that is read of what the node gives."""
-            name = asked_of(node)
-            if name in SIZES and isinstance(node.args[0], fx.Node):
-                source = node.args[0]
-                if name == "size" and len(node.args) == 2 and type(node.args[1]) is int:
-                    place = node.args[1]
-                if source.op != "placeholder" or (name == "numel" or (name in ("size", "shape") and place is None)):
-                    of_all(source)
-                    return
-                seen = found.setdefault(self.places[source], set())
-                if seen is not None and name in ("size", "shape") and place is not None:
-                    sizes = self.given[self.places[source]]
-                    seen.add(place % len(sizes) if sizes else place)
-                return
-            one = node.args[1] if getattr(node.target, "__name__", "") == "getitem" else None
-            for part in node.all_input_nodes:
-                visit(part, one if type(one) is int else None)
-
-        visit(condition, None)
+    def consulted(self, condition: fx.Node) -> dict[int, set[int]]:
+        """Which sizes of which placeholders a decided condition hangs on, by the places of both."""
+        everything = {place: set(range(len(sizes))) for place, sizes in enumerate(self.given)}
+        found: dict[int, set[int]] = {}
+        for read in _reads(condition, SIZES) or ():
+            source: Any = read.args[0]
+            if source not in self.places:  # of what was computed: of anything that it may have been computed from
+                return everything
+            place = self.places[source]
+            found[place] = found.get(place, set()) | _dimensions(read, len(self.given[place]))
         return found
 
 
-def _changes_sizes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op not in ("call_method", "call_function"):
-        return False
-    return "out" in node.kwargs or (str(name).endswith("_") and not str(name).endswith("__") and name not in _KEEP_SIZES)
-
-
-def _at(root: nn.Module, place: str) -> Any:
-    found: Any = root
-    for name in place.split("."):
-        found = getattr(found, name)
-    return found
+def _dimensions(read: fx.Node, count: int) -> set[int]:
+    """The dimensions whose sizes are read, of so many."""
+    name, places = _asked_of(read), [*read.args[1:], *read.kwargs.values()]
+    if name in ("dim", "ndim"):
+        return set()
+    if name != "size" or not places:  # all of them, of which some may be looked at
+        places = [user.args[1] if user.target is operator.getitem else None for user in read.users]
+    found = {place % count for place in places if type(place) is int}
+    return found if name != "numel" and all(type(place) is int for place in places) else set(range(count))
 
 
 def _without_memory(tensor: Tensor | None) -> Tensor | None:

@@ -34,7 +34,7 @@ from .arguments import SIZED, Given, Structure, hands_on, may_change, put_togeth
 from .guards import original
 from .harmless import CannotTrace, watched
 from .quantised import quantised
-from .sizes import SIZES, TYPES, Deciding, follows_from, forget_decisions
+from .sizes import SIZES, TYPES, Deciding, follows_from, forget_decisions, known
 from .stand_ins import Attribute, StandIn, TensorStandIn
 
 LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
@@ -87,7 +87,7 @@ class Traced:
         results: frame -> what the call gave back, nodes in containers.
         leaves: path -> why a module was not traced through, for those with convolutions in them.
         structure: of the arguments that the graph is for, see :func:`trace`.
-        sized: places of the modules by whose sizes a decision was made.
+        decides: whether it holds for some sizes of the arguments alone.
     """
 
     graph: fx.Graph
@@ -95,7 +95,7 @@ class Traced:
     results: dict[Frame, Any]
     leaves: dict[str, str] = field(default_factory=dict)
     structure: Structure | None = None
-    sized: set[str] = field(default_factory=set)
+    decides: bool = False
 
 
 def _mark() -> None:
@@ -164,6 +164,8 @@ class _Tracer(fx.Tracer):
         self.untraceable = untraceable
         self.structure = structure
         self.decided = iter(decided)
+        self.conditions: list[fx.Node] = []  # that were decided
+        self.undecided: CannotTrace | None = None  # what was raised where a decision could not be made
         self.given = Given([])
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
@@ -224,6 +226,12 @@ class _Tracer(fx.Tracer):
                 self.running = attribute.running
                 raise CannotTrace(f"its forward decides by {attribute.attr} of a tensor, or reads it for nothing")
 
+    def unpack(self, obj: fx.Proxy) -> None:
+        """Raise where what the forward does hangs on how many sizes there are."""
+        sized = any(part is not None and part[0] == SIZED for part in self.structure or ())
+        if sized and follows_from(obj.node, SIZES):
+            raise CannotTrace("its forward takes apart the sizes of a tensor, and decides by sizes")
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.take_apart(obj)
         return super().iter(obj)
@@ -231,10 +239,13 @@ class _Tracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         if follows_from(obj.node, SIZES):
             if (decided := next(self.decided, None)) is not None:
+                self.conditions.append(obj.node)
                 return decided
-            raise DecidesBySizes(obj.node, self.graph)
-        by = "sizes or types of tensors" if follows_from(obj.node, SIZES | TYPES) else "data"
-        raise CannotTrace(f"the control flow of its forward depends on {by}")
+            self.undecided = DecidesBySizes(obj.node, self.graph)
+        else:
+            by = "sizes or types of tensors" if follows_from(obj.node, SIZES | TYPES) else "data"
+            self.undecided = CannotTrace(f"the control flow of its forward depends on {by}")
+        raise self.undecided
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -386,6 +397,8 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
                 with watched(module, tracer):
                     graph = tracer.trace(module)
                 tracer.check_attributes()
+                if tracer.undecided is not None:  # which the forward has caught
+                    raise CannotTrace("its forward catches errors, and decides by what it is given")
             except Exception as error:  # the code of others, run on stand-ins: whatever it raises
                 if isinstance(error, DecidesBySizes) and decisions.make(error):
                     continue
@@ -400,9 +413,8 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
             finally:
                 tracer.thread = None
             traced = tracer.traced
-            traced.graph, traced.structure, traced.sized = graph, decisions.pattern, decisions.sized
-            if decisions.made:
-                forget_decisions(graph, _nodes_of(traced.results))
+            traced.graph, traced.structure, traced.decides = graph, decisions.pattern, bool(decisions.made)
+            forget_decisions(graph, tracer.conditions, _nodes_of(traced.results))
             return traced
 
 
@@ -412,24 +424,23 @@ class _Decisions:
     Attributes:
         made: the decisions so far.
         pattern: the structure with those sizes alone that they hang on.
-        sized: places of the modules whose own sizes they may hang on.
     """
 
-    #: A forward that decides more often is left alone.
-    MOST = 32
+    #: A forward that decides more often is left alone, and so is one of more modules: all of them are looked at in each call.
+    MOST, MODULES = 32, 64
 
     def __init__(self, module: nn.Module, structure: Structure | None) -> None:
         self.module, self.structure = module, structure
         self.made: list[bool] = []
-        self.sized: set[str] = set()
-        self.sizes = [part[1] if part is not None and part[0] == SIZED else None for part in structure or ()]
-        self.plain = structure is None or all(part is None or part[0] == SIZED for part in structure)
-        self.needed: list[list[int | None]] = [[None] * len(sizes or ()) for sizes in self.sizes]
+        self.sizes = [part[1] for part in structure or () if part is not None and part[0] == SIZED]
+        self.known = structure is not None and len(self.sizes) == len(structure) and all(map(known, self.sizes))
+        self.needed: list[list[int | None]] = [[None] * len(sizes) for sizes in self.sizes]
         self.asked: set[int] = set()
 
     def make(self, error: DecidesBySizes) -> bool:
         """Make one more decision; False where it cannot be made."""
-        if not self.plain or self.structure is None or len(self.made) >= self.MOST:
+        few = len(self.made) < self.MOST and sum(1 for _ in self.module.modules()) <= self.MODULES
+        if not self.known or not few:
             return False
         deciding = Deciding(self.module, error.graph, self.sizes)
         decided = deciding.decide(error.condition)
@@ -437,18 +448,14 @@ class _Decisions:
             return False
         self.made.append(decided)
         for place, dimensions in deciding.consulted(error.condition).items():
-            sizes = self.sizes[place]
-            if sizes is None:  # which it was decided without
-                continue
             self.asked.add(place)
-            for dimension in range(len(sizes)) if dimensions is None else dimensions:
-                self.needed[place][dimension] = sizes[dimension]
-        self.sized |= deciding.run
+            for dimension in dimensions:
+                self.needed[place][dimension] = self.sizes[place][dimension]
         return True
 
     @property
     def pattern(self) -> Structure | None:
-        if self.structure is None or not self.plain:
+        if not self.known:
             return self.structure
         return tuple((SIZED, tuple(sizes)) if place in self.asked else None for place, sizes in enumerate(self.needed))
 
