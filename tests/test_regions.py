@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -102,6 +103,39 @@ class OnSize(Base):
         return F.relu(y) if x.shape[1] == y.shape[1] and y.dim() < 5 else y
 
 
+class Suppresses(Base):
+    """What a trace raises is caught."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        with contextlib.suppress(Exception):
+            if y.mean() > 0:
+                y = y + 1
+        return y
+
+
+class Raises(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.names:
+            raise ValueError("not this one")
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+class CatchesAChild(Base):
+    """What a child has computed, when it raises, is not what is given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Raises()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        try:
+            return self.child(x)
+        except ValueError:
+            return F.relu(self.bn2(self.conv2(x)))
+
+
 class OnAttribute(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
@@ -178,7 +212,8 @@ class InPlaceInput(Base):
 #: Class -> launches in eval mode and in training, of one call.
 MODULES = {
     Residual: (2, 3), SumFirst: (1, 2), IntoInput: (1, 2), WrittenBetween: (2, 3), ReadElsewhere: (2, 4), OneNormTwice: (2, 4),
-    OneConvTwice: (2, 4), OnMode: (2, 3), OnData: (0, 0), OnSize: (1, 2), OnAttribute: (1, 2), OnType: (1, 2), OnNone: (1, 2),
+    OneConvTwice: (2, 4), OnMode: (2, 3), OnData: (0, 0), OnSize: (0, 0), Suppresses: (0, 0), CatchesAChild: (0, 0),
+    OnAttribute: (1, 2), OnType: (1, 2), OnNone: (1, 2),
     OnGradient: (0, 0), Counts: (0, 0), Notes: (0, 0), Makes: (0, 0), Dropped: (2, None), Dense: (2, 4), InPlaceInput: (2, 2),
 }  # fmt: skip
 
@@ -212,8 +247,9 @@ def test_it_computes_what_it_did(kind: type[Base]) -> None:
 
 
 REASONS = {
-    OnData: "control flow of its forward depends on data", OnGradient: "asks torch.is_grad_enabled", Counts: "sets attributes",
-    Notes: "sets attributes", Draws: "random", Makes: "makes or reads a tensor",
+    OnData: "control flow of its forward depends on data", OnSize: "depends on sizes or types of tensors",
+    OnGradient: "asks torch.is_grad_enabled", Counts: "sets attributes", Notes: "sets attributes",
+    Draws: "random", Makes: "makes or reads a tensor", Suppresses: "depends on data",
 }  # fmt: skip
 
 
@@ -226,6 +262,20 @@ def test_what_cannot_be_traced_is_left_alone_with_a_reason(kind: type[Base]) -> 
     assert type(module) is kind and random.getstate() == state[0] and torch.equal(torch.random.get_rng_state(), state[1])
     notes = [row.note for row in explain(module, show=False).left_alone]
     assert len(notes) == 4 and all(REASONS[kind] in note for note in notes), notes
+
+
+class DrawsAndDecides(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x))) * (1 + random.random() + torch.rand(1).item())
+        return y if y.mean() > 0 else x
+
+
+def test_a_trace_that_fails_draws_nothing() -> None:
+    module = DrawsAndDecides()
+    state = random.getstate(), torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match="unchanged"):
+        fuse(module)
+    assert random.getstate() == state[0] and torch.equal(torch.random.get_rng_state(), state[1])
 
 
 def test_attributes_are_read_again_at_each_call() -> None:

@@ -159,15 +159,17 @@ class OnTensor(nn.Module):
 @pytest.mark.parametrize(
     "decide",
     [
+        lambda x: x.shape[2] > 4,
+        lambda x: x.dim() == 4,
         lambda x: x.requires_grad,
         lambda x: x.dtype == torch.float32,
         lambda x: x.device.type == "cpu",
         lambda x: x.sum() > 0,
     ],
-    ids=["requires_grad", "dtype", "device", "data"],
+    ids=["shape", "dim", "requires_grad", "dtype", "device", "data"],
 )
 def test_what_decides_by_a_tensor_is_left_alone(decide: Callable[[Tensor], bool]) -> None:
-    """docs/swap.md: not by its values alone. (What decides by sizes is in test_region_sizes.py.)"""
+    """docs/swap.md: not by its values alone."""
     plain = randomise(nn.Sequential(OnTensor(decide), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))).eval()
     fused = fuse(copy.deepcopy(plain))
     rows = [row for row in explain(fused, show=False).left_alone if row.name.startswith("0")]

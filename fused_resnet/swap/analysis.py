@@ -23,7 +23,7 @@ from .harmless import CannotTrace
 from .layout import to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
 from .region import FusedRegion, Later, Path, Places, Region, Site, waits
-from .tracing import DecidesBySizes, Frame, TakesApart, Traced, arguments_of, trace
+from .tracing import Frame, TakesApart, Traced, arguments_of, trace
 
 
 def _path(place: str | None) -> Path | None:
@@ -83,8 +83,8 @@ class Analysis:
         """As :meth:`region`, for arguments of a structure; None: tensors."""
         try:
             traced = trace(module, self._opaque, structure)
-        except (TakesApart, DecidesBySizes) as error:
-            return str(error) if structure is not None else Later(str(error), isinstance(error, DecidesBySizes))
+        except TakesApart as error:
+            return Later(str(error))
         except CannotTrace as error:
             return str(error)
         matcher = Matcher(module, traced.graph)
@@ -94,7 +94,7 @@ class Analysis:
         reshaped = to_reshape(traced.graph, matcher)
         if not spanning and not (self._fused_inside(module, matches) and any(frames[node].parent is None for node in reshaped)):
             return None
-        return _Writer(module, traced, matcher, matches, spanning, reshaped).region(traced.structure)
+        return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
 
     def _fused_inside(self, module: nn.Module, matches: list[Match]) -> bool:
         """Whether some child gives a tensor that a chain has made."""
@@ -261,12 +261,9 @@ class _Writer:
             names = frame.path.split(".")
             if self._folded_parent(frame) is None:
                 paths.update(".".join(names[:depth]) for depth in range(len(names)))
-        decides = self.traced.decides  # by sizes that follow from those of any module inside, or by their attributes
-        if decides:
-            paths.update(path for path, _ in self.module.named_modules(remove_duplicate=False))
         found = ((path, descend(self.module, tuple(path.split(".")) if path else ())) for path in sorted(paths))
-        called = paths - {""} if decides else {frame.path for frame in self.open if frame.parent is not None}
-        return tuple(Guard.of(path, module, path in called, decides) for path, module in found if module is not None)
+        called = {frame.path for frame in self.open if frame.parent is not None}
+        return tuple(Guard.of(path, module, path in called) for path, module in found if module is not None)
 
 
 def _parts(result: Any) -> list[tuple[Any, Any]]:

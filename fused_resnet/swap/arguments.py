@@ -15,14 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .guards import original
-from .sizes import known
 
-#: For each argument None, a tensor, or the name of a container and its keys, or :data:`SIZED` and a tensor's sizes, None where
-#: any will do. Plain values, which torch.compile can compare.
+#: For each argument None, a tensor, or the name of a container and its keys. Plain values, which torch.compile can compare.
 Structure = tuple[tuple[str, tuple[Any, ...]] | None, ...]
-
-#: What stands in a structure for a tensor whose sizes a forward decides by.
-SIZED = "tensor"
 
 _KINDS: dict[str, type[Any]] = {"list": list, "tuple": tuple, "dict": dict, "OrderedDict": OrderedDict}
 
@@ -45,29 +40,6 @@ def structure_of(args: tuple[Any, ...]) -> Structure | None:
     return tuple(found)
 
 
-def sizes_of(args: tuple[Tensor, ...]) -> Structure | None:
-    """The structure of tensors that are told by their sizes; None where these are no numbers."""
-    found = tuple([(SIZED, tuple(x.shape)) for x in args])
-    return found if all([known(sizes) for _, sizes in found]) else None
-
-
-def fits(pattern: Structure | None, structure: Structure | None) -> bool:
-    """Whether what was made for ``pattern`` is right for arguments of a structure."""
-    if pattern == structure:
-        return True
-    if pattern is None or structure is None or len(pattern) != len(structure):
-        return False
-    return all(
-        part == given
-        or (given is not None and given[0] == SIZED and (part is None or (part[0] == SIZED and _some(part[1], given[1]))))
-        for part, given in zip(pattern, structure)
-    )
-
-
-def _some(pattern: tuple[Any, ...], sizes: tuple[Any, ...]) -> bool:
-    return len(pattern) == len(sizes) and all(size is None or size == given for size, given in zip(pattern, sizes))
-
-
 def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
     """The tensors in a call's arguments, in their order."""
     found: list[Tensor] = []
@@ -83,7 +55,7 @@ def put_together(structure: Structure, parts: Iterator[Any]) -> list[Any]:
     """Arguments of that structure out of ``parts``."""
     made = []
     for argument in structure:
-        if argument is None or argument[0] == SIZED:
+        if argument is None:
             made.append(next(parts))
             continue
         name, keys = argument
@@ -96,14 +68,7 @@ def told(structure: Structure | None) -> str:
     """A structure in words."""
     if structure is None:
         return "tensors"
-
-    def one(part: tuple[str, tuple[Any, ...]] | None) -> str:
-        if part is None:
-            return "a tensor"
-        sizes = "x".join("*" if size is None else str(size) for size in part[1])
-        return f"a tensor of {sizes}" if part[0] == SIZED else f"a {part[0]} of {len(part[1])}"
-
-    return ", ".join(map(one, structure))
+    return ", ".join("a tensor" if part is None else f"a {part[0]} of {len(part[1])}" for part in structure)
 
 
 class Given:

@@ -60,7 +60,7 @@ def original(kind: Any) -> type[Any]:
 @dataclass(frozen=True)
 class Guard:
     """What a traced forward may have read of one module: its class, its attributes, its children's classes, and which of its
-    parameters and buffers are None. Where it decided by sizes that follow from theirs, these too: ``shapes``.
+    parameters and buffers are None.
     """
 
     path: tuple[str, ...]
@@ -71,18 +71,16 @@ class Guard:
     tensors: tuple[tuple[str, bool], ...]
     training: bool
     called: bool
-    shapes: tuple[tuple[str, Any], ...] | None = None
 
     @staticmethod
-    def of(path: str, module: nn.Module, called: bool, sized: bool = False) -> Guard:
+    def of(path: str, module: nn.Module, called: bool) -> Guard:
         """Of the module as it is; ``called``: it would run, and its hooks with it (a ModuleList does not)."""
         own = {key: value for key, value in module.__dict__.items() if key not in _OWN}
         plain = tuple((key, value) for key, value in own.items() if type(value) in _PLAIN)
         others = tuple((key, printed(value)) for key, value in own.items() if type(value) not in _PLAIN)
         children = tuple((name, original(type(child))) for name, child in module._modules.items())
         names = tuple(path.split(".")) if path else ()
-        shapes = _shapes(module) if sized else None
-        return Guard(names, original(type(module)), plain, others, children, _which(module), module.training, called, shapes)
+        return Guard(names, original(type(module)), plain, others, children, _which(module), module.training, called)
 
     def broken(self, root: nn.Module) -> str | None:
         """What has changed, or None."""
@@ -104,8 +102,6 @@ class Guard:
                 return f"{name} of its {self.kind.__name__} was replaced"
         if _which(module) != self.tensors:
             return f"its {self.kind.__name__} has other parameters or buffers"
-        if self.shapes is not None and _shapes(module) != self.shapes:
-            return f"the parameters or buffers of its {self.kind.__name__} have other sizes"
         for key, value in self.plain:
             if key not in found or type(found[key]) is not type(value) or found[key] != value:
                 return f"the attribute {key} of its {self.kind.__name__} changed"
@@ -120,11 +116,6 @@ class Guard:
 def _which(module: nn.Module) -> tuple[tuple[str, bool], ...]:
     """Its parameters and buffers by name, and which are not None."""
     return tuple((key, value is not None) for key, value in (*module._parameters.items(), *module._buffers.items()))
-
-
-def _shapes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    return tuple((key, None if value is None else tuple(value.shape)) for key, value in tensors)
 
 
 def signature(module: nn.Module) -> Any:

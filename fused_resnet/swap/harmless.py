@@ -222,6 +222,11 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
             yield
     finally:
         patched.__setattr__ = set_attribute
+        moved = [(put, state) for read, put, state in drawn if _listed(read()) != _listed(state)]
+        if not torch.equal(torch.random.get_rng_state(), of_torch):
+            moved.append((torch.random.set_rng_state, of_torch))
+        for put, state in moved:
+            put(state)
         changed: list[Any] = [part for part, _, mark in before if printed(_plain(part)) != mark]
         for value, copy in lists:
             if not _same_contents(value, copy):
@@ -242,11 +247,7 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
     changed += switched
     if changed:
         raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
-    moved = [(put, state) for read, put, state in drawn if _listed(read()) != _listed(state)]
-    if moved or not torch.equal(torch.random.get_rng_state(), of_torch):
-        for put, state in moved:
-            put(state)
-        torch.random.set_rng_state(of_torch)
+    if moved:
         raise CannotTrace("its forward draws random numbers")
     for what, tracer.running in asked:  # the module that asks is to blame
         raise CannotTrace(f"its forward asks {what}")

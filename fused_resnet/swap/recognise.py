@@ -92,7 +92,7 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
     if isinstance(module, (torch.jit.ScriptModule, nn.modules.batchnorm._NormBase)) or not has_layers(module):
         return None, reason
     region = (traced or analysis()).region(module)
-    if isinstance(region, Region) or (isinstance(region, Later) and _may_hold_a_chain(module, region)):
+    if isinstance(region, Region) or (isinstance(region, Later) and any(layers_of(module))):
         taken = _taken(module, FusedRegion)
         return (None, taken) if taken else (FusedRegion, None)
     return None, region.reason if isinstance(region, Later) else region or reason
@@ -101,12 +101,6 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is compiled by :func:`fused_resnet.fuse`; its copies are not."""
     return getattr(module._compiled_call_impl, OURS, False)
-
-
-def _may_hold_a_chain(module: nn.Module, later: Later) -> bool:
-    """Whether it is worth a look at the first call. Many a module that asks for sizes has one convolution alone (patches)."""
-    layers = list(layers_of(module))
-    return any(isinstance(layer, nn.modules.batchnorm._NormBase) for layer in layers) if later.by_sizes else bool(layers)
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..blocks import Fused, read_off
 from ..describe import Entry, Parts, Reading, WeightLayer, hooks_everywhere
 from ..watch import Memory
-from .arguments import Structure, fits, sizes_of, structure_of, tensors_of, told
+from .arguments import Structure, structure_of, tensors_of, told
 from .guards import Guard, descend
 from .tracing import LOCK
 
@@ -112,28 +112,22 @@ class Region:
 
 @dataclass(frozen=True)
 class Later:
-    """What is found of a forward that takes apart an argument, or (``by_sizes``) decides by sizes of tensors: it can be traced
-    for the structure of what it is called with.
-    """
+    """What is found of a forward that takes apart an argument: it can be traced for the structure of what it is called with."""
 
     reason: str
-    by_sizes: bool = False
 
 
 class Regions:
     """The forwards of one module that were traced, by mode. Copies of the module share them, pickles leave them out."""
 
-    #: How often a module is traced in a mode before it runs unfused for good, or where it is given another structure; and one
-    #: that decides by sizes, of which there are more.
+    #: How often a module is traced in a mode before it runs unfused for good, or where it is given another structure.
     LIMIT: ClassVar[int] = 4
-    LIMIT_OF_SIZES: ClassVar[int] = 16
 
     def __init__(self) -> None:
         self.traced: dict[bool, list[Region]] = {True: [], False: []}
         self.tries: dict[bool, int] = {True: 0, False: 0}
         self.reason: dict[bool, str | None] = {True: None, False: None}
         self.later: dict[bool, str | None] = {True: None, False: None}  # why it cannot be traced for tensors
-        self.by_sizes: dict[bool, bool] = {True: False, False: False}  # it can be for tensors of known sizes
         self.refused: dict[tuple[bool, Structure], str] = {}
         self.called: dict[bool, Structure | None] = {}  # what it was called with last; None: tensors
 
@@ -142,7 +136,7 @@ class Regions:
     ) -> tuple[Region | None, str | None]:
         """Keep what a module was found to be in a mode."""
         if isinstance(found, Later):
-            self.later[mode], self.by_sizes[mode] = found.reason, found.by_sizes
+            self.later[mode] = found.reason
             return None, found.reason
         self.tries[mode] += 1
         if isinstance(found, Region):
@@ -155,15 +149,11 @@ class Regions:
             self.reason[mode] = reason
         return None, reason
 
-    def exhausted(self, mode: bool) -> bool:
-        """Whether it is not traced again."""
-        return self.tries[mode] >= (self.LIMIT_OF_SIZES if self.by_sizes[mode] else self.LIMIT)
-
     def holding(self, module: nn.Module, structure: Structure | None) -> tuple[Region | None, str | None]:
         """The forward for a structure that holds now, or why the last of them does not."""
         reason = None
         for region in self.traced[module.training]:
-            if fits(region.structure, structure):
+            if region.structure == structure:
                 reason = region.broken(module)
                 if reason is None:
                     return region, None
@@ -171,7 +161,6 @@ class Regions:
 
     def __deepcopy__(self, memo: Any) -> Regions:
         copy = Regions()
-        copy.by_sizes = dict(self.by_sizes)
         copy.traced = {mode: list(regions) for mode, regions in self.traced.items()}
         copy.reason, copy.later, copy.called = dict(self.reason), dict(self.later), dict(self.called)
         copy.refused = dict(self.refused)
@@ -198,8 +187,6 @@ def usable(module: Any, structure: Structure | None = None) -> tuple[Region | No
         return None, reason or "not traced yet in this mode: call it once before torch.compile"
     if regions is None:
         regions = module.fused_region = Regions()
-    if structure is not None and regions.exhausted(mode):  # nothing is traced: no need to wait for each other
-        return _traced(module, regions, mode, structure)
     with LOCK:  # another thread may have traced it meanwhile
         return _traced(module, regions, mode, structure)
 
@@ -210,11 +197,11 @@ def _traced(module: Any, regions: Regions, mode: bool, structure: Structure | No
     if region is not None:
         return region, None
     if structure is None:
-        reason = regions.later[mode] or (regions.reason[mode] or reason if regions.exhausted(mode) else None)
-    elif regions.exhausted(mode):
+        reason = regions.later[mode] or (regions.reason[mode] or reason if regions.tries[mode] >= Regions.LIMIT else None)
+    elif regions.tries[mode] >= Regions.LIMIT:
         reason = regions.refused.get((mode, structure)) or reason
-        reason = reason or (
-            f"its arguments ({told(structure)}) have another structure than the {regions.tries[mode]} it was traced for"
+        reason = (
+            reason or f"its arguments ({told(structure)}) have another structure than the {Regions.LIMIT} it was traced for"
         )
     else:
         reason = regions.refused.get((mode, structure))
@@ -230,9 +217,7 @@ def _traced(module: Any, regions: Regions, mode: bool, structure: Structure | No
     from .recognise import analysis
 
     found = analysis()
-    region, reason = regions.add(mode, found.region(module) if structure is None else found.look(module, structure), structure)
-    broken = region.broken(module) if region is not None else None
-    return (region, reason) if broken is None else (None, broken)
+    return regions.add(mode, found.region(module) if structure is None else found.look(module, structure), structure)
 
 
 def waits(module: Any) -> bool:
@@ -323,18 +308,13 @@ class FusedRegion(Fused):
         structure = None if plain or kwargs else structure_of(args)
         if kwargs or not (plain or structure is not None):
             return super().forward(*args, **kwargs)
-        regions: Regions | None = self.__dict__.get("fused_region")
-        if plain and regions is not None and regions.by_sizes[self.training] and not torch.compiler.is_compiling():
-            structure = sizes_of(args)
         if structure is None:
             region = self.recall(*_OF_TENSORS)
-        elif plain:  # it decides by sizes: of these there are too many to be remembered
-            region, _ = usable(self, structure)
         else:
             region = self.recall(("region", structure), partial(_region, structure))
             if self.remembers(_whole):
                 Memory.of(self).entries.pop(_whole, None)  # the next call with a tensor is one of another kind again
-        regions = self.__dict__.get("fused_region")
+        regions: Regions | None = self.__dict__.get("fused_region")
         if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
             regions.called[self.training] = structure
         if region is None or (plain and len(args) != region.required):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dis import Instruction, get_instructions, stack_effect
 from functools import cache
 from types import CodeType, FrameType
@@ -39,26 +39,6 @@ class Traces(Protocol):
         """Raise if what is counted or looped over is an argument that may be a container."""
         ...
 
-    def unpack(self, obj: fx.Proxy) -> None:
-        """Raise if as many names as there are say nothing of how many there must be."""
-        ...
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Of a stand-in that is looped over."""
-        ...
-
-
-class _Unpacked:
-    """``a, b = x`` takes two of x: torch.fx reads off the code how many names there are, and so does this."""
-
-    def __iter__(self: Any) -> Iterator[Any]:
-        frame, tracer = sys._getframe(1), cast(Traces, self.tracer)
-        step = next((step for step in get_instructions(frame.f_code) if step.offset == frame.f_lasti), None)
-        if step is None or step.opname != "UNPACK_SEQUENCE":
-            return tracer.iter(self)
-        tracer.unpack(self)
-        return iter([self[place] for place in range(step.argval)])
-
 
 def _unknown(stand_in: fx.Proxy, frame: FrameType) -> type[Any]:
     """The class of a stand-in for nobody knows what. torch.fx may ask."""
@@ -74,7 +54,7 @@ def _runs_on(stand_in: fx.Proxy) -> bool:
     return cast(Traces, stand_in.tracer).runs_here()
 
 
-class StandIn(_Unpacked, fx.Proxy):
+class StandIn(fx.Proxy):
     """A stand-in for any value. ``x += y`` stays what it is: torch.fx would make ``x = x + y`` of it, which whoever else has
     the same x does not see.
     """
@@ -99,7 +79,7 @@ class StandIn(_Unpacked, fx.Proxy):
         return id(self)
 
 
-class Attribute(_Unpacked, fx.proxy.Attribute):
+class Attribute(fx.proxy.Attribute):
     """An attribute of a stand-in, which becomes a node when something is made of it.
 
     Of what nothing is made, a decision may have been: ``x.dtype is torch.float32``, ``x.grad_fn is None``. Such ones are found

@@ -19,7 +19,7 @@ import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from types import FunctionType
@@ -30,11 +30,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..describe import hooked, hooks_everywhere
-from .arguments import SIZED, Given, Structure, hands_on, may_change, put_together
+from .arguments import Given, Structure, hands_on, may_change, put_together
 from .guards import original
 from .harmless import CannotTrace, watched
 from .quantised import quantised
-from .sizes import SIZES, TYPES, Deciding, follows_from, forget_decisions, known
 from .stand_ins import Attribute, StandIn, TensorStandIn
 
 LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it traces
@@ -42,14 +41,6 @@ LOCK = threading.RLock()  # torch.fx replaces nn.Module's methods while it trace
 
 class TakesApart(CannotTrace):
     """An argument is counted or looped over. It may be a container: it can be traced once it is known what is in it."""
-
-
-class DecidesBySizes(CannotTrace):
-    """A decision hangs on sizes of tensors: it can be traced once those of the arguments are known."""
-
-    def __init__(self, condition: fx.Node, graph: fx.Graph) -> None:
-        super().__init__("the control flow of its forward depends on sizes or types of tensors")
-        self.condition, self.graph = condition, graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +77,12 @@ class Traced:
         frames: node -> the innermost frame that it was called in.
         results: frame -> what the call gave back, nodes in containers.
         leaves: path -> why a module was not traced through, for those with convolutions in them.
-        structure: of the arguments that the graph is for, see :func:`trace`.
-        decides: whether it holds for some sizes of the arguments alone.
     """
 
     graph: fx.Graph
     frames: dict[fx.Node, Frame]
     results: dict[Frame, Any]
     leaves: dict[str, str] = field(default_factory=dict)
-    structure: Structure | None = None
-    decides: bool = False
 
 
 def _mark() -> None:
@@ -142,6 +129,25 @@ _ARITHMETIC = {
     for name in ("matmul", "neg", "invert", "getitem", *_BINARY, *(f"i{name.removesuffix('_')}" for name in _BINARY))
 }
 
+#: Methods and attributes of tensors that tell what they are, whatever is in them.
+_SIZES = frozenset(("size", "dim", "numel", "shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"))
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    """Whether a value hangs on sizes and types of tensors alone."""
+    waiting, seen = [node], {node}
+    while waiting:
+        part = waiting.pop()
+        about = part.args[1] if part.target is getattr else part.target if part.op == "call_method" else None
+        if about in _SIZES:
+            continue
+        if not part.all_input_nodes:
+            return False
+        waiting += [given for given in part.all_input_nodes if given not in seen]
+        seen.update(part.all_input_nodes)
+    return True
+
+
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
 
@@ -156,20 +162,18 @@ class _Tracer(fx.Tracer):
         opaque: Callable[[nn.Module], str | None],
         untraceable: dict[nn.Module, str],
         structure: Structure | None = None,
-        decided: Sequence[bool] = (),
     ) -> None:
         super().__init__()
         self.thread: int | None = threading.get_ident()  # none: it is over
         self.opaque = opaque
         self.untraceable = untraceable
         self.structure = structure
-        self.decided = iter(decided)
-        self.conditions: list[fx.Node] = []  # that were decided
-        self.undecided: CannotTrace | None = None  # what was raised where a decision could not be made
         self.given = Given([])
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
         self.looking = False  # at a module's parameters, not on the way through its forward
+        #: Why the trace does not hold, and in which modules, where the forward catches what was raised to end it.
+        self.caught: tuple[str, list[nn.Module]] | None = None
         self.attributes: list[Attribute] = []
         self.tensors: set[fx.Node] = set()  # nodes that are
         self.traced = Traced(fx.Graph(), {}, {})
@@ -226,26 +230,20 @@ class _Tracer(fx.Tracer):
                 self.running = attribute.running
                 raise CannotTrace(f"its forward decides by {attribute.attr} of a tensor, or reads it for nothing")
 
-    def unpack(self, obj: fx.Proxy) -> None:
-        """Raise where what the forward does hangs on how many sizes there are."""
-        sized = any(part is not None and part[0] == SIZED for part in self.structure or ())
-        if sized and follows_from(obj.node, SIZES):
-            raise CannotTrace("its forward takes apart the sizes of a tensor, and decides by sizes")
+    def check_caught(self) -> None:
+        """Raise if the forward went on behind what should have ended the trace."""
+        if self.caught is not None:
+            reason, self.running = self.caught
+            raise CannotTrace(reason)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.take_apart(obj)
         return super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if follows_from(obj.node, SIZES):
-            if (decided := next(self.decided, None)) is not None:
-                self.conditions.append(obj.node)
-                return decided
-            self.undecided = DecidesBySizes(obj.node, self.graph)
-        else:
-            by = "sizes or types of tensors" if follows_from(obj.node, SIZES | TYPES) else "data"
-            self.undecided = CannotTrace(f"the control flow of its forward depends on {by}")
-        raise self.undecided
+        by = "sizes or types of tensors" if _of_sizes(obj.node) else "data"
+        self.caught = f"the control flow of its forward depends on {by}", self.running.copy()
+        raise CannotTrace(self.caught[0])
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -308,7 +306,11 @@ class _Tracer(fx.Tracer):
         mark = self.create_node("call_function", _mark, (), {})
         self.frame = Frame(path, outer, mark, self.create_arg(args), self.create_arg(kwargs))
         self.running.append(m)
-        result = original(type(m)).forward(m, *args, **kwargs)
+        try:
+            result = original(type(m)).forward(m, *args, **kwargs)
+        except Exception:
+            self.caught = self.caught or ("its forward catches an error of a module inside", self.running[:-1])
+            raise
         self.running.pop()
         self.traced.results[self.frame] = self.create_arg(result)
         self.frame = outer
@@ -374,10 +376,10 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
         module: fused or not; the forward of its original class is traced.
         opaque: why a child must stay a call, or None; empty where that needs no reason.
         structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
-            each argument that must be given. Of sizes those stay in the graph's own that a decision hangs on.
+            each argument that must be given.
 
     Raises:
-        TakesApart, DecidesBySizes: it could be, if the structure of its arguments were known.
+        TakesApart: it could be, if the structure of its arguments were known.
         CannotTrace: the forward of the module itself cannot be traced.
     """
     if hooks_everywhere():
@@ -388,80 +390,24 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
     if structure is not None and not required <= len(structure) <= most:
         raise CannotTrace(f"it was called with {len(structure)} arguments by position, its forward must be given {required}")
     untraceable: dict[nn.Module, str] = {}
-    decisions = _Decisions(module, structure)
     with LOCK:
         while True:
-            tracer = _Tracer(opaque, untraceable, structure, decisions.made)
+            tracer = _Tracer(opaque, untraceable, structure)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
                 with watched(module, tracer):
                     graph = tracer.trace(module)
+                tracer.check_caught()
                 tracer.check_attributes()
-                if tracer.undecided is not None:  # which the forward has caught
-                    raise CannotTrace("its forward catches errors, and decides by what it is given")
             except Exception as error:  # the code of others, run on stand-ins: whatever it raises
-                if isinstance(error, DecidesBySizes) and decisions.make(error):
-                    continue
                 if not tracer.running:
                     if isinstance(error, CannotTrace):
                         raise
                     raise CannotTrace(_message(error)) from error
                 blamed = tracer.running[-1]  # try again with a call of it in its place
                 untraceable[blamed] = _message(error)
-                decisions = _Decisions(module, structure)
                 continue
             finally:
                 tracer.thread = None
-            traced = tracer.traced
-            traced.graph, traced.structure, traced.decides = graph, decisions.pattern, bool(decisions.made)
-            forget_decisions(graph, tracer.conditions, _nodes_of(traced.results))
-            return traced
-
-
-class _Decisions:
-    """What a forward decides by sizes, in its order, for arguments of a structure.
-
-    Attributes:
-        made: the decisions so far.
-        pattern: the structure with those sizes alone that they hang on.
-    """
-
-    #: A forward that decides more often is left alone, and so is one of more modules: all of them are looked at in each call.
-    MOST, MODULES = 32, 64
-
-    def __init__(self, module: nn.Module, structure: Structure | None) -> None:
-        self.module, self.structure = module, structure
-        self.made: list[bool] = []
-        self.sizes = [part[1] for part in structure or () if part is not None and part[0] == SIZED]
-        self.known = structure is not None and len(self.sizes) == len(structure) and all(map(known, self.sizes))
-        self.needed: list[list[int | None]] = [[None] * len(sizes) for sizes in self.sizes]
-        self.asked: set[int] = set()
-
-    def make(self, error: DecidesBySizes) -> bool:
-        """Make one more decision; False where it cannot be made."""
-        few = len(self.made) < self.MOST and sum(1 for _ in self.module.modules()) <= self.MODULES
-        if not self.known or not few:
-            return False
-        deciding = Deciding(self.module, error.graph, self.sizes)
-        decided = deciding.decide(error.condition)
-        if decided is None:
-            return False
-        self.made.append(decided)
-        for place, dimensions in deciding.consulted(error.condition).items():
-            self.asked.add(place)
-            for dimension in dimensions:
-                self.needed[place][dimension] = self.sizes[place][dimension]
-        return True
-
-    @property
-    def pattern(self) -> Structure | None:
-        if not self.known:
-            return self.structure
-        return tuple((SIZED, tuple(sizes)) if place in self.asked else None for place, sizes in enumerate(self.needed))
-
-
-def _nodes_of(results: dict[Frame, Any]) -> set[fx.Node]:
-    found: list[fx.Node] = []
-    for frame, result in results.items():
-        fx.node.map_arg((result, frame.args, frame.kwargs), found.append)
-    return set(found)
+            tracer.traced.graph = graph
+            return tracer.traced
