@@ -89,17 +89,27 @@ class Fused(nn.Module):
         such a call without gradients; else None. In one look at each module: where their tensors lie the prepared launches see
         for themselves (but for filters that they were given as images, and for what a BatchNorm on load reads).
         """
-        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or hooks_everywhere():
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return None  # (other tracers of compilers come with tensors of their own)
         memory: Memory | None = self.__dict__.get(ATTRIBUTE)
         entry = None if memory is None else memory.entries.get(what)
-        if entry is None or not entry.value.ready or inputs.transformed_eagerly():
+        if entry is None or not entry.value.ready or not self.prepares():
             return None
         reading: Reading = entry.value
-        kind = functional.kind_of(x, self.fused_backend, second, donate)
+        kind = functional.kind_of(x, second, donate)
         if kind is None or reading.ready.get(kind) is None or not entry.holds(self, reading.places):
             return None
         return functional.again(reading, kind, x, second)
+
+    def prepares(self) -> bool:
+        """Whether a call without gradients, which no compiler traces, may find chains prepared."""
+        return not hooks_everywhere() and not inputs.transformed_eagerly() and functional.prepares(self.fused_backend)
+
+    def holding(self, what: Any) -> Any:
+        """What is remembered as ``what``, with ``places`` that need not be looked at, if all is as it was; else None."""
+        memory: Memory | None = self.__dict__.get(ATTRIBUTE)
+        entry = None if memory is None else memory.entries.get(what)
+        return entry.value if entry is not None and entry.holds(self, entry.value.places) else None
 
     def small(self, x: Any) -> bool:
         """Whether autograd records, and x are rows or signals so few that the modules are called one by one, see
@@ -167,7 +177,7 @@ class Fused(nn.Module):
         second = skip[0] if skip else None
         transformed, kind = inputs.transformed(), None
         if reading.lasts and not transformed and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            kind = functional.kind_of(x, self.fused_backend, second, donate)
+            kind = functional.kind_of(x, second, donate) if functional.prepares(self.fused_backend) else None
             out = None if kind is None else functional.again(reading, kind, x, second)
             if out is not None:
                 return out, True

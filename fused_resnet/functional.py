@@ -1,7 +1,8 @@
 """What modules call: a chain of given tensors, or of what was read off modules, in eager mode or traced by a compiler.
 
 In eager mode with gradients it is :class:`.chain_function.ChainFunction`, without them its forward alone, prepared for inputs
-that come again (:func:`kind_of`, :func:`again`, :func:`prepare`). Under torch.compile and torch.export it is :mod:`.operators`.
+that come again (:func:`prepares`, :func:`kind_of`, :func:`again`, :func:`prepare`). Under torch.compile and torch.export it is
+:mod:`.operators`.
 """
 
 from __future__ import annotations
@@ -64,15 +65,20 @@ def _as_images(reading: Reading) -> list[Tensor]:
 READY = 8
 
 
-def kind_of(x: Any, backend: str | None, skip: Tensor | None, donate: bool) -> Any:
-    """What a chain is prepared for, of a call without gradients; None where nothing is: see :func:`again`.
+def prepares(backend: str | None) -> bool:
+    """Whether chains are prepared for calls without gradients on the CPU, as things are."""
+    if backends.observed() or torch.is_autocast_enabled("cpu"):
+        return False
+    return backends.chosen(backend) in (None, backends.PREPARES)
+
+
+def kind_of(x: Any, skip: Tensor | None, donate: bool) -> Any:
+    """What a chain is prepared for where it :func:`prepares`, of a call without gradients; None where nothing is.
 
     Asked in front of each chain of a small network, whose layers take 50 us. A device or its name would be a new object: 5 us
     where nothing of it is in the caches.
     """
-    if type(x) is not Tensor or not x.is_cpu or backends.observed() or torch.is_autocast_enabled("cpu"):
-        return None
-    if backends.chosen(backend) not in (None, backends.PREPARES):
+    if type(x) is not Tensor or not x.is_cpu:
         return None
     if skip is None:
         return x.shape, x.dtype, donate

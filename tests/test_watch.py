@@ -16,7 +16,8 @@ from nets import randomise, tiny
 from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 
-from fused_resnet import blocks, count_launches, functional, fuse, plain, unfuse
+from fused_resnet import blocks, count_launches, functional, fuse, plain, unfuse, watch
+from fused_resnet.swap import region
 from fused_resnet.watch import ATTRIBUTE, CannotWatchError, Children, Memory, Watched
 
 
@@ -179,6 +180,14 @@ class Whole(nn.Module):
         return torch.relu(x + self.inner["norm"](self.inner["second"](y)))
 
 
+class Fork(Whole):
+    """A forward of two chains, one behind the other, and functions of PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.first(x)))
+        return torch.cat([y, torch.relu(self.inner["norm"](self.inner["second"](y * 2)))], 1).mul(0.5)
+
+
 def _in_a_row(dimensions: int) -> nn.Module:
     """A Sequential that is one chain and nothing else."""
     own = Whole(dimensions)
@@ -221,8 +230,10 @@ WRITES: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("how", WRITES)
 @pytest.mark.parametrize("dimensions", [2, 3, 4])
-@pytest.mark.parametrize("make", [Whole, _in_a_row], ids=["forward", "Sequential"])
-def test_a_module_that_is_one_chain_sees_what_changes(make: Callable[[int], nn.Module], dimensions: int, how: str) -> None:
+@pytest.mark.parametrize("make", [Whole, Fork, _in_a_row], ids=["one chain", "two chains", "Sequential"])
+def test_a_module_that_is_nothing_but_chains_sees_what_changes(
+    make: Callable[[int], nn.Module], dimensions: int, how: str
+) -> None:
     """It asks in one go whether all is as it was, without a look at the vectors' places: its launches look for themselves."""
     torch.manual_seed(0)
     plain = randomise(make(dimensions)).eval()
@@ -231,7 +242,8 @@ def test_a_module_that_is_one_chain_sees_what_changes(make: Callable[[int], nn.M
     with torch.no_grad():
         for _ in range(4):
             before = fused(x)
-        assert any(getattr(entry.value, "ready", None) for entry in vars(fused)[ATTRIBUTE].entries.values())
+        assert isinstance(fused, nn.Sequential) or region._prepared in vars(fused)[ATTRIBUTE].entries
+        assert len(_prepared(fused)) == (2 if make is Fork else 1)
         with count_launches() as log:
             fused(x)
         assert len(log) == 2
@@ -241,6 +253,33 @@ def test_a_module_that_is_one_chain_sees_what_changes(make: Callable[[int], nn.M
     assert relative_error(before, expected) > 3 * CLOSE, "the change shows"
     assert relative_error(after, expected) < CLOSE
     assert relative_error(again, plain(x) if how == "training mode" else expected) < CLOSE
+
+
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+@pytest.mark.parametrize("make", [Whole, Fork], ids=["one chain", "two chains"])
+def test_one_look_is_enough_for_all_chains(
+    make: Callable[[int], nn.Module], dimensions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where a chain is not prepared for its input, that one and those behind it are called as ever."""
+    torch.manual_seed(0)
+    plain = randomise(make(dimensions)).eval()
+    fused: Any = fuse(copy.deepcopy(plain), backend="cpu")
+    x = torch.randn(4, 8, *(5, 6)[: dimensions - 2])
+    looks: list[Any] = []
+    unchanged = watch.unchanged
+    monkeypatch.setattr(watch, "unchanged", lambda *given: looks.append(given) or unchanged(*given))  # type: ignore[func-returns-value]
+    with torch.no_grad():
+        expected = plain(x)
+        for call in range(6):
+            looks.clear()
+            if call == 4:
+                _readings(fused)[-1].ready.clear()
+            assert relative_error(fused(x), expected) < CLOSE
+            assert call < 3 or (len(looks) == 1) is (call != 4)
+
+
+def _readings(net: nn.Module) -> list[Any]:
+    return list(vars(net)[ATTRIBUTE].entries[region._prepared].value.readings)
 
 
 class Structured(Whole):

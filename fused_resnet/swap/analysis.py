@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -22,7 +21,7 @@ from .guards import Guard, descend, signature
 from .harmless import CannotTrace
 from .layout import to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
-from .region import FusedRegion, Later, Path, Places, Region, Site, waits
+from .region import FusedRegion, Later, Path, Places, Region, Site, Straight, waits
 from .tracing import Frame, TakesApart, Traced, arguments_of, trace
 
 
@@ -178,6 +177,7 @@ class _Writer:
         sized = {match.sized: match for match in self.matches if match.sized is not None}
         marks = {frame.mark: frame for frame in self.traced.results}
         sites: list[Site] = []
+        calls: list[fx.Node] = []
         for node in self.traced.graph.nodes:
             frame = marks.get(node)
             if frame is not None:
@@ -192,6 +192,7 @@ class _Writer:
                 call = self.graph.call_function(_call_of(site), (itself, *(self.map[tensor] for tensor in inputs)))
                 self.map[match.out] = call
                 sites.append(site)
+                calls.append(call)
             elif node in sized:
                 call = self.graph.call_function(_size_of(self._site(sized[node])), (itself, self.map[sized[node].x]))
                 self.map[node] = call
@@ -203,12 +204,19 @@ class _Writer:
         required, _ = arguments_of(self.module)
         reasons = {**self.matcher.reasons, **self.traced.leaves}
         inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
-        itself, *nodes = self.graph.nodes
-        whole = (
-            structure is None and len(sites) == 1 and [node.op for node in nodes] == ["placeholder", "call_function", "output"]
-        )
-        whole = whole and nodes[1].args == (itself, nodes[0]) and nodes[2].args == (nodes[1],)
-        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure, whole)
+        straight = self._straight(calls) if structure is None else None
+        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure, straight)
+
+    def _straight(self, calls: list[fx.Node]) -> Callable[..., Any] | None:
+        """The forward once more, given what calls its chains for the module, where there is nothing else in it but functions of
+        PyTorch's on tensors; else None.
+        """
+        chains = {*calls}
+        if not chains or not all(node in chains or _is_torchs(node) for node in self.graph.nodes):
+            return None
+        for index, node in enumerate(calls):
+            node.target = _straight_call_of(index)
+        return _compiled(self.graph)[0]
 
     def _folded_parent(self, frame: Frame) -> Frame | None:
         return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)
@@ -280,9 +288,26 @@ def _call_of(site: Site) -> Callable[..., Tensor]:
     """The call of a chain, as a function that torch.fx can name."""
 
     def fused_chain(module: Any, x: Tensor, *skip: Tensor) -> Tensor:
-        return module.run(site.parts, x, partial(site.unfused, module), *skip)
+        return site.run(module, x, *skip)
 
     return fused_chain
+
+
+def _straight_call_of(index: int) -> Callable[..., Tensor]:
+    """The call of a chain where all are known to be as they were."""
+
+    def fused_chain(straight: Straight, x: Tensor, *skip: Tensor) -> Tensor:
+        return straight.chain(index, x, *skip)
+
+    return fused_chain
+
+
+def _is_torchs(node: fx.Node) -> bool:
+    """Whether a node is an argument, the result, or a call that runs nobody else's code and asks no module."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "call_method", "output")
+    place = getattr(node.target, "__module__", None)  # None: of a function in C
+    return place is None or place.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def _size_of(site: Site) -> Callable[..., Tensor]:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from ..blocks import Fused, read_off
 from ..describe import Entry, Parts, Reading, WeightLayer, hooks_everywhere
 from ..watch import Memory
@@ -49,6 +50,10 @@ class Site:
     unfused: Callable[..., Tensor]
     skip: bool = False
     entry: tuple[str, Path, Path | nn.Module | None] | None = None
+
+    def run(self, region: Any, x: Tensor, *skip: Tensor) -> Tensor:
+        """The chain, or its modules one by one."""
+        return cast(Tensor, region.run(self.parts, x, partial(self.unfused, region), *skip))
 
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
@@ -88,7 +93,7 @@ class Region:
         reasons: place -> why a convolution is in no chain.
         source: the code of ``run``, for people.
         inlined: modules that are not called as such, since a chain looks out of them.
-        whole: ``run`` is the call of its one chain, and nothing else.
+        straight: ``run`` where it is nothing but chains and functions of PyTorch's, with a :class:`Straight` for the module.
     """
 
     run: Callable[..., Any]
@@ -99,7 +104,7 @@ class Region:
     source: str
     inlined: tuple[Path, ...] = ()
     structure: Structure | None = None
-    whole: bool = False
+    straight: Callable[..., Any] | None = None
 
     def broken(self, module: nn.Module) -> str | None:
         """Why it holds no longer, or None."""
@@ -254,14 +259,48 @@ def _inside(module: nn.Module, region: Region) -> list[nn.Module]:
     return [inner for inner in inside if inner is not None]
 
 
-def _whole(module: Any) -> tuple[Reading | None, list[nn.Module] | None]:
-    """The chain that is all of a region's forward, as it is remembered, and what all of that was read off."""
+class Prepared(NamedTuple):
+    """A region whose forward is nothing but chains and functions of PyTorch's, so that nobody changes a module meanwhile: one
+    look at all of them is enough for all chains.
+
+    Attributes:
+        places: what of the modules' tensors the prepared chains do not look at.
+    """
+
+    region: Region
+    readings: tuple[Reading, ...]
+    places: int
+
+
+class Straight:
+    """One call of such a region. Behind a chain that is not prepared for its input, all of them are called as ever."""
+
+    __slots__ = ("module", "prepared", "ready")
+
+    def __init__(self, prepared: Prepared, module: Any) -> None:
+        self.prepared, self.module, self.ready = prepared, module, True
+
+    def chain(self, index: int, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.ready:
+            reading = self.prepared.readings[index]
+            out = functional.again(reading, functional.kind_of(x, skip, False), x, skip)
+            if out is not None:
+                return out
+            self.ready = False
+        return self.prepared.region.sites[index].run(self.module, x, *(() if skip is None else (skip,)))
+
+
+def _prepared(module: Any) -> tuple[Prepared | None, list[nn.Module] | None]:
+    """A region with its chains as they are remembered, and all modules that it depends on."""
     region, _ = usable(module)
-    if region is None or not region.whole:  # another thread
+    if region is None or region.straight is None:  # another thread
         return None, None
-    parts_of = region.sites[0].parts
-    reading = module.recall(parts_of, partial(read_off, parts_of))
-    return reading, [*_inside(module, region), *parts_of(module).watched] if reading.lasts else None
+    modules, readings = _inside(module, region), []
+    for site in region.sites:
+        readings.append(module.recall(site.parts, partial(read_off, site.parts)))
+        modules += site.parts(module).watched
+    prepared = Prepared(region, tuple(readings), max(reading.places for reading in readings))
+    return prepared, modules if all(reading.lasts for reading in readings) else None
 
 
 @lru_cache(maxsize=1024)
@@ -297,13 +336,16 @@ class FusedRegion(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs and not torch.compiler.is_compiling():
             args, kwargs = _in_order(self.unfused_class.forward, args, kwargs)
+        prepares = False
         if torch.is_grad_enabled():
             if args and self.small(args[0]):
                 return super().forward(*args, **kwargs)
-        elif len(args) == 1 and not kwargs:
-            out = self.again(_whole, args[0])
-            if out is not None:
-                return out
+        elif not kwargs and not torch.compiler.is_dynamo_compiling():
+            prepares = all([type(x) is Tensor and x.is_cpu for x in args]) and self.prepares()
+            prepared: Prepared | None = self.holding(_prepared) if prepares else None
+            if prepared is not None and len(args) == prepared.region.required:
+                assert prepared.region.straight is not None
+                return prepared.region.straight(Straight(prepared, self), *args)
         plain = isinstance(args[0], Tensor) if len(args) == 1 else all(isinstance(x, Tensor) for x in args)
         structure = None if plain or kwargs else structure_of(args)
         if kwargs or not (plain or structure is not None):
@@ -312,14 +354,15 @@ class FusedRegion(Fused):
             region = self.recall(*_OF_TENSORS)
         else:
             region = self.recall(("region", structure), partial(_region, structure))
-            if self.remembers(_whole):
-                Memory.of(self).entries.pop(_whole, None)  # the next call with a tensor is one of another kind again
+            if self.remembers(_prepared):
+                Memory.of(self).entries.pop(_prepared, None)  # the next call with a tensor is one of another kind again
         regions: Regions | None = self.__dict__.get("fused_region")
         if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
             regions.called[self.training] = structure
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
         out = region.run(self, *(args if plain else tensors_of(args)))
-        if region.whole and plain and self.remembers(region.sites[0].parts):
-            self.recall(_whole, _whole)  # the next call asks once for both
+        anew = prepares and region.straight is not None and not self.remembers(_prepared)
+        if anew and all([self.remembers(site.parts) for site in region.sites]):
+            self.recall(_prepared, _prepared)  # the next call asks once for all
         return out
