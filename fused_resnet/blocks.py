@@ -106,10 +106,12 @@ class Fused(nn.Module):
         return not hooks_everywhere() and not inputs.transformed_eagerly() and functional.prepares(self.fused_backend)
 
     def holding(self, what: Any) -> Any:
-        """What is remembered as ``what``, with ``places`` that need not be looked at, if all is as it was; else None."""
+        """What is remembered as ``what`` if all is as it was, looking at the places of those tensors that its ``places`` names;
+        else None, and all of this module is forgotten.
+        """
         memory: Memory | None = self.__dict__.get(ATTRIBUTE)
         entry = None if memory is None else memory.entries.get(what)
-        return entry.value if entry is not None and entry.holds(self, entry.value.places) else None
+        return None if memory is None or entry is None else memory.recall(what, self, entry.value.places)
 
     def small(self, x: Any) -> bool:
         """Whether autograd records, and x are rows or signals so few that the modules are called one by one, see
@@ -177,7 +179,8 @@ class Fused(nn.Module):
         second = skip[0] if skip else None
         transformed, kind = inputs.transformed(), None
         if reading.lasts and not transformed and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            kind = functional.kind_of(x, second, donate) if functional.prepares(self.fused_backend) else None
+            kind = functional.kind_of(x, second, donate)
+            kind = kind if kind is not None and functional.prepares(self.fused_backend) else None
             out = None if kind is None else functional.again(reading, kind, x, second)
             if out is not None:
                 return out, True

@@ -142,7 +142,8 @@ class Parts:
 
     ``containers`` are modules around some of them (the Sequential of a projection), which a hook may look into as well;
     ``gate`` is the convolution of a highway's gate; ``skip``: the shortcut starts from a second input; ``entry``: what stands
-    in front of the first convolution; ``reason`` says why the modules are known not to be a chain.
+    in front of the first convolution; ``reason`` says why the modules are known not to be a chain; ``way``: modules on the way
+    to others, whose children may be replaced.
     """
 
     layers: list[WeightLayer]
@@ -154,6 +155,7 @@ class Parts:
     gate: WeightLayer | None = None
     skip: bool = False
     entry: Entry | None = None
+    way: tuple[nn.Module, ...] = ()
 
     @property
     def weight_layers(self) -> list[WeightLayer]:
@@ -186,7 +188,7 @@ class Parts:
     @property
     def watched(self) -> list[nn.Module]:
         """All modules that it is read off."""
-        return [*self.modules, *self.containers]
+        return [*self.modules, *self.containers, *self.way]
 
 
 @dataclass

@@ -203,8 +203,8 @@ class _Entry:
 class Memory:
     """What was read off a module, by what it is; an attribute of it. Copies and pickles start empty.
 
-    A child is watched as the object it was. So whoever remembers something lists the children on the way to it as well, or asks
-    in the same call for something else first that lists them: where one thing differs, all of a module is forgotten.
+    A child is watched as the object it was. So whoever remembers something lists the children on the way to it as well. Where
+    one thing differs, all of a module is forgotten.
 
     Attributes:
         little: how much work the module is, see :class:`fused_resnet.blocks.Little`.
@@ -228,12 +228,12 @@ class Memory:
                 module.__dict__[ATTRIBUTE] = memory
         return memory
 
-    def recall(self, what: Any, module: nn.Module) -> Any:
-        """What was remembered, or None if the module or any of the others differs from what it was."""
+    def recall(self, what: Any, module: nn.Module, places: int = ALL) -> Any:
+        """What was remembered, or None if the module or any of the others differs from what it was; see :func:`unchanged`."""
         entry = self.entries.get(what)
         if entry is None:
             return None
-        if entry.holds(module):
+        if entry.holds(module, places):
             return entry.value
         self.entries.clear()
         return None

@@ -278,6 +278,68 @@ def test_one_look_is_enough_for_all_chains(
             assert call < 3 or (len(looks) == 1) is (call != 4)
 
 
+@pytest.mark.parametrize("calls", [1, 4])
+@pytest.mark.parametrize("make", [Whole, Fork], ids=["one chain", "two chains"])
+def test_what_is_replaced_behind_another_change_is_seen(make: Callable[[int], nn.Module], calls: int) -> None:
+    """Where a chain is read anew, in the middle of a call, it lists the modules on the way to its own."""
+    torch.manual_seed(0)
+    plain: Any = randomise(make(4)).eval()
+    fused: Any = fuse(copy.deepcopy(plain), backend="cpu")
+    x, norm = torch.randn(4, 8, 5, 6), randomise(nn.BatchNorm2d(8)).eval()
+    with torch.no_grad():
+        for _ in range(5):
+            fused(x)
+        for net in (plain, fused):
+            net.norm.eps = 0.5
+        for _ in range(calls):
+            assert relative_error(fused(x), plain(x)) < CLOSE
+        before = plain(x)
+        for net in (plain, fused):
+            net.inner["norm"] = copy.deepcopy(norm)
+        expected = plain(x)
+        assert relative_error(before, expected) > 3 * CLOSE, "the change shows"
+        for _ in range(4):
+            assert relative_error(fused(x), expected) < CLOSE
+        assert region._prepared in vars(fused)[ATTRIBUTE].entries
+
+
+class _Changes(torch.overrides.TorchFunctionMode):
+    """Puts a BatchNorm in training mode when a tensor is multiplied."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.mul, Tensor.mul, Tensor.__mul__):
+            self.norm.train()
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_that_change_a_module_meanwhile() -> None:
+    torch.manual_seed(0)
+    plain: Any = randomise(Fork(4)).eval()
+    fused: Any = fuse(copy.deepcopy(plain), backend="cpu")
+    x = torch.randn(4, 8, 5, 6)
+    with torch.no_grad():
+        for _ in range(5):
+            before = fused(x)
+        found = []
+        for net in (plain, fused):
+            with _Changes(net.inner["norm"]):
+                found.append(net(x))
+    assert relative_error(before, found[0]) > 3 * CLOSE, "the change shows"
+    assert relative_error(found[1], found[0]) < CLOSE
+
+
+def test_a_chain_that_is_never_prepared_is_not_looked_at_twice() -> None:
+    """In training mode it moves statistics."""
+    net: Any = fuse(randomise(Fork(4)).train(), backend="cpu")
+    with torch.no_grad():
+        for _ in range(5):
+            net(torch.randn(4, 8, 5, 6))
+    assert region._prepared not in vars(net)[ATTRIBUTE].entries
+
+
 def _readings(net: nn.Module) -> list[Any]:
     return list(vars(net)[ATTRIBUTE].entries[region._prepared].value.readings)
 

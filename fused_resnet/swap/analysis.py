@@ -302,12 +302,17 @@ def _straight_call_of(index: int) -> Callable[..., Tensor]:
     return fused_chain
 
 
+#: Modules whose functions are PyTorch's or Python's own.
+_OF_TORCH = {None, "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator", "builtins", "math"}
+
+
 def _is_torchs(node: fx.Node) -> bool:
-    """Whether a node is an argument, the result, or a call that runs nobody else's code and asks no module."""
+    """Whether a node is an argument, the result, or a call that runs nobody else's code and asks no module. (Operators by name,
+    ``torch.ops``, may be anybody's.)
+    """
     if node.op != "call_function":
         return node.op in ("placeholder", "call_method", "output")
-    place = getattr(node.target, "__module__", None)  # None: of a function in C
-    return place is None or place.split(".")[0] in ("torch", "_operator", "builtins", "math")
+    return getattr(node.target, "__module__", "") in _OF_TORCH
 
 
 def _size_of(site: Site) -> Callable[..., Tensor]:

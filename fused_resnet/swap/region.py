@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..blocks import Fused, read_off
 from ..describe import Entry, Parts, Reading, WeightLayer, hooks_everywhere
-from ..watch import Memory
+from ..watch import ATTRIBUTE, Memory
 from .arguments import Structure, structure_of, tensors_of, told
 from .guards import Guard, descend
 from .tracing import LOCK
@@ -68,7 +68,15 @@ class Site:
         containers = tuple(at(path) for path in self.passed)
         layers = [layer(places) for places in self.layers]
         entry = None if self.entry is None else Entry(self.entry[0], at(self.entry[1]), at(self.entry[2]))
-        return Parts(layers, self.residual, projection, at(self.pool), containers, skip=self.skip, entry=entry)
+        way = tuple(at(path) for path in self._way())
+        return Parts(layers, self.residual, projection, at(self.pool), containers, skip=self.skip, entry=entry, way=way)
+
+    def _way(self) -> list[Path]:
+        """The places between the region and its chain's modules."""
+        layers = [*self.layers, *(() if self.projection is None else (self.projection,))]
+        places = [*(place for layer in layers for place in layer[1:]), *(() if self.entry is None else self.entry[1:])]
+        paths = [path for path in (*places, self.pool, *self.passed) if isinstance(path, tuple)]
+        return list(dict.fromkeys(path[:depth] for path in paths for depth in range(1, len(path))))
 
 
 def _at(region: nn.Module, path: Path) -> Any:
@@ -260,11 +268,11 @@ def _inside(module: nn.Module, region: Region) -> list[nn.Module]:
 
 
 class Prepared(NamedTuple):
-    """A region whose forward is nothing but chains and functions of PyTorch's, so that nobody changes a module meanwhile: one
-    look at all of them is enough for all chains.
+    """A region whose forward is nothing but chains and functions of PyTorch's, so that nobody changes a module meanwhile (where
+    no mode is on that they call): one look at all of them is enough for all chains.
 
     Attributes:
-        places: what of the modules' tensors the prepared chains do not look at.
+        places: whose addresses are compared, since the prepared chains do not look there, see :func:`.watch.unchanged`.
     """
 
     region: Region
@@ -303,6 +311,18 @@ def _prepared(module: Any) -> tuple[Prepared | None, list[nn.Module] | None]:
     return prepared, modules if all(reading.lasts for reading in readings) else None
 
 
+def _all_ready(module: Fused, region: Region) -> bool:
+    """Whether each chain of a region is remembered, and prepared for some input."""
+    entries = Memory.of(module).entries
+    found = [entries.get(site.parts) for site in region.sites]
+    return all([entry is not None and any(entry.value.ready.values()) for entry in found])
+
+
+def _modes() -> bool:
+    """Whether functions of PyTorch's call somebody, who may do anything."""
+    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
 @lru_cache(maxsize=1024)
 def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Arguments that may be given by place or by name, behind ``self``."""
@@ -336,13 +356,14 @@ class FusedRegion(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs and not torch.compiler.is_compiling():
             args, kwargs = _in_order(self.unfused_class.forward, args, kwargs)
-        prepares = False
+        quick = False
         if torch.is_grad_enabled():
             if args and self.small(args[0]):
                 return super().forward(*args, **kwargs)
         elif not kwargs and not torch.compiler.is_dynamo_compiling():
-            prepares = all([type(x) is Tensor and x.is_cpu for x in args]) and self.prepares()
-            prepared: Prepared | None = self.holding(_prepared) if prepares else None
+            quick = all([type(x) is Tensor and x.is_cpu for x in args])
+            look = quick and self.remembers(_prepared) and self.prepares() and not _modes()
+            prepared: Prepared | None = self.holding(_prepared) if look else None
             if prepared is not None and len(args) == prepared.region.required:
                 assert prepared.region.straight is not None
                 return prepared.region.straight(Straight(prepared, self), *args)
@@ -354,7 +375,7 @@ class FusedRegion(Fused):
             region = self.recall(*_OF_TENSORS)
         else:
             region = self.recall(("region", structure), partial(_region, structure))
-            if self.remembers(_prepared):
+            if ATTRIBUTE in self.__dict__ and not torch.compiler.is_compiling():
                 Memory.of(self).entries.pop(_prepared, None)  # the next call with a tensor is one of another kind again
         regions: Regions | None = self.__dict__.get("fused_region")
         if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
@@ -362,7 +383,6 @@ class FusedRegion(Fused):
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
         out = region.run(self, *(args if plain else tensors_of(args)))
-        anew = prepares and region.straight is not None and not self.remembers(_prepared)
-        if anew and all([self.remembers(site.parts) for site in region.sites]):
+        if quick and region.straight is not None and not self.remembers(_prepared) and _all_ready(self, region):
             self.recall(_prepared, _prepared)  # the next call asks once for all
         return out
