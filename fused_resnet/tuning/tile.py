@@ -152,7 +152,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     5. Warps for 64 accumulators a thread, for 32 where other things want registers (fp32, addresses of flat loads, the exact
        branch of grouped tiles: all three spill otherwise; a prologue: 128 registers instead of 204 to 255). But for 64 where
        statistics follow fp32 tiles that pointers load: with 8 warps the compiler stops at 128 registers and spills a few. For
-       16 where they follow a depthwise convolution.
+       16 where they follow a depthwise convolution, and for grouped tiles with a prologue: 74 to 112 registers instead of 116
+       to 166 (Triton 3.8), and with Triton 3.6 none of the 160 bytes that it spills on sm_80.
        Stages as many as shared memory holds, at most 4.
 
     Depthwise convolutions have nothing to multiply matrices of: 64 pixels by 64 filters, so that loads are whole sectors. That
@@ -197,7 +198,7 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     if launch.epilogue == "stats" and single and g.groups == 1 and (tf32 if flat else ampere):
         crowded = False
     each = 32 if crowded else 64
-    if launch.epilogue == "stats" and g.groups == g.C > 1:
+    if g.groups > 1 and (launch.epilogue == "stats" if g.groups == g.C else launch.prologue != "identity"):
         each = 16
     warps = 4 if exponential and arch.startswith("gfx") else power_of_two(pixels * filters // (32 * each), 4, 8)
     stages = max(2, min(4, _room(launch, arch) * 1024 // tile().stage_bytes(launch.dtype)))
@@ -223,7 +224,9 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
 
     Both products are at most 128 by 128, 64 on the sides that :func:`choose_tile` halves, and for the same reasons.
 
-    * dgrad: that rule with channels and filters exchanged, over the pixels of one class.
+    * dgrad: that rule with channels and filters exchanged, over the pixels of one class. Grouped ones with BatchNorm's backward
+      on load: half the pixels, 16 accumulators a thread (86 to 128 registers instead of 143 to 188; Triton 3.6 spills 260 to
+      420 bytes otherwise).
     * wgrad: 64 pixels a step, 32 of fp32 and where dy is made on load with addresses in registers (no descriptors). The pixels
       are split so that the programs fill the device once, each with at least 4 steps: what the last program adds up grows with
       the splits.
@@ -271,7 +274,8 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         r, s = (ceil(size / stride) for size, stride in zip((g.R, g.S), g.stride, strict=True))
         # The pixels of one class as the output of a convolution of stride 1.
         one = Geometry(g.N, rows + r - 1, columns + s - 1, g.K, g.C, r, s)
-        low = exact or g.groups == g.C > 1 or (single and arch == "sm_120" and g.stride != (1, 1))
+        grouped = 1 < g.groups < g.C and reads_y
+        low = exact or grouped or g.groups == g.C > 1 or (single and arch == "sm_120" and g.stride != (1, 1))
         pixels = power_of_two(g.N * rows * columns, 16, 512 if interpreted else 64 if low else 128)
 
         def programs() -> int:
@@ -288,6 +292,8 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         size = pixels * channels
     if exact and launch.kind == "wgrad":
         a_thread = 8 if "x_var" in launch.roles else 16
+    elif launch.kind == "dgrad" and 1 < g.groups < g.C and reads_y:
+        a_thread = 16
     else:
         a_thread = 32 if single or g.groups > 1 or reads_y else 64
     warps = power_of_two(size // (32 * a_thread), 4, 8)
