@@ -362,7 +362,8 @@ class FusedRegion(Fused):
                 return super().forward(*args, **kwargs)
         elif not kwargs and not torch.compiler.is_dynamo_compiling():
             quick = all([type(x) is Tensor and x.is_cpu for x in args])
-            look = quick and self.remembers(_prepared) and self.prepares() and not _modes()
+            memory: Memory | None = self.__dict__.get(ATTRIBUTE)
+            look = quick and memory is not None and _prepared in memory.entries and self.prepares() and not _modes()
             prepared: Prepared | None = self.holding(_prepared) if look else None
             if prepared is not None and len(args) == prepared.region.required:
                 assert prepared.region.straight is not None
