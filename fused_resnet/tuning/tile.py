@@ -153,7 +153,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
        branch of grouped tiles: all three spill otherwise; a prologue: 128 registers instead of 204 to 255). But for 64 where
        statistics follow fp32 tiles that pointers load: with 8 warps the compiler stops at 128 registers and spills a few. For
        16 where they follow a depthwise convolution, and for grouped tiles with a prologue: 74 to 112 registers instead of 116
-       to 166 (Triton 3.8), and with Triton 3.6 none of the 160 bytes that it spills on sm_80.
+       to 166 (Triton 3.8), and with Triton 3.6 none of the 160 bytes that it spills on sm_80. (Not of exact fp32 on sm_120,
+       which spills 8 bytes so.)
        Stages as many as shared memory holds, at most 4.
 
     Depthwise convolutions have nothing to multiply matrices of: 64 pixels by 64 filters, so that loads are whole sectors. That
@@ -198,7 +199,8 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     if launch.epilogue == "stats" and single and g.groups == 1 and (tf32 if flat else ampere):
         crowded = False
     each = 32 if crowded else 64
-    if g.groups > 1 and (launch.epilogue == "stats" if g.groups == g.C else launch.prologue != "identity"):
+    branched = 1 < g.groups < g.C and launch.prologue != "identity" and not (single and not tf32 and arch == "sm_120")
+    if branched or (launch.epilogue == "stats" and g.groups == g.C > 1):
         each = 16
     warps = 4 if exponential and arch.startswith("gfx") else power_of_two(pixels * filters // (32 * each), 4, 8)
     stages = max(2, min(4, _room(launch, arch) * 1024 // tile().stage_bytes(launch.dtype)))

@@ -34,19 +34,7 @@ SPILLED = {
     ("sm_86", "gelu on load 3x3 fp32", False): 8,
     ("sm_90", "dgrad 3x3 at 14x14 fp32", False): 8,
     ("sm_100", "wgrad silu 3x3 fp32", True): 8,
-    ("sm_120", "32x4d + stats fp32", False): 8,
 }
-#: And what more the ptxas that Triton 3.6 brings spills likewise: at 80, 96, 128 and, of "wgrad entry", 167 registers.
-SPILLED_BEFORE_37 = {
-    ("sm_80", "dgrad 32x4d fp32", True): 8,
-    ("sm_86", "dgrad 32x4d fp32", True): 8,
-    ("sm_90", "silu on load 3x3 fp32", False): 8,
-    ("sm_100", "dgrad 1x1 stride 2 fp32", False): 8,
-    ("sm_100", "wgrad 1x1 fp32", False): 8,
-    ("sm_100", "silu on load 3x3", False): 16,
-    ("sm_100", "wgrad entry", False): 24,
-}
-OLD = importlib.util.find_spec("triton") and tuple(int(part) for part in metadata.version("triton").split(".")[:2]) < (3, 7)
 
 
 def compiled(target: str, *names: str) -> list[dict[str, Any]]:
@@ -60,7 +48,8 @@ def compiled(target: str, *names: str) -> list[dict[str, Any]]:
 
 def stack_of_descriptors(target: str, tma_loads: int) -> int:
     """Bytes of stack that are no spill: on sm_120 Triton 3.6 gives every kernel with descriptors 8, whatever its registers."""
-    return 8 if OLD and target == "sm_120" and tma_loads else 0
+    old = tuple(int(part) for part in metadata.version("triton").split(".")[:2]) < (3, 7)
+    return 8 if old and target == "sm_120" and tma_loads else 0
 
 
 #: Beginnings of the names of cases that have no matrix products.
@@ -70,9 +59,7 @@ NO_PRODUCTS = ("depthwise", "max", "zero_pad", "bn_add_relu", "gate", "statistic
 def check(target: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         case = result["case"]
-        key = target, case, result["tf32"]
-        few = SPILLED.get(key, 0) if result["registers"] <= 128 else 0
-        few = max(few, SPILLED_BEFORE_37.get(key, 0)) if OLD and result["registers"] <= 168 else few
+        few = SPILLED.get((target, case, result["tf32"]), 0) if result["registers"] <= 128 else 0
         assert result["spills"] <= stack_of_descriptors(target, result["tma"]) + few, result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
         convolution = not case.startswith(NO_PRODUCTS)
