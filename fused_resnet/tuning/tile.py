@@ -244,6 +244,7 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     single = itemsize == 4 and not interpreted
     wide = 64 if g.groups > 1 or single else 128
     reads_y = launch.gradient == "bn_backward"
+    branched = launch.kind == "dgrad" and 1 < g.groups < g.C and reads_y
     exact = single and not tf32 and arch.startswith("sm_")
     descriptors = interpreted or (arch.startswith("sm_") and int(arch[3:]) >= 90)
     if g.pointwise:
@@ -276,8 +277,7 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         r, s = (ceil(size / stride) for size, stride in zip((g.R, g.S), g.stride, strict=True))
         # The pixels of one class as the output of a convolution of stride 1.
         one = Geometry(g.N, rows + r - 1, columns + s - 1, g.K, g.C, r, s)
-        grouped = 1 < g.groups < g.C and reads_y
-        low = exact or grouped or g.groups == g.C > 1 or (single and arch == "sm_120" and g.stride != (1, 1))
+        low = exact or branched or g.groups == g.C > 1 or (single and arch == "sm_120" and g.stride != (1, 1))
         pixels = power_of_two(g.N * rows * columns, 16, 512 if interpreted else 64 if low else 128)
 
         def programs() -> int:
@@ -294,7 +294,7 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         size = pixels * channels
     if exact and launch.kind == "wgrad":
         a_thread = 8 if "x_var" in launch.roles else 16
-    elif launch.kind == "dgrad" and 1 < g.groups < g.C and reads_y:
+    elif branched:
         a_thread = 16
     else:
         a_thread = 32 if single or g.groups > 1 or reads_y else 64
