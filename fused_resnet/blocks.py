@@ -103,7 +103,9 @@ class Fused(nn.Module):
 
     def prepares(self) -> bool:
         """Whether a call without gradients, which no compiler traces, may find chains prepared."""
-        return not hooks_everywhere() and not inputs.transformed_eagerly() and functional.prepares(self.fused_backend)
+        if hooks_everywhere() or inputs.transformed_eagerly() or torch.is_autocast_enabled("cpu"):
+            return False
+        return backends.prepares(self.fused_backend)
 
     def holding(self, what: Any) -> Any:
         """What is remembered as ``what`` if all is as it was, looking at the places of those tensors that its ``places`` names;
@@ -180,7 +182,7 @@ class Fused(nn.Module):
         transformed, kind = inputs.transformed(), None
         if reading.lasts and not transformed and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             kind = functional.kind_of(x, second, donate)
-            kind = kind if kind is not None and functional.prepares(self.fused_backend) else None
+            kind = kind if kind is not None and self.prepares() else None
             out = None if kind is None else functional.again(reading, kind, x, second)
             if out is not None:
                 return out, True

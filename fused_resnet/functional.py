@@ -1,7 +1,7 @@
 """What modules call: a chain of given tensors, or of what was read off modules, in eager mode or traced by a compiler.
 
 In eager mode with gradients it is :class:`.chain_function.ChainFunction`, without them its forward alone, prepared for inputs
-that come again (:func:`prepares`, :func:`kind_of`, :func:`again`, :func:`prepare`). Under torch.compile and torch.export it is
+that come again (:func:`kind_of`, :func:`again`, :func:`prepare`). Under torch.compile and torch.export it is
 :mod:`.operators`.
 """
 
@@ -65,15 +65,9 @@ def _as_images(reading: Reading) -> list[Tensor]:
 READY = 8
 
 
-def prepares(backend: str | None) -> bool:
-    """Whether chains are prepared for calls without gradients on the CPU, as things are."""
-    if backends.observed() or torch.is_autocast_enabled("cpu"):
-        return False
-    return backends.chosen(backend) in (None, backends.PREPARES)
-
-
 def kind_of(x: Any, skip: Tensor | None, donate: bool) -> Any:
-    """What a chain is prepared for where it :func:`prepares`, of a call without gradients; None where nothing is.
+    """What a chain is prepared for where it may be (:meth:`.blocks.Fused.prepares`), of a call without gradients; None where
+    nothing is.
 
     Asked in front of each chain of a small network, whose layers take 50 us. A device or its name would be a new object: 5 us
     where nothing of it is in the caches.

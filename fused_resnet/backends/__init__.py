@@ -479,6 +479,11 @@ class Ready:
 PREPARES = "cpu"
 
 
-def observed() -> bool:
-    """Whether somebody counts or clocks launches: then they run one by one."""
-    return bool(_logs or _clocks)
+def prepares(requested: str | None) -> bool:
+    """Whether launches on the CPU may run as they were prepared: nobody counts or clocks them, which then run one by one, nor
+    has chosen another backend. (As :func:`chosen`, in one function: asked in front of each chain.)
+    """
+    if _logs or _clocks:
+        return False
+    name = requested or _context.get() or _environment()
+    return not name or name == PREPARES or chosen(requested) == PREPARES
