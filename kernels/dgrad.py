@@ -25,7 +25,7 @@ from .boxes import EXTENTS, Lanes, Place, Sizes, Step, in_bands, next_tap
 from .epilogues import At
 from .finish import MEETING, Column, Shares, finish_sums, joined_shares, leave_share, own_program, own_share
 from .gradients import shifted
-from .numerics import dot, rounded
+from .numerics import column_sums, dot, rounded
 
 
 class Class(NamedTuple):
@@ -236,11 +236,11 @@ def write(acc, dx, at, column, outputs, EPILOGUE: tl.constexpr, epilogue_args, B
     if column is not None:
         # Of what is stored, and of pixels that exist: past the border there may be taps and so a gradient.
         stored = tl.where(at.mask, stored.to(tl.float32), 0.0)
-        total = tl.sum(stored, axis=0)
+        total = column_sums(stored)
         if len(outputs) == 1:
             finish_sums(column, (total,), outputs)
         else:
-            finish_sums(column, (total, tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)), outputs)
+            finish_sums(column, (total, column_sums(tl.where(at.mask, stored * factor, 0.0))), outputs)
 
 
 @triton.jit(do_not_specialize_on_alignment=(*EXTENTS, *MEETING))

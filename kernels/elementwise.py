@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .finish import Column, finish_sums
-from .numerics import rounded
+from .numerics import column_sums, rounded
 from .prologues import batch_norm, per_channel
 
 
@@ -162,4 +162,4 @@ def bn_add_relu_backward(
         strips = tl.num_programs(0) // channel_tiles
         own = counters + channel_tile * (tl.cdiv(strips, group) + 1)
         column = Column(partials, own, strip, strips, group, channels, exists, K)
-        finish_sums(column, (tl.sum(total, axis=0), tl.sum(dot, axis=0), tl.sum(shortcut_dot, axis=0)), sums)
+        finish_sums(column, (column_sums(total), column_sums(dot), column_sums(shortcut_dot)), sums)

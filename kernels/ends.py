@@ -15,7 +15,7 @@ import triton.language as tl
 from .elementwise import strip_index
 from .epilogues import At, Index, per_pixel
 from .finish import Column, finish_sums
-from .numerics import rounded
+from .numerics import column_sums, rounded
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def dgrad_end(
         own = counters + index.filter_tile * (tl.cdiv(index.pixel_tiles, group) + 1)
         tiles = Column(partials, own, index.pixel_tile, index.pixel_tiles, group, at.filters, at.filters_inside, K)
         if len(outputs) == 1:
-            finish_sums(tiles, (tl.sum(stored, axis=0),), outputs)
+            finish_sums(tiles, (column_sums(stored),), outputs)
         else:
-            total = tl.sum(tl.where(at.mask, stored * factor, 0.0), axis=0)
-            finish_sums(tiles, (tl.sum(stored, axis=0), total), outputs)
+            total = column_sums(tl.where(at.mask, stored * factor, 0.0))
+            finish_sums(tiles, (column_sums(stored), total), outputs)

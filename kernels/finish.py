@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
 
-from .numerics import INTERPRETED
+from .numerics import INTERPRETED, column_sums
 
 #: Rows of partials that a program has in flight at once: loads take long, and nobody else works by then.
 ROWS = tl.constexpr(16)
@@ -269,10 +269,10 @@ def moments(values, inside):
     """
     there = inside[:, None]
     count = tl.sum(inside.to(tl.float32), axis=0)
-    mean = tl.sum(tl.where(there, values, 0.0), axis=0) / count
+    mean = column_sums(tl.where(there, values, 0.0)) / count
     distance = tl.where(there, values - mean[None, :], 0.0)
-    rest = tl.sum(distance, axis=0)
-    m2 = tl.sum(distance * distance, axis=0) - rest * rest / count
+    rest = column_sums(distance)
+    m2 = column_sums(distance * distance) - rest * rest / count
     return count, mean + rest / count, m2
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from .activations import logistic
 from .elementwise import standardised, strip_index
 from .finish import Column, finish_sums
-from .numerics import rounded
+from .numerics import column_sums, rounded
 from .prologues import batch_norm
 
 
@@ -136,20 +136,20 @@ def gate_backward(
         stored = rounded(made, dz.dtype.element_ty)
         tl.store(dz + offsets, stored, mask=mask)
         stored = tl.where(mask, stored.to(tl.float32), 0.0)
-        total += tl.sum(stored, axis=0)
+        total += column_sums(stored)
         if y_bn[0] is not None:
             xhat = standardised(y_value, channels, exists, y_bn[0], y_bn[1])
-            dot += tl.sum(tl.where(mask, stored * xhat, 0.0), axis=0)
+            dot += column_sums(tl.where(mask, stored * xhat, 0.0))
         stored = rounded(gradient * (h - side) * (opened * (1.0 - opened)), dt.dtype.element_ty)
         tl.store(dt + offsets, stored, mask=mask)
-        total_t += tl.sum(tl.where(mask, stored.to(tl.float32), 0.0), axis=0)
+        total_t += column_sums(tl.where(mask, stored.to(tl.float32), 0.0))
         stored = rounded(gradient * (1.0 - opened), dside.dtype.element_ty)
         tl.store(dside + offsets, stored, mask=mask)
         stored = tl.where(mask, stored.to(tl.float32), 0.0)
-        total_side += tl.sum(stored, axis=0)
+        total_side += column_sums(stored)
         if shortcut_bn[0] is not None:
             xhat = standardised(side_value, channels, exists, shortcut_bn[0], shortcut_bn[1])
-            dot_side += tl.sum(tl.where(mask, stored * xhat, 0.0), axis=0)
+            dot_side += column_sums(tl.where(mask, stored * xhat, 0.0))
     strips = tl.num_programs(0) // channel_tiles
     own = counters + channel_tile * (tl.cdiv(strips, group) + 1)
     column = Column(partials, own, strip, strips, group, channels, exists, K)

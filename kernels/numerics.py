@@ -1,4 +1,6 @@
-"""Two operations that Triton's interpreter gets wrong for bf16, and that every kernel therefore takes from here."""
+"""Operations that Triton's interpreter does otherwise than a GPU, and that every kernel therefore takes from here: two that it
+gets wrong for bf16, and a sum that it rounds more often.
+"""
 
 import triton
 import triton.language as tl
@@ -24,3 +26,16 @@ def rounded(value, DTYPE: tl.constexpr):
         # The sum would carry a NaN into another number.
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(DTYPE)
+
+
+@triton.jit
+def column_sums(values):
+    """Sums [K] of ``values`` [M, K] over M.
+
+    A GPU adds the few numbers of a thread, and then the threads' sums in a tree. The interpreter adds row to row: in a tile of
+    512 pixels a variance was 5 roundings off, where it is less than one here.
+    """
+    if INTERPRETED:
+        while values.shape[0] > 1:
+            values = tl.sum(tl.reshape(values, (2, values.shape[0] // 2, values.shape[1])), axis=0)
+    return tl.sum(values, axis=0)

@@ -20,7 +20,7 @@ import triton.language as tl
 from .boxes import EXTENTS, Lanes, Sizes, locate
 from .elementwise import standardised, strip_index
 from .finish import MEETING, Column, finish_sums
-from .numerics import rounded
+from .numerics import column_sums, rounded
 from .prologues import batch_norm
 
 
@@ -187,4 +187,4 @@ def max_pool_backward(
         strips = tl.num_programs(0) // channel_tiles
         counter = counters + channel_tile * (tl.cdiv(strips, group) + 1)
         column = Column(partials, counter, strip, strips, group, channels, exists, sizes.C)
-        finish_sums(column, (tl.sum(total, axis=0), tl.sum(dot, axis=0)), sums)
+        finish_sums(column, (column_sums(total), column_sums(dot)), sums)
