@@ -177,6 +177,15 @@ def test_a_listing_of_several_kernels_is_taken_apart() -> None:
     assert loop is not None and loop.matrix == 1
 
 
+def test_what_is_said_of_scheduling_is_left_out() -> None:
+    """Triton 3.6's disassembler says it of sm_120; branches in its listing led nowhere, in kernels that were not the first."""
+    plain = sass("@P0 BRA 0x50", MMA, "@!P1 BRA 0x40", "EXIT")
+    told = plain.replace(";", " &req={5,1} &rd=0x0 ?WAIT4_END_GROUP;", 1).replace("0x40;", "0x40  ?trans5;")
+    told = re.sub(r"/\*(\w+)\*/", lambda match: f"/*{int(match[1], 16) + 48:04x}*/", told)
+    (_, text) = split_listing(sass(MMA, "BRA 0x0", "EXIT") + "\n" + told, [48, 64])
+    assert text == sass("@P0 BRA `(.L_1)", ".L_0:", MMA, ".L_1:", "@!P1 BRA `(.L_0)", "EXIT") + "\n"
+
+
 def test_pipelined_buffers() -> None:
     """Barriers, vectors and what is not taken by an index do not count."""
     ttgir = """

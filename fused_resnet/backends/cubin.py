@@ -57,6 +57,8 @@ def code_of(cubin: bytes) -> bytes:
 
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/(.*)$")
+#: How an instruction is scheduled, which Triton 3.6's disassembler writes behind those of sm_120: ``&req={1} &wr=0x0 ?trans5``.
+_SCHEDULE = re.compile(r"(?:\s+(?:&\w+=(?:\{[\d,]*\}|\w+)|\?\w+))+\s*;")
 #: What may name an address of the code.
 _JUMP = re.compile(r"\b(?:BRA|JMP|CALL|BSSY|BRX|WARPSYNC\.COLLECTIVE)\S*\s.*?\b0x([0-9a-f]+)\s*;")
 
@@ -72,7 +74,7 @@ def split_listing(listing: str, lengths: Sequence[int]) -> list[str]:
     for length in lengths:
         own = []
         while at < len(lines) and lines[at][0] < base + length:
-            own.append((lines[at][0] - base, lines[at][1]))
+            own.append((lines[at][0] - base, _SCHEDULE.sub(" ;", lines[at][1])))
             at += 1
         texts.append(_with_labels(own, base))
         base += length
