@@ -69,6 +69,20 @@ def test_a_stdout_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["info", "zebra"]) == 2
 
 
+@pytest.mark.parametrize("command, code", [(["info", "resnet18"], 0), (["info", "zebra"], 2)])
+def test_under_torchrun_a_process_ends_at_once(command: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its exit code; not where main is somebody's function, nor where nobody started several."""
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(sys, "argv", ["fused-resnet", *command])
+    assert main() == code and ends == []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == code and ends == []
+    main()
+    assert ends == [code]
+
+
 def test_a_name_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Printed with its bytes spelt out: a strict stdout would end a command behind its work."""
     with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as stream:
