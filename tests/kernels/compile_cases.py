@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from gradient_launches import dgrad, wgrad
 from launches import conv, end_of_block, max_pool, max_pool_backward, zero_pad
 
-from fused_resnet.backends.triton_compile import compile_launch
+from fused_resnet.backends.triton_compile import compile_launch, compile_prepared, prepare
 from fused_resnet.launch import Launch
 
 _POOL = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
@@ -193,6 +194,13 @@ ENTRY = {
 CASES |= ENTRY
 
 
+def spills_with_all(launch: Launch, target: str, tf32: bool) -> int:
+    """Bytes spilled where ptxas may use all registers of a thread, and does not aim at more programs at a time."""
+    prepared = prepare(launch, target, tf32=tf32)
+    options = {**prepared.options, **({"maxnreg": 255} if target.startswith("sm") else {})}
+    return compile_prepared(replace(prepared, options=options), target).spills
+
+
 def main(target: str, names: list[str]) -> None:
     results = []
     for name in names or CASES:
@@ -204,6 +212,7 @@ def main(target: str, names: list[str]) -> None:
                     "tf32": tf32,
                     "registers": compiled.registers,
                     "spills": compiled.spills,
+                    "spills_with_all": spills_with_all(CASES[name], target, tf32) if compiled.spills else 0,
                     "shared": compiled.shared,
                     "warps": compiled.num_warps,
                     "stages": compiled.num_stages,
