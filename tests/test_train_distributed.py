@@ -21,7 +21,11 @@ import training
 from tolerances import relative_error
 
 from fused_resnet.train import Config, data, fit, networks, sampler, seeds
+from fused_resnet.train.distributed import World
+from fused_resnet.train.evaluate import Result, evaluate
+from fused_resnet.train.members import Member
 from fused_resnet.train.recipe import learning_rate
+from fused_resnet.train.views import Views
 
 STEPS = 6
 
@@ -30,6 +34,18 @@ def config(out: Path, **changes: Any) -> Config:
     """Without dropout, whose random numbers the two processes draw on their own; with an average of the weights."""
     fields = {"recipe": training.recipe(length=STEPS), "model_arguments": {"dropout": 0.0}, "checkpoint_every": 2}
     return training.config(out, **{**fields, "backend": "cpu", **changes})
+
+
+def evaluated(world: World) -> Result:
+    """Of two networks, over 361 images of digits in ten crops."""
+    digits = data.for_test("digits", None, Views("ten"), training.recipe(length=STEPS), None)
+    assert isinstance(digits.test, data.Pixels)
+    digits.test.images, digits.test.labels = digits.test.images[:361], digits.test.labels[:361]
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(Member(f"net {seed}", training.small(10).eval(), None, 10))
+    return evaluate(found, digits, Views("ten"), world.device, batch=100, world=world)
 
 
 def work(rank: int) -> dict[str, Any]:
@@ -44,6 +60,7 @@ def work(rank: int) -> dict[str, Any]:
         pieces = replace(whole, out=out / f"{kind} pieces", resume=True)
         fit(replace(pieces, stop_after=3))
         fit(pieces)
+    results["evaluated"] = evaluated(World.join("cpu"))
     if rank == 0:
         results |= {path.name: torch.load(path / "checkpoint.pt", weights_only=True) for path in out.iterdir()}
         shutil.rmtree(out)
@@ -76,11 +93,15 @@ def written_out() -> dict[str, torch.Tensor]:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """DDP and FSDP2 take the steps as written out; in pieces bit for bit; and one process can go on behind two.
+    """DDP and FSDP2 take the steps as written out; in pieces bit for bit; and one process can go on behind two. They share
+    images to evaluate.
 
     One test, since the processes are started once for all of it.
     """
-    results = ranks.run("test_train_distributed", "work", tmp_path)[0]
+    results, other = ranks.run("test_train_distributed", "work", tmp_path)
+    alone = evaluated(World(torch.device("cpu")))
+    for shared in (results["evaluated"], other["evaluated"]):
+        assert replace(shared, seconds=0) == replace(alone, seconds=0), "each process has the result for all images"
     truth = written_out()
     for kind in ("ddp", "fsdp2"):
         whole, pieces, rows = results[kind], results[f"{kind} pieces"], results[f"{kind} rows"]

@@ -67,7 +67,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UsageError("--model and --weights belong together")
     if arguments.scales and arguments.crops == "ten":
         raise UsageError("--crops ten cuts images and --scales takes them whole: expected one of the two")
-    device = World.join(arguments.device).device
+    world = World.join(arguments.device)
+    device = world.device
     networks.check_backend(arguments.backend, device)
     views = Views(arguments.crops, tuple(arguments.scales), arguments.flip)
 
@@ -97,8 +98,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         workers=arguments.workers,
         amp=arguments.amp,
-        progress=Progress().bar,
+        world=world,
+        progress=Progress().bar if world.first else None,
     )
+    world.leave()
+    if not world.first:
+        return 0
     Progress().clear()
     who = found[0].name if len(found) == 1 else f"ensemble of {len(found)}"
     print(f"{who} on the test images of {name}, {views} ({result.views} a network), {device}, backend {arguments.backend}")

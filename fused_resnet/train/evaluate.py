@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import sampler
 from .data import Batch, Data
+from .distributed import World
 from .errors import TrainingError, UsageError, ended_elsewhere
 from .members import Member
 from .metrics import amp_dtype
@@ -83,6 +84,7 @@ def evaluate(
     batch: int = 64,
     workers: int = 0,
     amp: str = "off",
+    world: World | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Result:
     """Run the test split of ``data`` through one network or several.
@@ -95,6 +97,7 @@ def evaluate(
         batch: images at once.
         workers: processes that decode images.
         amp: element type of autocast.
+        world: the processes that share the images, each of which gets the result for all; by default this one alone.
         progress: called after each batch with the part that is done.
 
     Raises:
@@ -106,25 +109,29 @@ def evaluate(
             raise UsageError(f"{member.name} has {member.outputs} classes, data {data.name!r} has {len(data.classes)}")
         if member.classes is not None and member.classes != data.classes:
             raise UsageError(f"{member.name} was trained on classes of other names than those of data {data.name!r}")
+    world = world or World(device)
     began = time.perf_counter()
     first = five = images = count = 0
     bad: list[str] = []
+    draws = sampler.in_order(len(data.test), batch, world.rank, world.size)
     try:
-        for got in data.test.batches(sampler.in_order(len(data.test), batch), workers):
+        for got in world.together(data.test.batches(draws, workers)):
             scores, count = probabilities(members, got, data, views, device, amp)
             order = scores.topk(min(5, scores.shape[1])).indices.cpu()
             right = order == got.labels[:, None]
             first += int(right[:, 0].sum())
             five += int(right.any(1).sum())
-            images += len(got.labels)
+            images += int((got.labels >= 0).sum())
             bad += got.bad
             if progress is not None:
-                progress(min(1.0, (images + len(bad)) / len(data.test)))
+                progress(min(1.0, (images + len(bad)) * world.size / len(data.test)))
     except RuntimeError as error:
         why = ended_elsewhere(error)
         if why is None:
             raise
         raise TrainingError(f"stopped behind {images} of {len(data.test)} images: {why}") from error
+    first, five, images = map(int, world.sum([first, five, images]))
+    bad = list(dict.fromkeys(name for part in world.gather(bad) for name in part))
     if images == 0:
         raise UsageError(f"data {data.name!r} has no test images")
     return Result(first / images, five / images, images, count, bad, time.perf_counter() - began)
