@@ -191,7 +191,7 @@ def sum_rows(column, value, first, end, step):
     for start in range(first, end, step * ROWS):
         mask = (start + lanes < end)[:, None] & column.exists[None, :]
         total += tl.load(row_pointers(column, value, start + lanes), mask=mask, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=0)
+    return column_sums(total)
 
 
 @triton.jit
@@ -256,9 +256,9 @@ def merge_rows(column, counts, first, end, step):
     total = tl.sum(tl.sum(count, axis=0), axis=0)
     about = tl.sum(tl.where((lanes == 0)[:, None], mean, 0.0), axis=0)
     distance = mean - about[None, :]
-    shift = tl.sum(count * distance, axis=0) / total
+    shift = column_sums(count * distance) / total
     distance -= shift[None, :]
-    return total, about + shift, tl.sum(m2 + count * distance * distance, axis=0)
+    return total, about + shift, column_sums(m2 + count * distance * distance)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .boxes import EXTENTS, Place, Sizes, Step, lanes_of, loaded, locate
 from .finish import MEETING, arrive, ordered_sum, part_offsets
-from .numerics import dot
+from .numerics import column_sums, dot
 from .wgrad_end import write_rest, write_tile
 
 #: Elements of a tile that are added together: a tile's parts are joined piece by piece, so that the registers which the main
@@ -92,7 +92,7 @@ def direct(
         pixels = tl.load(x + (pixel * sizes.C)[:, None] + channels[None, :], mask=inside & exists, other=0.0)
         pixels = PROLOGUE(pixels, channels, inside, *prologue_args)
         acc += dy.to(tl.float32) * pixels.to(tl.float32)
-    return tl.sum(acc, axis=0)[:, None]
+    return column_sums(acc)[:, None]
 
 
 @triton.jit

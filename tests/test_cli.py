@@ -13,7 +13,7 @@ import torch
 from nets import look_at_launches
 from torch import nn
 
-from fused_resnet import blocks
+from fused_resnet import blocks, cli
 from fused_resnet.cli import info, main, named
 from fused_resnet.cli.zoo import COLUMNS
 from fused_resnet.launch import Launch
@@ -69,18 +69,23 @@ def test_a_stdout_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["info", "zebra"]) == 2
 
 
-@pytest.mark.parametrize("command, code", [(["info", "resnet18"], 0), (["info", "zebra"], 2)])
-def test_under_torchrun_a_process_ends_at_once(command: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its exit code; not where main is somebody's function, nor where nobody started several."""
+def test_under_torchrun_a_process_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all went well (or its end would be the end of the one that tells why not); not where main is somebody's function,
+    nor where nobody started several, nor if the command is none for several.
+    """
     ends: list[int] = []
+    codes = {"train": 0, "evaluate": 1, "info": 0}
     monkeypatch.setattr(os, "_exit", ends.append)
-    monkeypatch.setattr(sys, "argv", ["fused-resnet", *command])
-    assert main() == code and ends == []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(command) == code and ends == []
-    main()
-    assert ends == [code]
+    monkeypatch.setattr(cli, "_run", lambda argv: codes[(argv or sys.argv[1:])[0]])
+    for several in (False, True):
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if several else ():
+            monkeypatch.setenv(name, "1")
+        for command, code in codes.items():
+            monkeypatch.setattr(sys, "argv", ["fused-resnet", command, "--quiet"])
+            ends.clear()
+            assert main([command]) == code and ends == []
+            assert main() == code
+            assert ends == ([0] if several and command == "train" else [])
 
 
 def test_a_name_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:

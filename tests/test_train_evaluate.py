@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from torchvision import models
 from torchvision.transforms.v2 import functional as T
 
 from fused_resnet.cli import main
-from fused_resnet.train import UsageError, data, fit, members
+from fused_resnet.cli.arguments import tell
+from fused_resnet.train import TrainingError, UsageError, data, fit, members
+from fused_resnet.train.distributed import World
 from fused_resnet.train.evaluate import evaluate, probabilities
 from fused_resnet.train.members import Member
 from fused_resnet.train.sampler import in_order
@@ -90,6 +93,26 @@ def test_an_ensemble_over_views(views: Views, folder: Path) -> None:  # noqa: F8
     result = evaluate(nets, found, views, CPU, batch=4)
     right = [int(scores.argmax()) == label for scores, label in zip(expected, labels)]
     assert (result.top1, result.top5, result.images, result.bad) == (sum(right) / 6, 1.0, 6, [])
+
+
+def test_an_image_that_another_process_cannot_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Every process comes to know it behind its own images, and the first one tells."""
+
+    class Two(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, (0, 0, 0, 0, [], "bee.jpg: cannot be read as an image")]
+
+    found = data.for_test("folder", folder, Views(), None, 32)
+    seen: list[float] = []
+    net = Member("a net", training.small(3).eval(), None, 3)
+    with pytest.raises(TrainingError, match=r"^bee\.jpg: cannot be read as an image$") as raised:
+        evaluate([net], found, Views(), CPU, batch=2, world=Two(CPU, 0, 2), progress=seen.append)
+    assert seen == pytest.approx([1 / 3, 1.0]), "of its own three images, in batches of one and two"
+    for rank, told in (("0", "fused-resnet: bee.jpg: cannot be read as an image\n"), ("1", "")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", rank)
+            tell(raised.value)
+        assert capsys.readouterr().err == told
 
 
 def test_checkpoints_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

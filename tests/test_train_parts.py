@@ -179,6 +179,12 @@ def test_every_image_once_an_epoch(world: int) -> None:
     ]
     assert len({len(part) for part in tests}) == 1, "all have to compute as often"
     assert sorted(index for part in tests for index in part if index >= 0) == list(range(images))
+    for many in (images, 1, 0):
+        shares = [[draw.indices for draw in sampler.share(many, batch, rank, world)] for rank in range(world)]
+        assert sorted(index for share in shares for part in share for index in part) == list(range(many))
+        for share in shares:
+            sizes = {len(part) for part in share}
+            assert all(max(1, max(sizes) - 1) <= size <= batch for size in sizes), "none is left with a single image"
 
 
 def test_pad_crop_is_a_window_of_the_padded_image() -> None:

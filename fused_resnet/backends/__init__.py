@@ -485,5 +485,7 @@ def prepares(requested: str | None) -> bool:
     """
     if _logs or _clocks:
         return False
-    name = requested or _context.get() or _environment()
-    return not name or name == PREPARES or chosen(requested) == PREPARES
+    name = requested
+    if name is None:
+        name = _context.get() or _environment() or PREPARES
+    return name == PREPARES or chosen(requested) == PREPARES

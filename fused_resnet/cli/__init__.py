@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..train.distributed import told
 from . import demo, evaluate, fuse_check, gpu, info, inspect, paper, profile, report, train, tune, zoo
 from .arguments import CommandError, Parser
 from .streams import OutputError, lasting
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 1 the answer is no (``fuse-check``) or it had to stop, 2 wrong input, 130 interrupted. A reader of
-        the output who goes away (``head``) stops nothing.
+        the output who goes away (``head``) stops nothing. A process of torchrun's with all done does not return: it ends.
     """
     with lasting():
         try:
@@ -44,20 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OutputError as error:
             print(f"fused-resnet: {error}", file=sys.stderr)
             code = 1
-    if argv is None and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        _end(code)
+    if argv is None and code == 0 and _shared(sys.argv[1:]):
+        _end()
     return code
 
 
-def _end(code: int) -> None:
-    """End a process that torchrun has started, at once. All that it had to write is written.
+def _shared(command: Sequence[str]) -> bool:
+    """Whether a command line is that of one process of several that train or evaluate together."""
+    return command[:1] in (["train"], ["evaluate"]) and told()
+
+
+def _end() -> None:
+    """End a process of several whose work is done and written, at once.
 
     While an interpreter takes itself down PyTorch aborts (2.11 to 2.14, its issue 190489) where a thread of gloo has the last
     hold of a tensor, as it may for a moment behind the last exchange: on a busy machine one finished run in some twenty failed.
     """
     for child in multiprocessing.active_children():
         child.terminate()
-    os._exit(code)
+    os._exit(0)
 
 
 def _run(argv: Sequence[str] | None) -> int:

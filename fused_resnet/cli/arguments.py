@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -131,6 +133,12 @@ def chosen_backend(name: str | None, where: torch.device) -> AbstractContextMana
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def tell(error: Exception) -> None:
+    """One line on stderr. Of what every process of a run raises the first one tells."""
+    if not getattr(error, "of_all", False) or int(os.environ.get("RANK", 0)) == 0:
+        print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
 
 
 def eager_model(name: str) -> nn.Module:

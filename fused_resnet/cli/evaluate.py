@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..train.config import AMP, BACKENDS
-from .arguments import CommandError, natural, naturals, one_line, whole
+from .arguments import CommandError, natural, naturals, one_line, tell, whole
 from .text import Progress, sentence
 
 
@@ -50,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         raise CommandError(one_line(error)) from error
     except TrainingError as error:
-        print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
+        tell(error)
         return 1
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..train.config import DISTRIBUTED
-from .arguments import CommandError, add_training, natural, one_line, positive, whole
+from .arguments import CommandError, add_training, natural, one_line, positive, tell, whole
 from .text import sentence
 
 
@@ -69,8 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         raise CommandError(one_line(error)) from error
     except TrainingError as error:
-        if not error.of_all or int(os.environ.get("RANK", 0)) == 0:
-            print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
+        tell(error)
         return 1
     if history.rows:
         tests = [row for row in history.rows if row.split == "test"]

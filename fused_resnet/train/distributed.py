@@ -18,6 +18,11 @@ from .errors import DataError, UsageError
 T = TypeVar("T")
 
 
+def told() -> bool:
+    """Whether somebody, torchrun for one, says in the environment that this process is one of several."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all.
@@ -43,8 +48,7 @@ class World:
             UsageError: the device is not there.
         """
         where = automatic_device() if device == "auto" else _device(device)
-        told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # as torchrun tells
-        started = dist.is_available() and (dist.is_initialized() or told)
+        started = dist.is_available() and (dist.is_initialized() or told())
         if not started:
             return World(where)
         if where == torch.device("cuda"):  # no number given

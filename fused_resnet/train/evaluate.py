@@ -12,7 +12,7 @@ from torch import Tensor
 from . import sampler
 from .data import Batch, Data
 from .distributed import World
-from .errors import TrainingError, UsageError, ended_elsewhere
+from .errors import DataError, TrainingError, UsageError, ended_elsewhere
 from .members import Member
 from .metrics import amp_dtype
 from .views import Views
@@ -111,27 +111,37 @@ def evaluate(
             raise UsageError(f"{member.name} was trained on classes of other names than those of data {data.name!r}")
     world = world or World(device)
     began = time.perf_counter()
+    mine = len(range(world.rank, len(data.test), world.size))
     first = five = images = count = 0
     bad: list[str] = []
-    draws = sampler.in_order(len(data.test), batch, world.rank, world.size)
+    failed: DataError | None = None
     try:
-        for got in world.together(data.test.batches(draws, workers)):
-            scores, count = probabilities(members, got, data, views, device, amp)
-            order = scores.topk(min(5, scores.shape[1])).indices.cpu()
-            right = order == got.labels[:, None]
-            first += int(right[:, 0].sum())
-            five += int(right.any(1).sum())
-            images += int((got.labels >= 0).sum())
-            bad += got.bad
-            if progress is not None:
-                progress(min(1.0, (images + len(bad)) * world.size / len(data.test)))
+        try:
+            for got in data.test.batches(sampler.share(len(data.test), batch, world.rank, world.size), workers):
+                scores, count = probabilities(members, got, data, views, device, amp)
+                order = scores.topk(min(5, scores.shape[1])).indices.cpu()
+                right = order == got.labels[:, None]
+                first += int(right[:, 0].sum())
+                five += int(right.any(1).sum())
+                images += len(got.labels)
+                bad += got.bad
+                if progress is not None:
+                    progress(min(1.0, (images + len(bad)) / mine))
+        except DataError as error:
+            failed = error
+        found = world.gather((first, five, images, count, bad, failed and str(failed)))
     except RuntimeError as error:
         why = ended_elsewhere(error)
         if why is None:
             raise
-        raise TrainingError(f"stopped behind {images} of {len(data.test)} images: {why}") from error
-    first, five, images = map(int, world.sum([first, five, images]))
-    bad = list(dict.fromkeys(name for part in world.gather(bad) for name in part))
+        raise TrainingError(f"stopped behind {images} of {mine} images: {why}") from error
+    for *_, text in found:
+        if text is not None:  # the first that has one, in every process
+            stopped = TrainingError(text)
+            stopped.of_all = world.size > 1
+            raise stopped from failed
+    first, five, images = (sum(numbers) for numbers in zip(*(part[:3] for part in found)))
     if images == 0:
         raise UsageError(f"data {data.name!r} has no test images")
-    return Result(first / images, five / images, images, count, bad, time.perf_counter() - began)
+    views_of_one, skipped = max(part[3] for part in found), [name for part in found for name in part[4]]
+    return Result(first / images, five / images, images, views_of_one, skipped, time.perf_counter() - began)

@@ -30,6 +30,14 @@ def draws(seed: int, images: int, batch: int, steps: range, rank: int = 0, world
         yield Draw(indices[rank::world].tolist(), seeds.mix("augment", seed, step, rank, world))
 
 
+def share(images: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[Draw]:
+    """A process's part of all images once, without anything random, in batches of about one size; it may be none at all."""
+    mine = list(range(rank, images, world))
+    batches = -(-len(mine) // batch)
+    for index in range(batches):
+        yield Draw(mine[index * len(mine) // batches : (index + 1) * len(mine) // batches])
+
+
 def in_order(images: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[Draw]:
     """All images once, without anything random; each process has its part, and all have equally many.
 

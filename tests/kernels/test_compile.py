@@ -26,7 +26,7 @@ FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d", *SHARED]
 #: Bytes that ptxas spills (Triton 3.8) to fit one program more on a multiprocessor, by (target, case, tf32): the
 #: registers are at a step of the occupancy then, 64 to 128, far from the 255 there are, and the same launch in
 #: another tile or with fewer warps takes more of them and spills nothing. docs/evidence.md has the registers.
-#: Of other versions' ptxas no such list is kept: there as many bytes may be spilled where none are with all registers.
+#: Of older versions' ptxas no such list is kept: there as many bytes may be spilled where none are with all registers.
 SPILLED = {
     ("sm_80", "dgrad 3x3 at 14x14 fp32", True): 16,
     ("sm_80", "dgrad 3x3 stride 2 fp32", True): 16,
