@@ -36,6 +36,6 @@ def column_sums(values):
     512 pixels a variance was 5 roundings off, where it is less than one here.
     """
     if INTERPRETED:
-        while values.shape[0] > 1:
-            values = tl.sum(tl.reshape(values, (2, values.shape[0] // 2, values.shape[1])), axis=0)
+        while values.shape[0] > 8:
+            values = tl.sum(tl.reshape(values, (8, values.shape[0] // 8, values.shape[1])), axis=0)
     return tl.sum(values, axis=0)
