@@ -1,8 +1,7 @@
 """What modules call: a chain of given tensors, or of what was read off modules, in eager mode or traced by a compiler.
 
 In eager mode with gradients it is :class:`.chain_function.ChainFunction`, without them its forward alone, prepared for inputs
-that come again (:func:`kind_of`, :func:`again`, :func:`prepare`). Under torch.compile and torch.export it is
-:mod:`.operators`.
+that come again (:func:`kind_of`, :func:`again`, :func:`prepare`). Under torch.compile and torch.export it is :mod:`.operators`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ FEW = ["32x4d", "3x3 fp32", "dgrad mask", "wgrad 32x4d", *SHARED]
 #: Bytes that ptxas spills (Triton 3.8) to fit one program more on a multiprocessor, by (target, case, tf32): the
 #: registers are at a step of the occupancy then, 64 to 128, far from the 255 there are, and the same launch in
 #: another tile or with fewer warps takes more of them and spills nothing. docs/evidence.md has the registers.
-#: Of older versions' ptxas no such list is kept: there as many bytes may be spilled where none are with all registers.
 SPILLED = {
     ("sm_80", "dgrad 3x3 at 14x14 fp32", True): 16,
     ("sm_80", "dgrad 3x3 stride 2 fp32", True): 16,
@@ -47,13 +46,10 @@ def compiled(target: str, *names: str) -> list[dict[str, Any]]:
     return list(json.loads(process.stdout))
 
 
-def triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
-
-
 def stack_of_descriptors(target: str, tma_loads: int) -> int:
     """Bytes of stack that are no spill: on sm_120 Triton 3.6 gives every kernel with descriptors 8, whatever its registers."""
-    return 8 if triton_version() < (3, 7) and target == "sm_120" and tma_loads else 0
+    old = tuple(int(part) for part in metadata.version("triton").split(".")[:2]) < (3, 7)
+    return 8 if old and target == "sm_120" and tma_loads else 0
 
 
 #: Beginnings of the names of cases that have no matrix products.
@@ -63,9 +59,8 @@ NO_PRODUCTS = ("depthwise", "max", "zero_pad", "bn_add_relu", "gate", "statistic
 def check(target: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         case = result["case"]
-        few = 0
-        if result["registers"] <= 128 and result["spills_with_all"] == 0:
-            few = SPILLED.get((target, case, result["tf32"]), 0) if triton_version() >= (3, 8) else max(SPILLED.values())
+        by_choice = result["registers"] <= 128 and result["spills_with_all"] == 0
+        few = SPILLED.get((target, case, result["tf32"]), 0) if by_choice else 0
         assert result["spills"] <= stack_of_descriptors(target, result["tma"]) + few, result
         assert result["shared"] <= ARCHS[target].shared * 1024, result
         convolution = not case.startswith(NO_PRODUCTS)
