@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_leaves
 
 from . import functional
 from .backends import LaunchLog, backend, count_launches
-from .blocks import Fused, FusedResidual, FusedStage, watched
+from .blocks import FusedResidual, FusedStage, watched
 from .chain_function import ChainFunction
 from .describe import read
+from .fused import Fused
 from .launch import Geometry
 from .measure import saved_bytes
 from .plan import forward_plan, nominal_size

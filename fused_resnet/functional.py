@@ -65,7 +65,7 @@ READY = 8
 
 
 def kind_of(x: Any, skip: Tensor | None, donate: bool) -> Any:
-    """What a chain is prepared for where it may be (:meth:`.blocks.Fused.prepares`), of a call without gradients; None where
+    """What a chain is prepared for where it may be (:meth:`.fused.Fused.prepares`), of a call without gradients; None where
     nothing is.
 
     Asked in front of each chain of a small network, whose layers take 50 us. A device or its name would be a new object: 5 us

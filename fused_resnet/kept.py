@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import counts
-from .blocks import Fused
 from .chain import MEMORY
 from .chain_function import ChainFunction
+from .fused import Fused
 from .swap import unfuse
 
 

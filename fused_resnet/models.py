@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from . import backends
-from .blocks import BasicBlock, Bottleneck, CifarResNet, Fused, HighwayBlock, ResNet
+from .blocks import BasicBlock, Bottleneck, CifarResNet, HighwayBlock, ResNet
 from .describe import check_memory
+from .fused import Fused
 
 _Block = type[BasicBlock] | type[Bottleneck] | None
 

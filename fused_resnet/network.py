@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .backends import backend, count_launches
-from .blocks import Fused
 from .chain_function import ChainFunction
 from .counts import nodes
+from .fused import Fused
 from .launch import Launch
 from .models import build
 from .swap import fuse, unfuse

@@ -207,14 +207,16 @@ class Memory:
     one thing differs, all of a module is forgotten.
 
     Attributes:
-        little: how much work the module is, see :class:`fused_resnet.blocks.Little`.
+        little: how much work the module is, see :class:`fused_resnet.fused.Little`.
+        whole: how often it was called, see :class:`fused_resnet.whole.Tries`.
     """
 
-    __slots__ = ("entries", "little")
+    __slots__ = ("entries", "little", "whole")
 
     def __init__(self) -> None:
         self.entries: dict[Any, _Entry] = {}
         self.little: Any = None
+        self.whole: Any = None
 
     @staticmethod
     def of(module: nn.Module) -> Memory:

@@ -13,7 +13,7 @@ import torch
 from nets import look_at_launches
 from torch import nn
 
-from fused_resnet import blocks, cli
+from fused_resnet import blocks, cli, fused
 from fused_resnet.cli import info, main, named
 from fused_resnet.cli.zoo import COLUMNS
 from fused_resnet.launch import Launch
@@ -319,7 +319,7 @@ def test_models_of_others_are_left_as_they_are(models: Path) -> None:
     """fuse-check works on a copy: a model kept in a module is still eager, with its statistics filled at most."""
     model = named.load(f"{models}:ready")
     assert isinstance(model, nn.Sequential)
-    assert not any(isinstance(module, blocks.Fused) for module in model.modules())
+    assert not any(isinstance(module, fused.Fused) for module in model.modules())
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
 
 

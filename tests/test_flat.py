@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import backends, count_launches
-from fused_resnet.blocks import Fused
+from fused_resnet.fused import Fused
 from fused_resnet.plain_rows import ResidualMLP
 
 

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_resnet
 from fused_resnet import count_launches, explain, fuse, models, plain, unfuse
-from fused_resnet.blocks import Fused, HighwayBlock
+from fused_resnet.blocks import HighwayBlock
+from fused_resnet.fused import Fused
 from fused_resnet.plain_paper import HighwayBlock as PlainHighwayBlock
 from fused_resnet.plain_paper import blocks_of
 

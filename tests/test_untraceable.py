@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 from fused_resnet import count_launches, explain, fuse, unfuse
-from fused_resnet.blocks import Fused
+from fused_resnet.fused import Fused
 
 
 class OnData(nn.Module):

@@ -56,7 +56,7 @@ def test_a_forward_that_changes_its_modules_is_left_alone(first: Callable[[nn.Mo
     net = copy.deepcopy(plain)
     with pytest.warns(UserWarning, match="the model is unchanged"):
         fuse(net)
-    assert not isinstance(net, fused_resnet.blocks.Fused)
+    assert not isinstance(net, fused_resnet.fused.Fused)
     assert net.bn.training and net.bn.momentum == 0.1, "tracing has put back what it changed"
     text = str(fused_resnet.explain(net, show=False))
     assert "sets" in text
@@ -204,14 +204,14 @@ def test_our_own_blocks_in_a_network() -> None:
     expected = net(x)
     stem = type(net.stem)
     fuse(net)
-    assert type(net.stem) is stem and isinstance(net, fused_resnet.blocks.Fused)
+    assert type(net.stem) is stem and isinstance(net, fused_resnet.fused.Fused)
     assert relative_error(net(x), expected) < 1e-12
     with pytest.raises(RuntimeError, match="already fused"):
         fuse(net)
     part = network()
     fuse(part[3])
     fuse(part)
-    assert isinstance(part, fused_resnet.blocks.Fused) and isinstance(part[4], fused_resnet.blocks.Fused)
+    assert isinstance(part, fused_resnet.fused.Fused) and isinstance(part[4], fused_resnet.fused.Fused)
 
 
 class Keyed:
@@ -229,7 +229,7 @@ def test_a_fuse_that_fails_leaves_the_model_as_it_was() -> None:
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), Locked(8, 8))
     with pytest.raises(TypeError):
         fuse(net)
-    assert not any(isinstance(module, fused_resnet.blocks.Fused) for module in net.modules())
+    assert not any(isinstance(module, fused_resnet.fused.Fused) for module in net.modules())
     with pytest.raises(RuntimeError, match="not fused"):
         unfuse(net)
 
@@ -245,4 +245,4 @@ def test_a_sequential_takes_its_input_by_name() -> None:
 def test_the_classes_we_know_are_known() -> None:
     """By the functions that they were written with."""
     net = fuse(resnet.resnet18().eval())
-    assert all(isinstance(module, fused_resnet.blocks.Fused) for module in net.modules() if isinstance(module, BasicBlock))
+    assert all(isinstance(module, fused_resnet.fused.Fused) for module in net.modules() if isinstance(module, BasicBlock))

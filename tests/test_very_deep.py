@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fused_resnet import count_launches, fuse, growth, kept, models, unfuse
-from fused_resnet.blocks import Fused
 from fused_resnet.cli import _parser
+from fused_resnet.fused import Fused
 from fused_resnet.train import Config, UsageError, networks, recipe
 
 

@@ -13,16 +13,21 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from ..blocks import Fused
+from ..blocks import FusedResidual, FusedStem
 from ..chain import shape_behind
 from ..describe import convolutions, dimensions_of
+from ..fused import Fused
+from ..whole import Chain, Network
 from .arguments import Structure
 from .guards import Guard, descend, signature
 from .harmless import CannotTrace
-from .layout import to_reshape
+from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
-from .region import FusedRegion, Later, Path, Places, Region, Site, Straight, waits
-from .tracing import Frame, TakesApart, Traced, arguments_of, trace
+from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, waits
+from .tracing import ZOOS, Frame, TakesApart, Traced, arguments_of, trace
+
+#: Fused modules that are one chain each.
+_BLOCKS = FusedResidual, FusedStem
 
 
 def _path(place: str | None) -> Path | None:
@@ -61,14 +66,14 @@ class Analysis:
 
     def _opaque(self, module: nn.Module) -> str | None:
         """Known blocks stay calls."""
-        if isinstance(module, Fused) and not isinstance(module, FusedRegion) and not isinstance(module, nn.Sequential):
+        if runs_chains(module) and not isinstance(module, (FusedRegion, nn.Sequential)):
             return ""
         kind = None if isinstance(module, nn.Sequential) else self.known(module)[0]
         return None if kind is None else ""
 
     def _own(self, module: nn.Module) -> bool:
         """Whether a child runs its chains itself."""
-        if isinstance(module, Fused):
+        if runs_chains(module):
             return not waits(module)
         return self.known(module)[0] is not None or isinstance(self.region(module), Region)
 
@@ -95,6 +100,16 @@ class Analysis:
             return None
         return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
 
+    def network(self, module: nn.Module) -> Network | None:
+        """The forward of a module as a whole, if it is nothing but chains, layers and functions of PyTorch's."""
+        try:
+            traced = trace(module, lambda inner: "" if isinstance(inner, _BLOCKS) else None, through=True)
+        except CannotTrace:
+            return None
+        matcher = Matcher(module, traced.graph)
+        matches = matcher.find(lambda a, b: traced.frames[a] is traced.frames[b])
+        return _Writer(module, traced, matcher, matches, None, to_reshape(traced.graph, matcher)).network()
+
     def _fused_inside(self, module: nn.Module, matches: list[Match]) -> bool:
         """Whether some child gives a tensor that a chain has made."""
         return bool(matches) or any(self.known(child)[0] is not None for child in module.modules() if child is not module)
@@ -119,11 +134,12 @@ class _Writer:
         traced: Traced,
         matcher: Matcher,
         matches: list[Match],
-        spanning: list[Match],
+        spanning: list[Match] | None,
         reshaped: set[fx.Node],
     ) -> None:
+        """``spanning``: the chains that look out of modules, which are written out; None: all are."""
         self.module, self.traced, self.matcher, self.reshaped = module, traced, matcher, reshaped
-        self.open = self._opened(spanning)
+        self.open = set(traced.results) if spanning is None else self._opened(spanning)
         self.matches = [match for match in matches if all(self._folded(node) is None for node in match.nodes)]
         self.graph = fx.Graph()
         self.map: dict[fx.Node, fx.Node] = {}
@@ -171,13 +187,86 @@ class _Writer:
 
     def region(self, structure: Structure | None) -> Region:
         """The forward with its chains, for arguments of a structure."""
+        sites: list[Site] = []
+
+        def chain(match: Match, itself: fx.Node, inputs: list[fx.Node]) -> fx.Node:
+            sites.append(self._site(match))
+            return self.graph.call_function(_call_of(sites[-1]), (itself, *inputs))
+
+        run, source = self._written(chain, lambda node, _: self.graph.node_copy(node, self.map.__getitem__))
+        required, _ = arguments_of(self.module)
+        reasons = {**self.matcher.reasons, **self.traced.leaves}
+        inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
+        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure)
+
+    def network(self) -> Network | None:
+        """The forward as a whole, a method of :class:`.whole.Call`'s for each chain and each layer."""
+        chains: list[Chain] = []
+        leaves: list[Path] = []
+        tensors: list[Path] = []
+        if any(is_view(node) and node not in self.reshaped for node in self.traced.graph.nodes):
+            return None  # a module that does so is given contiguous tensors, see :mod:`.layout`
+        if any(match.sized is not None for match in self.matches):
+            return None
+        outs = {match.out for match in self.matches}
+        outs.update(node for node in self.traced.graph.nodes if self._block(node) is not None)
+
+        def call(chain: Chain, itself: fx.Node, inputs: list[fx.Node], x: fx.Node) -> fx.Node:
+            chains.append(chain)
+            # In a sum with a second input that is not written over; x may be the caller's, or somebody's who reads it later.
+            donate = len(inputs) == 1 and x in outs and len(x.users) == 1
+            return self.graph.call_method("chain", (itself, len(chains) - 1, donate, *inputs))
+
+        def chain(match: Match, itself: fx.Node, inputs: list[fx.Node]) -> fx.Node:
+            return call(self._site(match), itself, inputs, match.x)
+
+        def other(node: fx.Node, itself: fx.Node) -> fx.Node:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.map.__getitem__)
+            block = self._block(node)
+            if block is not None:
+                return call(Block(block), itself, cast(list[fx.Node], [*args]), cast(fx.Node, node.args[0]))
+            if node.op == "call_module":
+                leaves.append(cast(Path, _path(str(node.target))))
+                return self.graph.call_method("leaf", (itself, len(leaves) - 1, *args), kwargs)
+            if node.op == "get_attr":
+                tensors.append(cast(Path, _path(str(node.target))))
+                return self.graph.call_method("tensor", (itself, len(tensors) - 1))
+            return self.graph.node_copy(node, self.map.__getitem__)
+
+        known = {part for match in self.matches for part in match.nodes} | self._marks()
+        if not outs or not all(self._harmless(node) for node in self.traced.graph.nodes if node not in known):
+            return None
+        run, _ = self._written(chain, other)
+        return Network(run, tuple(chains), tuple(leaves), tuple(tensors), self._guards(), arguments_of(self.module)[0])
+
+    def _block(self, node: fx.Node) -> Path | None:
+        """The place of a block that is one chain, where a node is its call with a tensor."""
+        module = self.matcher.module(node)
+        called = isinstance(module, _BLOCKS) and len(node.args) == 1 and not node.kwargs
+        return _path(str(node.target)) if called else None
+
+    def _harmless(self, node: fx.Node) -> bool:
+        """Whether a node runs nobody's code who could change a module."""
+        module = self.matcher.module(node)
+        if module is None:
+            return _is_harmless(node)
+        if self._block(node) is not None:
+            return True
+        return all(type(part).__module__.startswith("torch.nn.modules.") for part in module.modules())
+
+    def _written(
+        self,
+        chain: Callable[[Match, fx.Node, list[fx.Node]], fx.Node],
+        other: Callable[[fx.Node, fx.Node], fx.Node],
+    ) -> tuple[Callable[..., Any], str]:
+        """The forward as a function, and its code: ``chain(match, self, inputs)`` makes the node of a chain, ``other(node, self)``
+        that of what is in none.
+        """
         itself = self.graph.create_node("placeholder", "self", name="fused_module")
         starts = {match.out if match.skip is not None else match.nodes[0]: match for match in self.matches}
         inside = {node for match in self.matches for node in match.nodes}
         sized = {match.sized: match for match in self.matches if match.sized is not None}
         marks = {frame.mark: frame for frame in self.traced.results}
-        sites: list[Site] = []
-        calls: list[fx.Node] = []
         for node in self.traced.graph.nodes:
             frame = marks.get(node)
             if frame is not None:
@@ -187,36 +276,16 @@ class _Writer:
                 continue
             elif node in starts:
                 match = starts[node]
-                site = self._site(match)
                 inputs = [match.x, *(() if match.skip is None else (match.skip,))]
-                call = self.graph.call_function(_call_of(site), (itself, *(self.map[tensor] for tensor in inputs)))
-                self.map[match.out] = call
-                sites.append(site)
-                calls.append(call)
+                self.map[match.out] = chain(match, itself, [self.map[tensor] for tensor in inputs])
             elif node in sized:
                 call = self.graph.call_function(_size_of(self._site(sized[node])), (itself, self.map[sized[node].x]))
                 self.map[node] = call
             elif node not in inside:
-                self.map[node] = self.graph.node_copy(node, self.map.__getitem__)
+                self.map[node] = other(node, itself)
                 if node in self.reshaped:
                     self.map[node].target = "reshape"
-        run, source = _compiled(self.graph)
-        required, _ = arguments_of(self.module)
-        reasons = {**self.matcher.reasons, **self.traced.leaves}
-        inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
-        straight = self._straight(calls) if structure is None else None
-        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure, straight)
-
-    def _straight(self, calls: list[fx.Node]) -> Callable[..., Any] | None:
-        """The forward once more, given what calls its chains for the module, where there is nothing else in it but functions of
-        PyTorch's on tensors; else None.
-        """
-        chains = {*calls}
-        if not chains or not all(node in chains or _is_torchs(node) for node in self.graph.nodes):
-            return None
-        for index, node in enumerate(calls):
-            node.target = _straight_call_of(index)
-        return _compiled(self.graph)[0]
+        return _compiled(self.graph)
 
     def _folded_parent(self, frame: Frame) -> Frame | None:
         return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)
@@ -293,26 +362,18 @@ def _call_of(site: Site) -> Callable[..., Tensor]:
     return fused_chain
 
 
-def _straight_call_of(index: int) -> Callable[..., Tensor]:
-    """The call of a chain where all are known to be as they were."""
-
-    def fused_chain(straight: Straight, x: Tensor, *skip: Tensor) -> Tensor:
-        return straight.chain(index, x, *skip)
-
-    return fused_chain
-
-
 #: Modules whose functions are PyTorch's or Python's own.
 _OF_TORCH = {None, "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator", "builtins", "math"}
 
 
-def _is_torchs(node: fx.Node) -> bool:
-    """Whether a node is an argument, the result, or a call that runs nobody else's code and asks no module. (Operators by name,
-    ``torch.ops``, may be anybody's.)
+def _is_harmless(node: fx.Node) -> bool:
+    """Whether a node is an argument, the result, a parameter, or a call that runs nobody's code who could change a module.
+    (Operators by name, ``torch.ops``, may be anybody's.)
     """
-    if node.op != "call_function":
-        return node.op in ("placeholder", "call_method", "output")
-    return getattr(node.target, "__module__", "") in _OF_TORCH
+    if node.op != "call_function" or node.target is OrderedDict:
+        return node.op != "call_module"
+    where = getattr(node.target, "__module__", "")
+    return where in _OF_TORCH or where.split(".")[0] in ZOOS
 
 
 def _size_of(site: Site) -> Callable[..., Tensor]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import backends, blocks
+from .. import backends
 from ..describe import Parts, WeightLayer, is_norm, read, refusal
+from ..fused import Fused
 from ..inputs import transformed
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
 from .quantised import quantised
 from .recognise import ABOUT_A_FORWARD, analysis, fused_forward, is_compiled
-from .region import WAITING, FusedRegion, current
+from .region import WAITING, FusedRegion, current, runs_chains
 from .replace import stands_for
 
 
@@ -109,7 +110,7 @@ def _device_and_dtype(parts: Parts) -> tuple[torch.device, torch.dtype, bool]:
     return weight.device, torch.get_autocast_dtype(weight.device.type), True
 
 
-def _chain_row(name: str, what: str, module: blocks.Fused, parts: Parts) -> Row:
+def _chain_row(name: str, what: str, module: Fused, parts: Parts) -> Row:
     eager = _eager_launches(parts)
     reading = read(parts, module.fused_memory)
     if reading.chain is None:
@@ -171,7 +172,7 @@ class _Walk:
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
-        if isinstance(module, blocks.Fused):
+        if runs_chains(module):
             reason = self._fused(name, module)
         elif is_norm(module) or isinstance(module, _LAYERS):  # a Linear by itself is nothing one would expect fused
             self.rows.append(_left_alone(name, module, self.reasons.get(id(module), reason) or _by_itself(module)))
@@ -179,10 +180,10 @@ class _Walk:
         else:
             reason = self._unfused(module, reason)
         for child_name, child in module.named_children():
-            if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
+            if not (isinstance(module, Fused) and stands_for(module, child)):
                 self.visit(f"{name}.{child_name}" if name else child_name, child, reason)
 
-    def _fused(self, name: str, module: blocks.Fused) -> str:
+    def _fused(self, name: str, module: Fused) -> str:
         chains, before = module.chains(), set(self.seen)
         for chain, parts in chains:
             layers = [layer.conv for layer in parts.weight_layers]

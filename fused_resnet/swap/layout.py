@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..blocks import Fused
-from ..describe import Parts
+from ..fused import Fused
 from .patterns import Matcher
 from .tracing import has_layers
 
@@ -50,16 +49,12 @@ def views_itself(module: nn.Module) -> bool:
 class FusedView(Fused):
     """A module that is given contiguous tensors, since it views them. It holds no chain."""
 
-    @classmethod
-    def chains_of(cls, module: Any) -> list[tuple[str, Parts]]:
-        return []
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [argument.contiguous() if isinstance(argument, Tensor) else argument for argument in args]
         return super().forward(*tensors, **kwargs)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """``x.view(sizes)``, not ``x.view(dtype)``."""
     sizes = node.op == "call_method" and node.target == "view" and not node.kwargs
     return sizes and not any(isinstance(argument, torch.dtype) for argument in node.args)
@@ -78,4 +73,4 @@ def _written(node: fx.Node, matcher: Matcher) -> bool:
 
 def to_reshape(graph: fx.Graph, matcher: Matcher) -> set[fx.Node]:
     """The views of a graph that can be ``reshape`` as well."""
-    return {node for node in graph.nodes if _is_view(node) and not _written(node, matcher)}
+    return {node for node in graph.nodes if is_view(node) and not _written(node, matcher)}

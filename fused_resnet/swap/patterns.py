@@ -261,6 +261,7 @@ class Matcher(Nodes):
                 runs, projection, skip = found
                 mine = [*passed, *(() if projection is None else projection.nodes)]
                 mine += side_passed if projection is not None or skip is None else []
+                mine += self.strip(runs[0].x)[1] if projection is None and skip is None else []
                 mine += [part for run in runs[1:] for part in self.strip(run.x)[1]]
                 mine += [part for run in runs for part in run.nodes]
                 if self._quiet(mine, node):
@@ -273,7 +274,7 @@ class Matcher(Nodes):
         runs = self._reach(match, start, by_out)
         if runs is None or (projection is not None and projection.x is not runs[0].x):
             return None
-        if projection is None and any(len(node.users) != 1 for node in passed):
+        if projection is None and any(len(node.users) != 1 for node in (*passed, *self.strip(runs[0].x)[1])):
             return None
         return runs, projection, None
 
@@ -354,7 +355,8 @@ class Matcher(Nodes):
         side = projection.layers[0] if projection is not None else None
         before = runs[-1].out
         sized = before if len(before.users) > 1 else None
-        by_out[out] = Match(layers, nodes, runs[0].x, out, True, side, skip=skip, sized=sized)
+        x = self.strip(runs[0].x)[0] if projection is None and skip is None else runs[0].x  # where the shortcut starts
+        by_out[out] = Match(layers, nodes, x, out, True, side, skip=skip, sized=sized)
 
     def entry(self, x: Node) -> tuple[EntryPlace, list[Node], Node] | None:
         """The BatchNorm that a tensor comes from, with the activation behind it; their nodes; and what it reads."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import blocks, plain, plain_paper, plain_rows
 from ..describe import Parts, refusal
+from ..fused import Fused
 from .analysis import Analysis
 from .quantised import quantised
 from .region import FusedRegion, Later, Region
@@ -28,7 +29,7 @@ ABOUT_A_FORWARD = ("its forward ", "the forward of its ", "the control flow of i
 OURS = "fused_resnet"
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
 _TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
-_PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
+_PLAIN: dict[type[nn.Module], type[Fused]] = {
     plain_paper.HighwayBlock: blocks.FusedHighway,  # in front of the class it is made from
     plain.BasicBlock: blocks.FusedResidual,
     plain.Bottleneck: blocks.FusedResidual,
@@ -39,7 +40,7 @@ _PLAIN: dict[type[nn.Module], type[blocks.Fused]] = {
 }
 
 
-def _known_classes() -> dict[type[nn.Module], type[blocks.Fused]]:
+def _known_classes() -> dict[type[nn.Module], type[Fused]]:
     known = dict(_PLAIN)
     resnet = sys.modules.get("torchvision.models.resnet")  # a model of torchvision's can only exist if it was imported
     if resnet is not None:
@@ -65,7 +66,7 @@ def _same_forward(kind: type[Any], known: type[Any]) -> bool:
 
 def _is_stage(module: nn.Sequential) -> bool:
     """Two residual blocks in a row."""
-    kinds = [type(child) if isinstance(child, blocks.Fused) else known_forward(child)[0] for child in module]
+    kinds = [type(child) if isinstance(child, Fused) else known_forward(child)[0] for child in module]
     residual = [kind is not None and issubclass(kind, blocks.FusedResidual) for kind in kinds]
     return any(first and second for first, second in pairwise(residual))
 
@@ -75,7 +76,7 @@ def analysis() -> Analysis:
     return Analysis(known_forward)
 
 
-def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[type[blocks.Fused] | None, str | None]:
+def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[type[Fused] | None, str | None]:
     """The fused forward for a module: that of its class where it is known, else the traced one, if chains are found in it.
 
     Args:
@@ -93,8 +94,8 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
         return None, reason
     region = (traced or analysis()).region(module)
     if isinstance(region, Region) or (isinstance(region, Later) and any(layers_of(module))):
-        taken = _taken(module, FusedRegion)
-        return (None, taken) if taken else (FusedRegion, None)
+        why = taken(module, FusedRegion)
+        return (None, why) if why else (FusedRegion, None)
     return None, region.reason if isinstance(region, Later) else region or reason
 
 
@@ -112,7 +113,7 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
             yield from layers_of(child)
 
 
-def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
+def known_forward(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
     """The fused forward for a module of a class we know, and why there is none where one could be expected.
 
     Returns:
@@ -120,17 +121,17 @@ def known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | N
         alone, ``(None, None)`` for all others.
     """
     fused, reason = _known_forward(module)
-    taken = None if fused is None else _taken(module, fused)
-    return (None, taken) if taken else (fused, reason)
+    why = None if fused is None else taken(module, fused)
+    return (None, why) if why else (fused, reason)
 
 
-def _own_names(fused: type[blocks.Fused]) -> frozenset[str]:
+def _own_names(fused: type[Fused]) -> frozenset[str]:
     """What a fused module has besides what all modules have."""
-    names = {name for cls in fused.__mro__ if issubclass(cls, blocks.Fused) for name in vars(cls) if not name.startswith("__")}
+    names = {name for cls in fused.__mro__ if issubclass(cls, Fused) for name in vars(cls) if not name.startswith("__")}
     return frozenset({*names, "fused_region"}.difference(dir(nn.Module), _FORWARDS))
 
 
-def _taken(module: nn.Module, fused: type[blocks.Fused]) -> str | None:
+def taken(module: nn.Module, fused: type[Fused]) -> str | None:
     """Why a module cannot become a fused one: it has something of a name of ours, where each would look for its own."""
     classes = [cls for cls in type(module).__mro__ if cls is not object and cls not in nn.Module.__mro__]
     theirs = {name for space in (module.__dict__, module._modules, module._parameters, module._buffers) for name in space}
@@ -138,7 +139,7 @@ def _taken(module: nn.Module, fused: type[blocks.Fused]) -> str | None:
     return f"it has {min(names)!r}, which is a name of fused modules" if names else None
 
 
-def _known_forward(module: nn.Module) -> tuple[type[blocks.Fused] | None, str | None]:
+def _known_forward(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
     kind = type(module)
     if isinstance(module, nn.Sequential):
         parts = [part for _, part in blocks.segments(list(module._modules.items())) if isinstance(part, Parts)]

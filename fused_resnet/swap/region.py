@@ -9,18 +9,17 @@ their structure (:mod:`.arguments`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import signature
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..blocks import Fused, read_off
-from ..describe import Entry, Parts, Reading, WeightLayer, hooks_everywhere
-from ..watch import ATTRIBUTE, Memory
+from .. import whole
+from ..describe import Entry, Parts, WeightLayer, hooks_everywhere
+from ..fused import Fused
 from .arguments import Structure, structure_of, tensors_of, told
 from .guards import Guard, descend
 from .tracing import LOCK
@@ -53,7 +52,12 @@ class Site:
 
     def run(self, region: Any, x: Tensor, *skip: Tensor) -> Tensor:
         """The chain, or its modules one by one."""
-        return cast(Tensor, region.run(self.parts, x, partial(self.unfused, region), *skip))
+        return self.run_owned(region, x, False, *skip)[0]
+
+    def run_owned(self, region: Any, x: Tensor, donate: bool, *skip: Tensor) -> tuple[Tensor, bool]:
+        """As :meth:`.fused.Fused.run_owned`."""
+        result: tuple[Tensor, bool] = region.run_owned(self.parts, x, partial(self.unfused, region), donate, skip=skip)
+        return result
 
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
@@ -89,6 +93,25 @@ def _at(region: nn.Module, path: Path) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """A block that is one chain, in a network, by its place."""
+
+    path: Path
+
+    def parts(self, network: nn.Module) -> Parts:
+        """Its modules, as they are now, itself and those around it."""
+        block = _at(network, self.path)
+        ((_, parts),) = block.chains()
+        way = tuple(_at(network, self.path[:depth]) for depth in range(1, len(self.path) + 1))
+        return replace(parts, way=(*parts.way, *way))
+
+    def run_owned(self, network: Any, x: Tensor, donate: bool, *skip: Tensor) -> tuple[Tensor, bool]:
+        """As :meth:`.fused.Fused.run_owned`."""
+        result: tuple[Tensor, bool] = network.run_owned(self.parts, x, _at(network, self.path), donate, skip=skip)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
 class Region:
     """A forward with chains, for one mode or for both.
 
@@ -101,7 +124,6 @@ class Region:
         reasons: place -> why a convolution is in no chain.
         source: the code of ``run``, for people.
         inlined: modules that are not called as such, since a chain looks out of them.
-        straight: ``run`` where it is nothing but chains and functions of PyTorch's, with a :class:`Straight` for the module.
     """
 
     run: Callable[..., Any]
@@ -112,7 +134,6 @@ class Region:
     source: str
     inlined: tuple[Path, ...] = ()
     structure: Structure | None = None
-    straight: Callable[..., Any] | None = None
 
     def broken(self, module: nn.Module) -> str | None:
         """Why it holds no longer, or None."""
@@ -257,7 +278,7 @@ def _region(structure: Structure | None, module: Any) -> tuple[Region | None, li
     return region, _inside(module, region)
 
 
-#: What :meth:`.blocks.Fused.recall` takes for a forward that is called with tensors.
+#: What :meth:`.fused.Fused.recall` takes for a forward that is called with tensors.
 _OF_TENSORS = ("region", None), partial(_region, None)
 
 
@@ -265,62 +286,6 @@ def _inside(module: nn.Module, region: Region) -> list[nn.Module]:
     """The modules inside that a traced forward depends on."""
     inside = [descend(module, guard.path) for guard in region.guards if guard.path]
     return [inner for inner in inside if inner is not None]
-
-
-class Prepared(NamedTuple):
-    """A region whose forward is nothing but chains and functions of PyTorch's, so that nobody changes a module meanwhile (where
-    no mode is on that they call): one look at all of them is enough for all chains.
-
-    Attributes:
-        places: whose addresses are compared, since the prepared chains do not look there, see :func:`.watch.unchanged`.
-    """
-
-    region: Region
-    readings: tuple[Reading, ...]
-    places: int
-
-
-class Straight:
-    """One call of such a region. Behind a chain that is not prepared for its input, all of them are called as ever."""
-
-    __slots__ = ("module", "prepared", "ready")
-
-    def __init__(self, prepared: Prepared, module: Any) -> None:
-        self.prepared, self.module, self.ready = prepared, module, True
-
-    def chain(self, index: int, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.ready:
-            reading = self.prepared.readings[index]
-            out = functional.again(reading, functional.kind_of(x, skip, False), x, skip)
-            if out is not None:
-                return out
-            self.ready = False
-        return self.prepared.region.sites[index].run(self.module, x, *(() if skip is None else (skip,)))
-
-
-def _prepared(module: Any) -> tuple[Prepared | None, list[nn.Module] | None]:
-    """A region with its chains as they are remembered, and all modules that it depends on."""
-    region, _ = usable(module)
-    if region is None or region.straight is None:  # another thread
-        return None, None
-    modules, readings = _inside(module, region), []
-    for site in region.sites:
-        readings.append(module.recall(site.parts, partial(read_off, site.parts)))
-        modules += site.parts(module).watched
-    prepared = Prepared(region, tuple(readings), max(reading.places for reading in readings))
-    return prepared, modules if all(reading.lasts for reading in readings) else None
-
-
-def _all_ready(module: Fused, region: Region) -> bool:
-    """Whether each chain of a region is remembered, and prepared for some input."""
-    entries = Memory.of(module).entries
-    found = [entries.get(site.parts) for site in region.sites]
-    return all([entry is not None and any(entry.value.ready.values()) for entry in found])
-
-
-def _modes() -> bool:
-    """Whether functions of PyTorch's call somebody, who may do anything."""
-    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
 @lru_cache(maxsize=1024)
@@ -356,18 +321,12 @@ class FusedRegion(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs and not torch.compiler.is_compiling():
             args, kwargs = _in_order(self.unfused_class.forward, args, kwargs)
-        quick = False
-        if torch.is_grad_enabled():
-            if args and self.small(args[0]):
-                return super().forward(*args, **kwargs)
-        elif not kwargs and not torch.compiler.is_dynamo_compiling():
-            quick = all([type(x) is Tensor and x.is_cpu for x in args])
-            memory: Memory | None = self.__dict__.get(ATTRIBUTE)
-            look = quick and memory is not None and _prepared in memory.entries and self.prepares() and not _modes()
-            prepared: Prepared | None = self.holding(_prepared) if look else None
-            if prepared is not None and len(args) == prepared.region.required:
-                assert prepared.region.straight is not None
-                return prepared.region.straight(Straight(prepared, self), *args)
+        if torch.is_grad_enabled() and args and self.small(args[0]):
+            return super().forward(*args, **kwargs)
+        done = None if kwargs else whole.once(self, *args)
+        if done is not None:
+            self._called(None)
+            return done[0]
         plain = isinstance(args[0], Tensor) if len(args) == 1 else all(isinstance(x, Tensor) for x in args)
         structure = None if plain or kwargs else structure_of(args)
         if kwargs or not (plain or structure is not None):
@@ -376,14 +335,29 @@ class FusedRegion(Fused):
             region = self.recall(*_OF_TENSORS)
         else:
             region = self.recall(("region", structure), partial(_region, structure))
-            if ATTRIBUTE in self.__dict__ and not torch.compiler.is_compiling():
-                Memory.of(self).entries.pop(_prepared, None)  # the next call with a tensor is one of another kind again
-        regions: Regions | None = self.__dict__.get("fused_region")
-        if regions is not None and regions.called.get(self.training, ()) != structure and not torch.compiler.is_compiling():
-            regions.called[self.training] = structure
+        if not torch.compiler.is_compiling():
+            self._called(structure)
         if region is None or (plain and len(args) != region.required):
             return super().forward(*args)
-        out = region.run(self, *(args if plain else tensors_of(args)))
-        if quick and region.straight is not None and not self.remembers(_prepared) and _all_ready(self, region):
-            self.recall(_prepared, _prepared)  # the next call asks once for all
-        return out
+        return region.run(self, *(args if plain else tensors_of(args)))
+
+    def _called(self, structure: Structure | None) -> None:
+        """Note what it was called with."""
+        regions: Regions | None = self.__dict__.get("fused_region")
+        if regions is not None and regions.called.get(self.training, ()) != structure:
+            regions.called[self.training] = structure
+
+
+class FusedNetwork(Fused):
+    """A module of any class in which there are chains, all of them of modules inside: looked at as a whole where it can be."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and not torch.compiler.is_compiling():
+            args, kwargs = _in_order(self.unfused_class.forward, args, kwargs)
+        done = None if kwargs else whole.once(self, *args)
+        return super().forward(*args, **kwargs) if done is None else done[0]
+
+
+def runs_chains(module: nn.Module) -> TypeGuard[Fused]:
+    """Whether a module is fused, and not only what is in it."""
+    return isinstance(module, Fused) and not isinstance(module, FusedNetwork)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,16 +20,17 @@ from torch import nn
 from .. import backends, blocks, plain, plain_paper, plain_rows, watch
 from ..compiling import fused_resnet
 from ..describe import check_memory
+from ..fused import Fused
 from .analysis import Analysis
 from .guards import descend
 from .layout import FusedView, is_viewed, views_itself
 from .quantised import quantised
-from .recognise import ABOUT_A_FORWARD, OURS, analysis, fused_forward, is_compiled, layers_of
-from .region import FusedRegion, Later, Region, Regions
+from .recognise import ABOUT_A_FORWARD, OURS, analysis, fused_forward, is_compiled, layers_of, taken
+from .region import FusedNetwork, FusedRegion, Later, Region, Regions
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OURS: dict[type[nn.Module], type[blocks.Fused]] = {
+_OURS: dict[type[nn.Module], type[Fused]] = {
     plain.BasicBlock: blocks.BasicBlock,
     plain.Bottleneck: blocks.Bottleneck,
     plain.Stem: blocks.Stem,
@@ -40,7 +41,7 @@ _OURS: dict[type[nn.Module], type[blocks.Fused]] = {
 }
 
 
-def _rebuild(original: type[nn.Module], fused: type[blocks.Fused]) -> nn.Module:
+def _rebuild(original: type[nn.Module], fused: type[Fused]) -> nn.Module:
     kind: Any = fused_class(original, fused)
     module: nn.Module = kind.__new__(kind)
     return module
@@ -53,10 +54,10 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     return _rebuild, (kind.unfused_class, kind.fused_forward_class), state
 
 
-_made: dict[tuple[type[nn.Module], type[blocks.Fused]], type[Any]] = {}
+_made: dict[tuple[type[nn.Module], type[Fused]], type[Any]] = {}
 
 
-def _signed(original: type[nn.Module], fused: type[blocks.Fused]) -> Callable[..., Any]:
+def _signed(original: type[nn.Module], fused: type[Fused]) -> Callable[..., Any]:
     """A fused forward under the signature of the original class, by which torch.fx and trainers decide how to call it."""
 
     @functools.wraps(original.forward)
@@ -66,7 +67,7 @@ def _signed(original: type[nn.Module], fused: type[blocks.Fused]) -> Callable[..
     return forward
 
 
-def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[Any]:
+def fused_class(original: type[nn.Module], fused: type[Fused]) -> type[Any]:
     """The class with ``fused``'s forward in front of ``original``; the same one each time."""
     if original in _OURS:
         return _OURS[original]
@@ -76,18 +77,17 @@ def fused_class(original: type[nn.Module], fused: type[blocks.Fused]) -> type[An
         "unfused_class": original,
         "fused_forward_class": fused,
         "__reduce_ex__": _reduce,
-        "unfused_forward": original.forward,
         "__module__": __name__,
         "__doc__": original.__doc__,
     }
     if is_viewed(original):
         namespace["gives_contiguous"] = True
-    if fused in (FusedRegion, FusedView):
+    if fused in (FusedRegion, FusedNetwork, FusedView):
         namespace["forward"] = _signed(original, fused)
     return _made.setdefault((original, fused), type(f"Fused{original.__name__}", (fused, original), namespace))
 
 
-def stands_for(module: blocks.Fused, child: nn.Module) -> bool:
+def stands_for(module: Fused, child: nn.Module) -> bool:
     """Whether a chain of ``module`` does all that ``child`` does: it is not swapped, or counted, by itself."""
     inside = {id(part) for _, parts in module.chains() for part in parts.modules}
     return all(id(part) in inside for part in child.modules() if not list(part.children()))
@@ -118,7 +118,7 @@ class _Swapping:
     compiles: bool = False
     rest: list[nn.Module] = field(default_factory=list)
 
-    def forward_of(self, module: nn.Module, mode: bool) -> type[blocks.Fused] | None:
+    def forward_of(self, module: nn.Module, mode: bool) -> type[Fused] | None:
         """The fused forward of a module in a mode, if something is gained by it."""
         with _in_mode(module, mode):
             fused = fused_forward(module, self.traced[mode])[0]
@@ -135,6 +135,14 @@ class _Swapping:
                 self.inside[mode].add(id(descend(module, path)))
         return regions
 
+    def around(self, module: nn.Module) -> bool:
+        """Whether a module can be traced that holds chains of modules inside alone."""
+        if type(module).forward is nn.Module.forward or is_compiled(module) or id(module) in self.inside[False]:
+            return False
+        with _in_mode(module, False):
+            reason = fused_forward(module, self.traced[False])[1] or taken(module, FusedNetwork)
+        return reason is None and self.traced[False].found.get(id(module), "") is None
+
     def untraceable(self, module: nn.Module) -> bool:
         """Whether a module's forward calls layers where torch.fx cannot follow it, and Dynamo may."""
         if type(module).forward is nn.Module.forward or module._compiled_call_impl is not None or not any(layers_of(module)):
@@ -147,26 +155,36 @@ class _Swapping:
         return True
 
 
-def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swapping) -> None:
-    """Swap ``module`` and what is in it, but for what is fused already: our own blocks in somebody's network."""
+def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swapping, within: bool = False) -> None:
+    """Swap ``module`` and what is in it, but for what is fused already: our own blocks in somebody's network.
+
+    ``within``: it is part of a module that is, or may become, a fused one.
+    """
     seen = swapping.seen
-    if id(module) in seen or isinstance(module, blocks.Fused) or quantised(module) is not None:
+    if id(module) in seen or isinstance(module, Fused) or quantised(module) is not None:
         return
     seen.add(id(module))
     found = {mode: swapping.forward_of(module, mode) for mode in (True, False)}
     fused = found[True] or found[False]
+    around = fused is None and not within and swapping.around(module)
     if fused is not None:
-        swapped: Any = module
         if fused is FusedRegion:
-            swapped.fused_region = swapping.regions(module)
-        module.__class__ = fused_class(type(module), fused)
-        swapped.fused_backend = backend
-        swapped.fused_memory = memory
+            cast(Any, module).fused_region = swapping.regions(module)
+        _become(module, fused, backend, memory)
     elif swapping.compiles and swapping.untraceable(module):
         swapping.rest.append(module)
     for child in module.children():
-        if not (isinstance(module, blocks.Fused) and stands_for(module, child)):
-            _swap(child, backend, memory, swapping)
+        if not (isinstance(module, Fused) and stands_for(module, child)):
+            _swap(child, backend, memory, swapping, within or around or fused is not None)
+    if around and sum(isinstance(inner, Fused) for inner in module.modules()) > 1:
+        _become(module, FusedNetwork, backend, memory)
+
+
+def _become(module: Any, fused: type[Fused], backend: str | None, memory: str) -> None:
+    """Swap one module."""
+    module.__class__ = fused_class(type(module), fused)
+    module.fused_backend = backend
+    module.fused_memory = memory
 
 
 def _compile(module: Any) -> None:
@@ -242,7 +260,7 @@ def fuse(
     _check_untraceable(untraceable, backend)
     if not inplace:
         model = copy.deepcopy(model)
-    before = {id(module) for module in model.modules() if isinstance(module, blocks.Fused) or is_compiled(module)}
+    before = {id(module) for module in model.modules() if isinstance(module, Fused) or is_compiled(module)}
     swapping = _Swapping(compiles=untraceable == "compile")
     try:
         _swap(model, backend, memory, swapping)
@@ -253,7 +271,7 @@ def fuse(
             if id(module) not in before:
                 _give_back(module)
         raise
-    after = {id(module) for module in model.modules() if isinstance(module, blocks.Fused) or is_compiled(module)}
+    after = {id(module) for module in model.modules() if isinstance(module, Fused) or is_compiled(module)}
     if before and after == before:
         raise RuntimeError("model is already fused; unfuse(model) first to fuse it with other options")
     if not after:
@@ -275,7 +293,7 @@ def unfuse(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    fused = [module for module in model.modules() if isinstance(module, blocks.Fused) or is_compiled(module)]
+    fused = [module for module in model.modules() if isinstance(module, Fused) or is_compiled(module)]
     if not fused:
         raise RuntimeError("model is not fused: nothing to give back")
     for module in fused:
@@ -287,7 +305,7 @@ def _give_back(module: nn.Module) -> None:
     """As it was before :func:`fuse`, which may have left it alone."""
     if is_compiled(module):
         module._compiled_call_impl = None
-    if isinstance(module, blocks.Fused):
+    if isinstance(module, Fused):
         for option in ("fused_backend", "fused_memory", "fused_region", watch.ATTRIBUTE):
             module.__dict__.pop(option, None)
         kind: type[Any] = module.unfused_class

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..describe import hooked, hooks_everywhere
+from ..describe import hooked, hooks_everywhere, is_activation, is_norm
 from .arguments import Given, Structure, hands_on, may_change, put_together
 from .guards import original
 from .harmless import CannotTrace, watched
@@ -148,6 +148,9 @@ def _of_sizes(node: fx.Node) -> bool:
     return True
 
 
+#: Packages whose functions, and modules without layers, compute and do no more. (Those of somebody's own may print, or count.)
+ZOOS = frozenset(("fused_resnet", "open_clip", "segmentation_models_pytorch", "timm", "torchvision", "transformers"))
+
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
 
@@ -162,12 +165,14 @@ class _Tracer(fx.Tracer):
         opaque: Callable[[nn.Module], str | None],
         untraceable: dict[nn.Module, str],
         structure: Structure | None = None,
+        through: bool = False,
     ) -> None:
         super().__init__()
         self.thread: int | None = threading.get_ident()  # none: it is over
         self.opaque = opaque
         self.untraceable = untraceable
         self.structure = structure
+        self.through = through
         self.given = Given([])
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
@@ -336,7 +341,8 @@ class _Tracer(fx.Tracer):
         kind = original(type(m))
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
-        if not contained and (not list(m.children()) or not has_layers(m)):
+        through = self.through and kind.__module__.split(".")[0] in ZOOS and not is_norm(m) and not is_activation(m)
+        if not contained and not through and (not list(m.children()) or not has_layers(m)):
             return ""
         if isinstance(m, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
             return ""
@@ -369,7 +375,12 @@ def _message(error: BaseException) -> str:
     return f"its forward cannot be traced ({type(error).__name__}: {text[:100]})"
 
 
-def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structure: Structure | None = None) -> Traced:
+def trace(
+    module: nn.Module,
+    opaque: Callable[[nn.Module], str | None],
+    structure: Structure | None = None,
+    through: bool = False,
+) -> Traced:
     """The graph of a module's forward, its children traced through where that can be done.
 
     Args:
@@ -377,6 +388,7 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
         opaque: why a child must stay a call, or None; empty where that needs no reason.
         structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
             each argument that must be given.
+        through: also through modules of model zoos in which there are no layers.
 
     Raises:
         TakesApart: it could be, if the structure of its arguments were known.
@@ -392,7 +404,7 @@ def trace(module: nn.Module, opaque: Callable[[nn.Module], str | None], structur
     untraceable: dict[nn.Module, str] = {}
     with LOCK:
         while True:
-            tracer = _Tracer(opaque, untraceable, structure)
+            tracer = _Tracer(opaque, untraceable, structure, through)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
                 with watched(module, tracer):

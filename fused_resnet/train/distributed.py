@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..blocks import Fused
+from ..fused import Fused
 from ..measure import automatic_device
 from .errors import DataError, UsageError
 

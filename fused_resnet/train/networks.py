@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, importing, models
-from ..blocks import Fused
 from ..describe import check_memory
+from ..fused import Fused
 from ..models import NAMES
 from ..specimens import torchvision_models
 from ..swap import fuse, unfuse
