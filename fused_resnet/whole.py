@@ -202,12 +202,14 @@ def _look(module: Fused) -> tuple[Look | None, list[nn.Module] | None]:
     fused = [part for part in (*inside, *chained) if isinstance(part, Fused)]
     alike = all((part.fused_backend, part.fused_memory) == mine for part in fused)
     alike = alike and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    if not alike or any(map(is_watched, inside)) or any(not reading.lasts or reading.chain is None for reading in readings):
+    if not alike or any(map(_is_watched, (*inside, *chained))):
+        return None, None
+    if any(not reading.lasts or reading.chain is None for reading in readings):
         return None, None
     places = max(reading.places for reading in readings)
     return Look(network, readings, leaves, tensors, places), [*inside, *chained]
 
 
-def is_watched(module: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
     """Whether a call of a module is more than its class's forward."""
     return hooked(module) or "forward" in module.__dict__ or module._compiled_call_impl is not None

@@ -23,6 +23,7 @@ from .guards import Guard, descend, signature
 from .harmless import CannotTrace
 from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
+from .pure import is_pure
 from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, waits
 from .tracing import ZOOS, Frame, TakesApart, Traced, arguments_of, trace
 
@@ -236,6 +237,8 @@ class _Writer:
         known = {part for match in self.matches for part in match.nodes} | self._marks()
         if not outs or not all(self._harmless(node) for node in self.traced.graph.nodes if node not in known):
             return None
+        if not all(is_pure(self.module.get_submodule(path)) for path in {"", *(frame.path for frame in self.open)}):
+            return None
         run, _ = self._written(chain, other)
         return Network(run, tuple(chains), tuple(leaves), tuple(tensors), self._guards(), arguments_of(self.module)[0])
 
@@ -259,8 +262,9 @@ class _Writer:
         chain: Callable[[Match, fx.Node, list[fx.Node]], fx.Node],
         other: Callable[[fx.Node, fx.Node], fx.Node],
     ) -> tuple[Callable[..., Any], str]:
-        """The forward as a function, and its code: ``chain(match, self, inputs)`` makes the node of a chain, ``other(node, self)``
-        that of what is in none.
+        """The forward as a function, and its code.
+
+        ``chain(match, self, inputs)`` makes the node of a chain, ``other(node, self)`` that of what is in none.
         """
         itself = self.graph.create_node("placeholder", "self", name="fused_module")
         starts = {match.out if match.skip is not None else match.nodes[0]: match for match in self.matches}

@@ -24,6 +24,7 @@ from ..fused import Fused
 from .analysis import Analysis
 from .guards import descend
 from .layout import FusedView, is_viewed, views_itself
+from .pure import is_pure
 from .quantised import quantised
 from .recognise import ABOUT_A_FORWARD, OURS, analysis, fused_forward, is_compiled, layers_of, taken
 from .region import FusedNetwork, FusedRegion, Later, Region, Regions
@@ -141,7 +142,7 @@ class _Swapping:
             return False
         with _in_mode(module, False):
             reason = fused_forward(module, self.traced[False])[1] or taken(module, FusedNetwork)
-        return reason is None and self.traced[False].found.get(id(module), "") is None
+        return reason is None and self.traced[False].found.get(id(module), "") is None and is_pure(module)
 
     def untraceable(self, module: nn.Module) -> bool:
         """Whether a module's forward calls layers where torch.fx cannot follow it, and Dynamo may."""

@@ -1,0 +1,563 @@
+"""Networks that are looked at once a call: what they give, what of them is seen to change, and which are left as they were."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from nets import randomise
+from tolerances import CLOSE, relative_error
+from torch import Tensor, nn
+
+from fused_resnet import count_launches, explain, fuse, fused, plain, plain_paper, unfuse, watch, whole
+from fused_resnet.swap import analysis
+from fused_resnet.swap.pure import is_pure
+from fused_resnet.watch import ATTRIBUTE
+
+
+def _layer(channels: int, filters: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    padding = kernel // 2
+    return [nn.Conv2d(channels, filters, kernel, stride, padding, groups=groups, bias=False), nn.BatchNorm2d(filters)]
+
+
+class Squeeze(nn.Module):
+    """A squeeze-and-excitation, which is no chain."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Hardsigmoid()
+        self.fc1, self.fc2 = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.fc2(torch.relu(self.fc1(self.pool(x)))))
+
+
+class Inverted(nn.Module):
+    """MobileNetV3's block, with a sum in place, and a parameter that is read."""
+
+    def __init__(self, channels: int, wide: int) -> None:
+        super().__init__()
+        act = nn.Hardswish()
+        self.expand = nn.Sequential(*_layer(channels, wide), act, *_layer(wide, wide, 3, groups=wide), act)
+        self.squeeze = Squeeze(wide)
+        self.project = nn.Sequential(*_layer(wide, channels))
+        self.gamma = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+        self.factors = [0.5, 1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.squeeze(self.expand(x))) * self.gamma
+        y += x * self.factors[1]
+        return y
+
+
+class Net(nn.Module):
+    """A stem, blocks of three kinds, a pooling and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*_layer(3, 8, 3, 2), nn.ReLU())
+        self.blocks = nn.Sequential(Inverted(8, 24), Inverted(8, 16))
+        self.stage = nn.Sequential(*[plain.BasicBlock(8, 8) for _ in range(3)])
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Sequential(nn.Linear(8, 12), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage(self.blocks(self.stem(x)))
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+#: A network's chains: the stem, two of a block before and behind its squeeze each, three blocks.
+CHAINS = 1 + 2 * 2 + 3
+
+
+def _pair(make: Callable[[], nn.Module] = Net) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    net = randomise(make()).eval()
+    return net, fuse(copy.deepcopy(net), backend="cpu")
+
+
+def _images(n: int = 2) -> Tensor:
+    return torch.randn(n, 3, 21, 19)
+
+
+def _looked(net: nn.Module) -> bool:
+    """Whether all of it is looked at in one go."""
+    return ATTRIBUTE in vars(net) and whole._look in vars(net)[ATTRIBUTE].entries
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many modules are looked at, look by look."""
+    found: list[int] = []
+    unchanged = watch.unchanged
+
+    def counted(seen: Any, places: int = watch.ALL) -> bool:
+        seen = tuple(seen)
+        found.append(len(seen))
+        return unchanged(seen, places)
+
+    monkeypatch.setattr(watch, "unchanged", counted)
+    return found
+
+
+def test_one_look_a_call(looks: list[int]) -> None:
+    """From the third call on; with the same bits."""
+    net, fused_net = _pair()
+    x, wanted = _images(), copy.deepcopy(net).double()
+    assert type(fused_net).__name__ == "FusedNet" and isinstance(fused_net, Net)
+    found = []
+    for call in range(6):
+        looks.clear()
+        found.append(fused_net(x))
+        assert _looked(fused_net) is (call >= whole.FIRST - 1)
+        assert call < whole.FIRST or len(looks) == 1
+    assert looks[0] > 3 * CHAINS
+    assert all(torch.equal(found[0], one) for one in found)
+    assert relative_error(found[0], wanted(x.double())) < CLOSE
+    readings = vars(fused_net)[ATTRIBUTE].entries[whole._look].value.readings
+    assert len(readings) == CHAINS and all(len(reading.ready) == 1 for reading in readings)
+
+
+def test_inputs_of_other_sizes_types_and_kinds() -> None:
+    net, fused_net = _pair()
+    for n in (2, 2, 2, 1, 3, 2, 1, 3, 1):
+        x = torch.randn(n, 3, 17 + 2 * n, 19)
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert relative_error(fused_net(given), net(given)) < CLOSE
+    assert _looked(fused_net)
+    assert relative_error(fused_net(x=x), net(x)) < CLOSE
+    with pytest.raises(RuntimeError, match="channels"):
+        fused_net(torch.randn(2, 4, 9, 9))
+    with pytest.raises(TypeError):
+        fused_net()
+    with pytest.raises(TypeError):
+        fused_net(x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_net(x).dtype == torch.bfloat16
+    with count_launches() as log:
+        fused_net(x)
+    assert len(log) > CHAINS
+    net.double(), fused_net.double()
+    for _ in range(8):
+        assert relative_error(fused_net(x.double()), net(x.double())) < 1e-12
+
+
+def test_with_gradients_it_trains_as_ever() -> None:
+    net, fused_net = _pair()
+    x = _images()
+    for _ in range(5):
+        fused_net(x)
+    with torch.enable_grad():
+        for model in (net.train(), fused_net.train()):
+            model.head[2].eval()
+            model(x).square().sum().backward()
+    for (name, mine), its in zip(fused_net.named_parameters(), net.parameters()):
+        assert mine.grad is not None and relative_error(mine.grad, its.grad) < 1e-3, name
+    net.eval(), fused_net.eval()
+    for _ in range(2 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), net(x)) < CLOSE, "statistics have moved"
+    assert _looked(fused_net)
+
+
+class Twice(nn.Module):
+    """Hooked in: what goes through is doubled."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.pool(x)
+
+
+def _set(module: Any, name: str, value: Any) -> None:
+    setattr(module, name, value)
+
+
+def _hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda _m, _x, y: y * 1.5)
+
+
+def _without_counting(tensor: Tensor) -> None:
+    tensor.numpy()[...] *= 1.5
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a layer replaced": lambda net: net.head.__setitem__(3, nn.Linear(12, 5)),
+    "a pooling replaced": lambda net: _set(net, "pool", Twice(net.pool)),
+    "an activation replaced": lambda net: net.head.__setitem__(1, nn.ReLU()),
+    "a layer appended": lambda net: net.head.append(nn.Tanh()),
+    "a block appended": lambda net: net.blocks.append(randomise(Inverted(8, 8)).eval()),
+    "a block taken away": lambda net: net.blocks.pop(1),
+    "blocks swapped": lambda net: net.blocks.__init__(net.blocks[1], net.blocks[0]),
+    "a hook on a pooling": lambda net: _hook(net.pool),
+    "a hook on a layer of the head": lambda net: _hook(net.head[0]),
+    "a hook on the head": lambda net: _hook(net.head),
+    "a hook on a block": lambda net: _hook(net.blocks[0]),
+    "a hook on a residual block": lambda net: _hook(net.stage[1]),
+    "a hook on a stage": lambda net: _hook(net.stage),
+    "a hook on a convolution": lambda net: _hook(net.stage[1].conv2),
+    "a pre-hook": lambda net: net.blocks[1].squeeze.register_forward_pre_hook(lambda _m, x: (x[0] * 2,)),
+    "a hook on the network": _hook,
+    "forward replaced on a pooling": lambda net: _set(net.pool, "forward", lambda x: 2 * x.mean((2, 3), keepdim=True)),
+    "forward replaced on a block": lambda net: _set(net.blocks[0], "forward", lambda x: 2 * x),
+    "forward replaced on a residual block": lambda net: _set(net.stage[1], "forward", lambda x: 2 * x),
+    "forward replaced on the network": lambda net: _set(net, "forward", lambda x: x.mean((2, 3))),
+    "a parameter that is read": lambda net: _set(net.blocks[0], "gamma", nn.Parameter(torch.rand(8, 1, 1))),
+    "a parameter that is read, in place": lambda net: net.blocks[0].gamma.data.mul_(3),
+    "a plain attribute": lambda net: net.blocks[1].factors.__setitem__(1, 3.0),
+    "an attribute of a layer": lambda net: _set(net.pool, "output_size", (1, 2)) or _set(net, "head", nn.Linear(16, 3)),
+    "a BatchNorm in training mode": lambda net: net.stage[0].bn1.train(),
+    "dropout in training mode": lambda net: _set(net.head[2], "p", 1.0) or net.head[2].train(),
+    "filters": lambda net: net.stage[2].conv1.weight.mul_(1.5),
+    "filters, not counted": lambda net: _without_counting(net.blocks[0].expand[0].weight.detach()),
+    "statistics elsewhere": lambda net: _set(net.stem[1].running_mean, "data", net.stem[1].running_mean + 1),
+    "a layer's weights": lambda net: net.head[3].weight.mul_(1.5),
+    "weight norm": lambda net: nn.utils.parametrizations.weight_norm(net.head[0]).parametrizations.weight.original0.mul_(2),
+    "pruning": lambda net: nn.utils.parametrize.register_parametrization(net.stage[0].conv2, "weight", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_changes_is_seen(how: str) -> None:
+    """At the next call, and at those behind it."""
+    net, fused_net = _pair()
+    x = _images()
+    for _ in range(5):
+        before = fused_net(x)
+    assert _looked(fused_net)
+    for model in (net, fused_net):
+        torch.manual_seed(1)
+        CHANGES[how](model)
+    expected = net(x)
+    assert before.shape != expected.shape or relative_error(before, expected) > 3 * CLOSE, "the change shows"
+    for _ in range(2 * 2 * whole.FIRST):
+        expected = net(x)
+        assert relative_error(fused_net(x), expected) < CLOSE
+
+
+def test_another_backend_for_a_part() -> None:
+    """It decides for its part; and where it is the whole network's again, all is looked at once again."""
+    _, fused_net = _pair()
+    x = _images()
+    for _ in range(5):
+        before = fused_net(x)
+    fused_net.stage[1].fused_backend = "reference"
+    with count_launches() as log:
+        fused_net(x)
+    assert {backend for backend, _ in log.launches} == {"cpu", "reference"}
+    for _ in range(8):
+        assert relative_error(fused_net(x), before) < CLOSE
+    assert not _looked(fused_net)
+    fused_net.stage[1].fused_backend = "cpu"
+    for _ in range(2 * 2 * 2 * whole.FIRST):
+        fused_net(x)
+    assert _looked(fused_net)
+
+
+class Reads(nn.Module):
+    """Chains whose inputs and results are read by others too, or handed out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Sequential(plain.BasicBlock(4, 4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a = self.first(x)
+        b = self.second(a)
+        view = b[:, 1:]
+        c = self.third(b)
+        return a, self.third(a), c, view
+
+
+class Donated(Reads):
+    """Each result is read once."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.third(self.second(self.first(x))),)
+
+
+@pytest.mark.parametrize("make", [Reads, Donated])
+def test_what_others_read_is_not_written_over(make: Callable[[], nn.Module]) -> None:
+    """A sum is made in the memory of a block's input, where nobody else has it: never in the caller's."""
+    net, fused_net = _pair(make)
+    x = torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    given = x.clone()
+    expected = copy.deepcopy(net).double()(x.double())
+    kept = []
+    for _ in range(6):
+        kept.append(fused_net(x))
+        assert torch.equal(x, given)
+    for found in kept:  # all of them, behind the last call
+        for mine, its in zip(found, expected):
+            assert relative_error(mine, its) < CLOSE
+    look = vars(fused_net)[ATTRIBUTE].entries[whole._look].value
+    donated = [kind[2] for reading in look.readings for kind in reading.ready]
+    assert donated == ([False, True, True] if make is Donated else [False] * 4)
+
+
+def test_results_of_blocks_that_ran_one_by_one_are_not_written_over() -> None:
+    """A chain that refuses its input is called as its modules: what they give may be somebody's."""
+    net, fused_net = _pair(Donated)
+    x = torch.randn(2, 4, 9, 7)
+    for _ in range(4):
+        fused_net(x)
+    kept: list[Tensor] = []
+    for model in (net, fused_net):
+        model.first[0].bn2.register_forward_hook(lambda _m, _x, y: kept.append(y))
+    for _ in range(8):
+        kept.clear()
+        assert relative_error(fused_net(x)[0], net(x)[0]) < CLOSE
+        assert relative_error(kept[0], kept[1]) < CLOSE
+
+
+class Counts(nn.Module):
+    """Somebody's module without layers, that does more than compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(time.time())
+        return x
+
+
+class Scaled(nn.Module):
+    """Somebody's module without layers, that computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+FLAG = {"factor": 1.0}
+
+
+class Asks(Net):
+    """A network whose forward asks what is not in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * FLAG["factor"]
+
+
+class Options:
+    """What a program may set."""
+
+    factor = 1.0
+
+
+class Opted(Net):
+    """A network with an attribute in which something can be set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = Options()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.options.factor
+
+
+class Shared(Net):
+    """A network with an attribute of its class's."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+def _said(x: Tensor) -> Tensor:
+    print("said")
+    return x
+
+
+class Says(Net):
+    """A network that prints, in a function and in a method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._through(x)
+
+    def _through(self, x: Tensor) -> Tensor:
+        return _said(super().forward(x))
+
+
+@pytest.mark.parametrize("make", [Asks, Opted, Shared])
+def test_a_forward_that_asks_what_is_not_in_the_module_runs_at_each_call(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, fused_net = _pair(make)
+    assert type(fused_net) is make and not is_pure(fused_net)
+    assert any(isinstance(module, fused.Fused) for module in fused_net.modules())
+    x = _images()
+    for _ in range(5):
+        before = fused_net(x)
+    monkeypatch.setitem(FLAG, "factor", 3.0)
+    monkeypatch.setattr(Options, "factor", 3.0)
+    monkeypatch.setattr(Shared, "factor", 3.0)
+    assert relative_error(fused_net(x), 3 * before) < CLOSE and relative_error(fused_net(x), net(x)) < CLOSE
+
+
+def test_a_forward_that_prints_does_so_at_each_call(capsys: pytest.CaptureFixture[str]) -> None:
+    _, fused_net = _pair(Says)
+    capsys.readouterr()  # it was traced for its chains
+    for _ in range(7):
+        fused_net(_images())
+    assert capsys.readouterr().out.count("said") == 7
+
+
+def test_parts_of_a_network_that_is_not_looked_at_as_a_whole_are(looks: list[int]) -> None:
+    """Somebody's module in it is called at each call; a stage beside it is looked at once."""
+    net, fused_net = _pair()
+    x = _images()
+    for model in (net, fused_net):
+        model.blocks.insert(1, Counts())
+        model.head.append(Scaled())
+    for call in range(7):
+        looks.clear()
+        assert relative_error(fused_net(x), net(x)) < CLOSE
+        assert len(fused_net.blocks[1].calls) == call + 1
+    assert not _looked(fused_net) and _looked(fused_net.stage)
+    assert len(looks) == 1 + 2 * 2 + 1, "the stem, two chains of a block each, and the stage"
+
+
+def test_it_is_not_traced_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be looked at: at the third call, and behind twice as many each time."""
+    tried = []
+    network = analysis.Analysis.network
+
+    def counted(self: Any, module: nn.Module) -> Any:
+        tried.append(module)
+        return network(self, module)
+
+    monkeypatch.setattr(analysis.Analysis, "network", counted)
+    net, fused_net = _pair()
+    x = _images()
+    seen: list[Any] = []
+    hook = fused_net.pool.register_forward_hook(lambda *given: seen.append(given))
+    for _ in range(3 + 6 + 12 + 5):
+        assert relative_error(fused_net(x), net(x)) < CLOSE
+    assert len(seen) == 26 and sum(module is fused_net for module in tried) == 1, "it is kept, and does not hold for the hook"
+    hook.remove()
+    for _ in range(24):
+        fused_net(x)
+    assert _looked(fused_net) and len(seen) == 26 and sum(module is fused_net for module in tried) == 1
+
+
+def test_copies_pickles_and_unfused_ones() -> None:
+    net, fused_net = _pair()
+    x = _images()
+    for _ in range(5):
+        expected = fused_net(x)
+    copied, unpickled = copy.deepcopy(fused_net), pickle.loads(pickle.dumps(fused_net))
+    for other in (copied, unpickled):
+        assert type(other) is type(fused_net) and not _looked(other)
+        with torch.no_grad():
+            other.head[3].bias.add_(1)
+        for _ in range(5):
+            assert relative_error(other(x), expected + 1) < CLOSE
+        assert _looked(other)
+    assert torch.equal(fused_net(x), expected)
+    assert list(fused_net.state_dict()) == list(net.state_dict())
+    unfuse(fused_net)
+    assert type(fused_net) is Net and vars(fused_net).keys() == vars(net).keys()
+    assert not any(isinstance(module, fused.Fused) for module in fused_net.modules())
+    assert relative_error(fused_net(x), net(x)) < CLOSE
+
+
+def test_explain_tells_of_its_chains_alone() -> None:
+    """Nothing is said of the network itself, which holds no chain; and of what stands alone in it what was said before."""
+    _, fused_net = _pair()
+    alone = fuse(randomise(Net()).eval().blocks, backend="cpu")
+    rows = {row.name: row for row in explain(fused_net, show=False).rows}
+    assert sum(row.fused for row in rows.values()) == CHAINS
+    inner = {row.name: row.note for row in explain(alone, show=False).rows}
+    assert {name.removeprefix("blocks."): row.note for name, row in rows.items() if name.startswith("blocks.")} == inner
+
+
+def test_within_another_network_it_is_part_of_that() -> None:
+    """A network that was fused, in one that is fused around it; and in one that is not."""
+    _, fused_net = _pair()
+    around = randomise(nn.Sequential(nn.Sequential(*_layer(3, 3, 3), nn.ReLU()), fused_net)).eval()
+    plainly = unfuse(copy.deepcopy(around))
+    fuse(around, backend="cpu")
+    x = _images()
+    for _ in range(5):
+        assert relative_error(around(x), plainly(x)) < CLOSE
+    assert _looked(around)
+    assert not _looked(fused_net)
+
+
+def test_a_block_whose_shortcut_is_gated_stays_one_chain() -> None:
+    class Highway(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(*_layer(3, 4, 3), nn.ReLU())
+            self.blocks = nn.Sequential(plain_paper.HighwayBlock(4, 4), plain_paper.HighwayBlock(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(self.stem(x)).sigmoid()
+
+    net, fused_net = _pair(Highway)
+    x, wanted = _images(), copy.deepcopy(net).double()
+    for _ in range(6):
+        assert relative_error(fused_net(x), wanted(x.double())) < CLOSE
+    assert _looked(fused_net)
+    assert len(vars(fused_net)[ATTRIBUTE].entries[whole._look].value.readings) == 3
+
+
+def test_a_view_of_what_a_chain_gives() -> None:
+    """Chains give channels_last: a view that needs contiguous tensors becomes a reshape, or the network is left as it was."""
+
+    class Views(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.blocks(self.stem(x))
+            return y.view(y.shape[0], -1)
+
+    class Written(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.blocks(self.stem(x)).contiguous()
+            y.view(-1).mul_(2)
+            return y
+
+    for make in (Views, Written):
+        net, fused_net = _pair(make)
+        x = _images()
+        for _ in range(6):
+            assert relative_error(fused_net(x), net(x)) < CLOSE
+        assert _looked(fused_net) is (make is Views)
+
+
+def test_an_identity_in_front_of_a_block_with_a_shortcut() -> None:
+    """As in timm's MobileNetV4: the shortcut starts in front of it."""
+
+    class Block(nn.Module):
+        def __init__(self, first: nn.Module) -> None:
+            super().__init__()
+            self.first, self.last = first, nn.Identity()
+            self.one, self.two = nn.Sequential(*_layer(3, 6), nn.ReLU()), nn.Sequential(*_layer(6, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.two(self.one(self.first(x)))) + x
+
+    for first in (nn.Identity(), nn.Sequential()):
+        net, fused_net = _pair(lambda first=first: Block(first))  # type: ignore[misc]
+        x, wanted = _images(), copy.deepcopy(net).double()
+        for _ in range(6):
+            assert relative_error(fused_net(x), wanted(x.double())) < CLOSE
+        assert [row.eager_launches for row in explain(fused_net, show=False).rows if row.fused] == [6]
+        with torch.enable_grad():
+            for model in (net, fused_net):
+                model(x).square().sum().backward()
+        assert relative_error(fused_net.one[0].weight.grad, net.one[0].weight.grad) < CLOSE
+        for model in (net, fused_net):
+            model.first = nn.Tanh()
+        assert relative_error(fused_net(x), net(x)) < CLOSE
