@@ -392,6 +392,24 @@ class Says(Net):
         return _said(super().forward(x))
 
 
+class Catches(Net):
+    """A network that takes errors of a module inside for something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return super().forward(x)
+        except RuntimeError:
+            return torch.zeros(())
+
+
+def test_an_error_that_is_caught_is_caught_at_each_call() -> None:
+    net, fused_net = _pair(Catches)
+    for _ in range(5):
+        fused_net(_images())
+    assert type(fused_net) is Catches
+    assert fused_net(torch.randn(2, 4, 9, 9)).shape == net(torch.randn(2, 4, 9, 9)).shape == ()
+
+
 @pytest.mark.parametrize("make", [Asks, Opted, Shared])
 def test_a_forward_that_asks_what_is_not_in_the_module_runs_at_each_call(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     net, fused_net = _pair(make)

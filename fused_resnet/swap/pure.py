@@ -31,6 +31,8 @@ _DO_MORE = frozenset(
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 #: Instructions that read an attribute, by what they begin with.
 _OF_OBJECTS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")
+#: Of ``try`` and ``with``: what is caught there may not be raised while it is traced.
+_CATCHES = ("PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH")
 
 
 def _package(thing: Any) -> str:
@@ -52,7 +54,7 @@ def _reads(kind: type[Any]) -> frozenset[str] | None:
     read an attribute of the class's.
     """
     bases = [base for base in kind.__mro__ if _package(base) not in _KNOWN]
-    read, done, seen = {"forward"}, set[str](), set[int]()
+    read, done, seen = {"forward", "__call__", "__getattr__", "__getattribute__"}, set[str](), set[int]()
     while read - done:
         name = (read - done).pop()
         done.add(name)
@@ -85,6 +87,8 @@ def _asks_nobody(function: FunctionType, read: set[str], seen: set[int]) -> bool
     for code in _codes(function.__code__):
         for step in dis.get_instructions(code):
             name = str(step.argval)
+            if step.opname in _CATCHES:
+                return False
             if step.opcode not in dis.hasname:
                 continue
             if step.opname.startswith(_OF_OBJECTS):
