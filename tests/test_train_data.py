@@ -141,6 +141,17 @@ def test_pixels_without_a_white_are_not_read(kind: type, says: str, folder: Path
     assert fit(replace(config, out=tmp_path / "skip", on_corrupt="skip")).bad == [str(folder / "train" / "bee" / "9.tif")]
 
 
+def test_what_fills_up_a_process_that_is_one_image_short_is_no_file(folder: Path) -> None:
+    """Else a damaged first image would be read, and end the test pass, where it is the only one of that batch."""
+    (folder / "val" / "ant" / "0.jpg").write_text("no image")
+    found = data.load("folder", folder, recipe())
+    for workers in (0, 2):
+        alone, beside = found.test.batches([Draw([-1]), Draw([1, -1])], workers)
+        assert alone.labels.tolist() == [-1] and alone.x.shape == (1, 3, 32, 32) and not alone.bad
+        assert beside.labels.tolist() == [0, -1] and beside.x.shape == (2, 3, 32, 32)
+        assert torch.equal(beside.x[1], alone.x[0]) and not torch.equal(beside.x[0], alone.x[0])
+
+
 def test_a_name_that_is_not_utf8(folder: Path, tmp_path: Path) -> None:
     """A checkpoint takes it, and the run goes on behind it."""
     odd = folder / "train" / "bee" / os.fsdecode(b"\xff.jpg")

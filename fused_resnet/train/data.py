@@ -40,7 +40,7 @@ DATA = {
 class Draw:
     """One batch to be made: which images, and the seed of what is random in them (None: nothing is).
 
-    The index -1 is image 0 with the label -1: all processes have to compute as often, and it is not counted.
+    The index -1 is some image with the label -1: all processes have to compute as often, and it is not counted.
     """
 
     indices: list[int]

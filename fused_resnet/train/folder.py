@@ -58,6 +58,13 @@ def decoded(path: str) -> Any:
         return image.convert("RGB")
 
 
+def blank() -> Any:
+    """An image for which there need be no file."""
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64))
+
+
 @dataclass(frozen=True)
 class Centre:
     """The shorter side to 256 / 224 of ``size``, then the crop in the centre. An object, since workers may get it pickled."""
@@ -82,9 +89,9 @@ class _Images(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Any, ...]:
         index, seed = key
-        path, label = self.samples[max(index, 0)]
         if index < 0:
-            label = -1
+            return self.view(blank()), -1
+        path, label = self.samples[index]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata; what cannot be decoded raises

@@ -41,7 +41,7 @@ def share(images: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[Dr
 def in_order(images: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[Draw]:
     """All images once, without anything random; each process has its part, and all have equally many.
 
-    A process that is one image short gets image 0 again, as the index -1: it is computed and not counted.
+    A process that is one image short gets another, as the index -1: it is computed and not counted.
     """
     mine = list(range(rank, images, world))
     mine += [-1] * (-(-images // world) - len(mine))
