@@ -93,7 +93,7 @@ class Look(NamedTuple):
 class Call:
     """One call of a network. Behind a chain that is not prepared for its input all of them look for themselves.
 
-    A chain may write over what an earlier one has made, if it alone reads that (``donate``): unless that ran one by one.
+    A block of a stage may write over what the one in front of it has made (``donate``), unless that ran one by one.
     """
 
     __slots__ = ("first", "look", "module", "ours", "ready")

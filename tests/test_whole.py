@@ -271,21 +271,21 @@ class Reads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = (nn.Sequential(plain.BasicBlock(4, 4)) for _ in range(3))
+        self.stage = nn.Sequential(*[plain.BasicBlock(4, 4) for _ in range(3)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        a = self.first(x)
-        b = self.second(a)
+        first, second, third = self.stage
+        a = first(x)
+        b = second(a)
         view = b[:, 1:]
-        c = self.third(b)
-        return a, self.third(a), c, view
+        return a, third(a), third(b), view
 
 
 class Donated(Reads):
     """Each result is read once."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.third(self.second(self.first(x))),)
+        return (self.stage(x),)
 
 
 @pytest.mark.parametrize("make", [Reads, Donated])
@@ -315,7 +315,7 @@ def test_results_of_blocks_that_ran_one_by_one_are_not_written_over() -> None:
         fused_net(x)
     kept: list[Tensor] = []
     for model in (net, fused_net):
-        model.first[0].bn2.register_forward_hook(lambda _m, _x, y: kept.append(y))
+        model.stage[0].bn2.register_forward_hook(lambda _m, _x, y: kept.append(y))
     for _ in range(8):
         kept.clear()
         assert relative_error(fused_net(x)[0], net(x)[0]) < CLOSE

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from ..blocks import FusedResidual, FusedStem
+from ..blocks import FusedResidual, FusedStage, FusedStem
 from ..chain import shape_behind
 from ..describe import convolutions, dimensions_of
 from ..fused import Fused
@@ -209,23 +209,19 @@ class _Writer:
             return None  # a module that does so is given contiguous tensors, see :mod:`.layout`
         if any(match.sized is not None for match in self.matches):
             return None
-        outs = {match.out for match in self.matches}
-        outs.update(node for node in self.traced.graph.nodes if self._block(node) is not None)
 
-        def call(chain: Chain, itself: fx.Node, inputs: list[fx.Node], x: fx.Node) -> fx.Node:
+        def call(chain: Chain, itself: fx.Node, donate: bool, inputs: list[Any]) -> fx.Node:
             chains.append(chain)
-            # In a sum with a second input that is not written over; x may be the caller's, or somebody's who reads it later.
-            donate = len(inputs) == 1 and x in outs and len(x.users) == 1
             return self.graph.call_method("chain", (itself, len(chains) - 1, donate, *inputs))
 
         def chain(match: Match, itself: fx.Node, inputs: list[fx.Node]) -> fx.Node:
-            return call(self._site(match), itself, inputs, match.x)
+            return call(self._site(match), itself, False, inputs)
 
         def other(node: fx.Node, itself: fx.Node) -> fx.Node:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.map.__getitem__)
             block = self._block(node)
             if block is not None:
-                return call(Block(block), itself, cast(list[fx.Node], [*args]), cast(fx.Node, node.args[0]))
+                return call(Block(block), itself, self._handed_on(node), [*args])
             if node.op == "call_module":
                 leaves.append(cast(Path, _path(str(node.target))))
                 return self.graph.call_method("leaf", (itself, len(leaves) - 1, *args), kwargs)
@@ -235,11 +231,13 @@ class _Writer:
             return self.graph.node_copy(node, self.map.__getitem__)
 
         known = {part for match in self.matches for part in match.nodes} | self._marks()
-        if not outs or not all(self._harmless(node) for node in self.traced.graph.nodes if node not in known):
+        if not all(self._harmless(node) for node in self.traced.graph.nodes if node not in known):
             return None
         if not all(is_pure(self.module.get_submodule(path)) for path in {"", *(frame.path for frame in self.open)}):
             return None
         run, _ = self._written(chain, other)
+        if not chains:
+            return None
         return Network(run, tuple(chains), tuple(leaves), tuple(tensors), self._guards(), arguments_of(self.module)[0])
 
     def _block(self, node: fx.Node) -> Path | None:
@@ -247,6 +245,16 @@ class _Writer:
         module = self.matcher.module(node)
         called = isinstance(module, _BLOCKS) and len(node.args) == 1 and not node.kwargs
         return _path(str(node.target)) if called else None
+
+    def _handed_on(self, node: fx.Node) -> bool:
+        """Whether a block's input is what the block in front of it in a stage has made, and nobody else's: as in
+        :class:`.blocks.FusedStage`, whose sums have the same bits.
+        """
+        path, before = self._block(node), cast(fx.Node, node.args[0])
+        first = self._block(before)
+        if path is None or first is None or path[:-1] != first[:-1] or len(before.users) > 1:
+            return False
+        return isinstance(descend(self.module, path[:-1]), FusedStage)
 
     def _harmless(self, node: fx.Node) -> bool:
         """Whether a node runs nobody's code who could change a module."""

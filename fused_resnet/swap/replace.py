@@ -177,7 +177,8 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
     for child in module.children():
         if not (isinstance(module, Fused) and stands_for(module, child)):
             _swap(child, backend, memory, swapping, within or around or fused is not None)
-    if around and sum(isinstance(inner, Fused) for inner in module.modules()) > 1:
+    inside = [inner for inner in module.modules() if isinstance(inner, Fused)] if around else []
+    if len(inside) > 1 and any(id(inner) in seen for inner in inside):  # not all of them were fused before
         _become(module, FusedNetwork, backend, memory)
 
 
