@@ -138,7 +138,9 @@ class _Swapping:
 
     def around(self, module: nn.Module) -> bool:
         """Whether a module can be traced that holds chains of modules inside alone."""
-        if type(module).forward is nn.Module.forward or is_compiled(module) or id(module) in self.inside[False]:
+        if isinstance(module, torch.jit.ScriptModule) or is_compiled(module) or id(module) in self.inside[False]:
+            return False
+        if type(module).forward is nn.Module.forward or not list(module.children()):
             return False
         with _in_mode(module, False):
             reason = fused_forward(module, self.traced[False])[1] or taken(module, FusedNetwork)
