@@ -501,6 +501,22 @@ def test_explain_tells_of_its_chains_alone() -> None:
     assert {name.removeprefix("blocks."): row.note for name, row in rows.items() if name.startswith("blocks.")} == inner
 
 
+def test_a_class_that_cannot_be_derived_from_stays() -> None:
+    """Where its chains are those of modules inside nothing is lost but the one look."""
+
+    class Final(Net):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("final")
+
+    net, fused_net = _pair(Final)
+    assert type(fused_net) is Final and vars(fused_net).keys() == vars(net).keys()
+    for _ in range(4):
+        assert relative_error(fused_net(x := _images()), net(x)) < CLOSE
+    with count_launches() as log:
+        fused_net(x)
+    assert len(log) > CHAINS
+
+
 def test_within_another_network_it_is_part_of_that() -> None:
     """A network that was fused, in one that is fused around it; and in one that is not."""
     _, fused_net = _pair()

@@ -181,7 +181,10 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
             _swap(child, backend, memory, swapping, within or around or fused is not None)
     inside = [inner for inner in module.modules() if isinstance(inner, Fused)] if around else []
     if len(inside) > 1 and any(id(inner) in seen for inner in inside):  # not all of them were fused before
-        _become(module, FusedNetwork, backend, memory)
+        try:
+            _become(module, FusedNetwork, backend, memory)
+        except Exception:  # of a class that cannot be derived from, say: its chains are fused all the same
+            _give_back(module)
 
 
 def _become(module: Any, fused: type[Fused], backend: str | None, memory: str) -> None:
