@@ -30,6 +30,10 @@ MOST = 1000
 class Chain(Protocol):
     """A chain by the places of its modules."""
 
+    def there(self, module: nn.Module) -> bool:
+        """Whether who ran it is still one that runs chains."""
+        ...
+
     def parts(self, module: nn.Module) -> Parts:
         """Its modules, as they are now."""
         ...
@@ -41,11 +45,6 @@ class Chain(Protocol):
 
 class Holds(Protocol):
     """What must hold of a module: :class:`fused_resnet.swap.guards.Guard`."""
-
-    @property
-    def path(self) -> tuple[str, ...]:
-        """Where it is."""
-        ...
 
     def broken(self, root: nn.Module) -> str | None:
         """What has changed, or None."""
@@ -72,14 +71,15 @@ class Network:
     required: int
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether it is still the forward of the module."""
-        return all(guard.broken(module) is None for guard in self.guards)
+        """Whether it is still the forward of the module, of whose chains none was unfused."""
+        return all(chain.there(module) for chain in self.chains) and all(guard.broken(module) is None for guard in self.guards)
 
 
 class Look(NamedTuple):
     """A network that holds for a module, with its chains as they were read.
 
     Attributes:
+        forward: that of the class, which somebody may replace.
         places: whose addresses are compared, since the prepared chains do not look there, see :func:`.watch.unchanged`.
     """
 
@@ -87,6 +87,7 @@ class Look(NamedTuple):
     readings: tuple[Reading, ...]
     leaves: tuple[nn.Module, ...]
     tensors: tuple[Tensor, ...]
+    forward: Any
     places: int
 
 
@@ -171,12 +172,19 @@ def once(module: Fused, *args: Any) -> tuple[Any] | None:
         tries: Tries | None = memory.whole
         if tries is None:
             tries = memory.whole = Tries()
-        if not tries.due():
+        if not tries.due() or memory.recall(_in_vain, module) is not None:
             return None
         look = module.recall(_look, _look)
-    if look is None or len(args) != look.network.required:
+        inside = list(module.modules())[1:]
+        if look is None and not any(map(hooked, inside)):
+            memory.remember(_in_vain, True, module, inside)
+    if look is None or len(args) != look.network.required or look.forward is not module.unfused_class.forward:
         return None
     return (look.network.run(Call(module, look, first), *args),)
+
+
+#: What a module is remembered by that could not be looked at, as it is.
+_in_vain = "in vain"
 
 
 def _look(module: Fused) -> tuple[Look | None, list[nn.Module] | None]:
@@ -195,8 +203,7 @@ def _look(module: Fused) -> tuple[Look | None, list[nn.Module] | None]:
     readings = tuple([module.recall(chain.parts, partial(read_off, chain.parts)) for chain in network.chains])
     leaves = tuple(module.get_submodule(".".join(path)) for path in network.leaves)
     tensors = tuple(getattr(module.get_submodule(".".join(path[:-1])), path[-1]) for path in network.tensors)
-    inside = [module.get_submodule(".".join(guard.path)) for guard in network.guards if guard.path]
-    inside += [part for leaf in leaves for part in leaf.modules()]
+    inside = list(module.modules())[1:]
     chained = [part for chain in network.chains for part in chain.parts(module).watched]
     mine = module.fused_backend, module.fused_memory
     fused = [part for part in (*inside, *chained) if isinstance(part, Fused)]
@@ -207,7 +214,7 @@ def _look(module: Fused) -> tuple[Look | None, list[nn.Module] | None]:
     if any(not reading.lasts or reading.chain is None for reading in readings):
         return None, None
     places = max(reading.places for reading in readings)
-    return Look(network, readings, leaves, tensors, places), [*inside, *chained]
+    return Look(network, readings, leaves, tensors, module.unfused_class.forward, places), [*inside, *chained]
 
 
 def _is_watched(module: nn.Module) -> bool:

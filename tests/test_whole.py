@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import pickle
+import random
 import time
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import randomise
 from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 
 from fused_resnet import count_launches, explain, fuse, fused, plain, plain_paper, unfuse, watch, whole
-from fused_resnet.swap import analysis
-from fused_resnet.swap.pure import is_pure
+from fused_resnet.swap import analysis, tracing
 from fused_resnet.watch import ATTRIBUTE
 
 
@@ -91,9 +96,17 @@ def _looked(net: nn.Module) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
+def _without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And the classes of this file are taken for those of a model zoo."""
+    monkeypatch.setattr(tracing, "ZOOS", tracing.ZOOS | {__name__})
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def somebodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not."""
+    monkeypatch.setattr(tracing, "ZOOS", tracing.ZOOS - {__name__})
 
 
 @pytest.fixture
@@ -168,6 +181,13 @@ def test_with_gradients_it_trains_as_ever() -> None:
     for _ in range(2 * 2 * whole.FIRST):
         assert relative_error(fused_net(x), net(x)) < CLOSE, "statistics have moved"
     assert _looked(fused_net)
+
+
+class Scaling(nn.Module):
+    """A pooling by a factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x.mean((2, 3), keepdim=True)
 
 
 class Twice(nn.Module):
@@ -322,8 +342,68 @@ def test_results_of_blocks_that_ran_one_by_one_are_not_written_over() -> None:
         assert relative_error(kept[0], kept[1]) < CLOSE
 
 
+class Scaled(nn.Module):
+    """What a program may set is asked of a module that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+
+
+class Reads2(Net):
+    """A network that reads its children, without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.extra, self.few, self.drop = Scaled(), nn.ModuleList(), nn.Sequential(), nn.Dropout(0.9)
+        self.up = nn.Upsample(scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stage(self.blocks(self.stem(x))) * self.scaled.factor
+        for layer in self.extra:
+            y = layer(y)
+        if len(self.few):
+            y = y * 2
+        y = F.dropout(self.up(y), self.drop.p, self.drop.training)
+        if self.up.scale_factor > 2:
+            y = y * 10
+        if self.stem[0].stride == (1, 1):
+            y = y + 1
+        return F.linear(y.mean((2, 3)), self.head[0].weight[:, : self.head[0].in_features])
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "an attribute": lambda net: _set(net.scaled, "factor", 3.0),
+    "a list": lambda net: net.extra.append(nn.Tanh()),
+    "a Sequential": lambda net: net.few.append(nn.Tanh()),
+    "a mode": lambda net: _set(net.drop, "p", 1.0) or net.drop.train(),
+    "an attribute of a layer": lambda net: _set(net.up, "scale_factor", 3),
+    "an attribute of a convolution": lambda net: _set(net.stem[0], "stride", (1, 1)),
+    "a parameter": lambda net: _set(net.head, "0", nn.Linear(8, 3)),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_what_is_read_of_children_is_seen(how: str) -> None:
+    net, fused_net = _pair(Reads2)
+    x = _images()
+    for _ in range(5):
+        before = fused_net(x)
+    assert _looked(fused_net)
+    for model in (net, fused_net):
+        torch.manual_seed(1)
+        READ[how](model)
+    expected = net(x)
+    assert before.shape != expected.shape or relative_error(before, expected) > 3 * CLOSE, "the change shows"
+    for _ in range(2 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), expected) < CLOSE
+
+
+# ---- what is somebody's own
+
+
 class Counts(nn.Module):
-    """Somebody's module without layers, that does more than compute."""
+    """A module without layers, that does more than compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -332,13 +412,6 @@ class Counts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(time.time())
         return x
-
-
-class Scaled(nn.Module):
-    """Somebody's module without layers, that computes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2
 
 
 FLAG = {"factor": 1.0}
@@ -351,100 +424,178 @@ class Asks(Net):
         return super().forward(x) * FLAG["factor"]
 
 
-class Options:
-    """What a program may set."""
-
-    factor = 1.0
-
-
-class Opted(Net):
-    """A network with an attribute in which something can be set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.options = Options()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.options.factor
-
-
-class Shared(Net):
-    """A network with an attribute of its class's."""
-
-    factor = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.factor
-
-
-def _said(x: Tensor) -> Tensor:
-    print("said")
-    return x
-
-
 class Says(Net):
-    """A network that prints, in a function and in a method."""
+    """A network that prints, in a method."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._through(x)
 
     def _through(self, x: Tensor) -> Tensor:
-        return _said(super().forward(x))
+        print("said")
+        return super().forward(x)
 
 
-class Catches(Net):
-    """A network that takes errors of a module inside for something else."""
+class Called(plain.BasicBlock):
+    """A block that counts its calls."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        try:
-            return super().forward(x)
-        except RuntimeError:
-            return torch.zeros(())
+    calls = 0
 
-
-def test_an_error_that_is_caught_is_caught_at_each_call() -> None:
-    net, fused_net = _pair(Catches)
-    for _ in range(5):
-        fused_net(_images())
-    assert type(fused_net) is Catches
-    assert fused_net(torch.randn(2, 4, 9, 9)).shape == net(torch.randn(2, 4, 9, 9)).shape == ()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        Called.calls += 1
+        return super().__call__(*args, **kwargs)
 
 
-@pytest.mark.parametrize("make", [Asks, Opted, Shared])
-def test_a_forward_that_asks_what_is_not_in_the_module_runs_at_each_call(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, fused_net = _pair(make)
-    assert type(fused_net) is make and not is_pure(fused_net)
+@pytest.mark.usefixtures("somebodys")
+def test_a_forward_of_somebodys_own_runs_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, fused_net = _pair(Asks)
     assert any(isinstance(module, fused.Fused) for module in fused_net.modules())
     x = _images()
     for _ in range(5):
         before = fused_net(x)
     monkeypatch.setitem(FLAG, "factor", 3.0)
-    monkeypatch.setattr(Options, "factor", 3.0)
-    monkeypatch.setattr(Shared, "factor", 3.0)
-    assert relative_error(fused_net(x), 3 * before) < CLOSE and relative_error(fused_net(x), net(x)) < CLOSE
+    for _ in range(9):
+        assert relative_error(fused_net(x), 3 * before) < CLOSE and relative_error(fused_net(x), net(x)) < CLOSE
+    assert not _looked(fused_net) and type(fused_net) is Asks
 
 
+@pytest.mark.usefixtures("somebodys")
 def test_a_forward_that_prints_does_so_at_each_call(capsys: pytest.CaptureFixture[str]) -> None:
+    """And no more often: it is not traced meanwhile."""
     _, fused_net = _pair(Says)
     capsys.readouterr()  # it was traced for its chains
-    for _ in range(7):
+    for _ in range(26):
         fused_net(_images())
-    assert capsys.readouterr().out.count("said") == 7
+    assert capsys.readouterr().out.count("said") == 26
 
 
-def test_parts_of_a_network_that_is_not_looked_at_as_a_whole_are(looks: list[int]) -> None:
+@pytest.mark.usefixtures("somebodys")
+def test_a_call_of_somebodys_own_is_called() -> None:
+    net, fused_net = _pair(lambda: nn.Sequential(Called(3, 3), Called(3, 3), nn.Flatten()))
+    for _ in range(13):
+        x, Called.calls = _images(), 0
+        assert relative_error(fused_net(x), net(x)) < CLOSE and Called.calls == 4
+
+
+def test_a_method_that_somebody_has_put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an instance, or of a class: in front of the look and behind it."""
+    for put in ("instance", "class"):
+        for calls in (0, 5):
+            net, fused_net = _pair()
+            x = _images()
+            for _ in range(calls):
+                fused_net(x)
+            with monkeypatch.context() as patch:
+                other = _of_nobody(lambda self, x, forward=Net.forward: forward(self, x) * FLAG["factor"])
+                if put == "class":
+                    patch.setattr(Net, "forward", other)
+                else:
+                    patch.setitem(vars(fused_net), "forward", functools.partial(other, fused_net))
+                    patch.setitem(vars(net), "forward", functools.partial(other, net))
+                for factor in (1.0, 1.0, 1.0, 1.0, 2.0, 3.0):
+                    patch.setitem(FLAG, "factor", factor)
+                    assert relative_error(fused_net(x), net(x)) < CLOSE
+
+
+def _of_nobody(function: Any) -> Any:
+    """The same function, written in another module."""
+    names = {**function.__globals__, "__name__": "nobodys"}
+    return types.FunctionType(function.__code__, names, "forward", function.__defaults__, function.__closure__)
+
+
+def test_parts_of_a_network_that_is_not_looked_at_as_a_whole_are(looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody's module in it is called at each call; a stage beside it is looked at once."""
     net, fused_net = _pair()
+    monkeypatch.setattr(Counts, "__module__", "somebodys")
     x = _images()
     for model in (net, fused_net):
         model.blocks.insert(1, Counts())
-        model.head.append(Scaled())
     for call in range(7):
         looks.clear()
         assert relative_error(fused_net(x), net(x)) < CLOSE
         assert len(fused_net.blocks[1].calls) == call + 1
     assert not _looked(fused_net) and _looked(fused_net.stage)
     assert len(looks) == 1 + 2 * 2 + 1, "the stem, two chains of a block each, and the stage"
+
+
+# ---- when it is traced
+
+
+def test_nothing_is_put_back_when_it_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the third call other threads may draw random numbers, and set attributes."""
+    _, fused_net = _pair()
+    x = _images()
+    fused_net(x), fused_net(x)
+    trace = analysis.trace
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        found = trace(*args, **kwargs)
+        drawn.append((random.random(), float(torch.rand(()))))
+        fused_net.step = len(drawn)
+        return found
+
+    drawn: list[tuple[float, float]] = []
+    state = random.getstate(), torch.get_rng_state()
+    monkeypatch.setattr(analysis, "trace", traced)
+    fused_net(x)
+    after = random.random(), float(torch.rand(()))
+    random.setstate(state[0]), torch.set_rng_state(state[1])
+    assert len(drawn) == 1 and [(random.random(), float(torch.rand(()))) for _ in range(2)] == [drawn[0], after]
+    assert fused_net.step == 1
+
+
+def test_it_dies_with_its_last_reference() -> None:
+    """No cycle: not behind a look, nor behind a trace."""
+    _, fused_net = _pair()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            fused_net(_images())
+        assert _looked(fused_net)
+        alive = weakref.ref(fused_net)
+        del fused_net
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_parts_that_are_unfused_or_fused_again() -> None:
+    """What was unfused runs as it was written; and what is replaced can be fused."""
+    net, fused_net = _pair()
+    x = _images()
+    for _ in range(5):
+        expected = fused_net(x)
+    unfuse(fused_net.stage)
+    for _ in range(2 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), expected) < CLOSE
+    with count_launches() as log:
+        fused_net(x)
+    assert not _looked(fused_net)
+    fuse(fused_net, backend="cpu")
+    assert isinstance(fused_net.stage, fused.Fused)
+    for _ in range(8 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), expected) < CLOSE
+    assert _looked(fused_net)
+    with count_launches() as again:
+        fused_net(x)
+    assert len(again) == len(log) + 3 * 2
+    for model in (net, fused_net):
+        torch.manual_seed(1)
+        model.blocks[0] = randomise(Inverted(8, 24)).eval()
+    for _ in range(2 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), net(x)) < CLOSE
+    fuse(fused_net, backend="cpu")
+    for _ in range(32 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), net(x)) < CLOSE
+    assert _looked(fused_net)
+    with pytest.raises(RuntimeError, match="already fused"):
+        fuse(fused_net)
+    for model in (net, fused_net):
+        model.stage[1] = randomise(plain.BasicBlock(8, 8)).eval()
+    net.load_state_dict(fused_net.state_dict())
+    for _ in range(32 * 2 * whole.FIRST):
+        assert relative_error(fused_net(x), net(x)) < CLOSE
+    assert not _looked(fused_net), "one block in its stage is not fused"
 
 
 def test_it_is_not_traced_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +619,16 @@ def test_it_is_not_traced_again_and_again(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(24):
         fused_net(x)
     assert _looked(fused_net) and len(seen) == 26 and sum(module is fused_net for module in tried) == 1
+    tried.clear()
+    monkeypatch.setattr(Squeeze, "__module__", "somebodys")
+    other = copy.deepcopy(fused_net)
+    for _ in range(3 + 6 + 12 + 24):
+        other(x)
+    assert not _looked(other) and sum(module is other for module in tried) == 1, "nothing has changed"
+    other.pool = Scaling()
+    for _ in range(48):
+        assert relative_error(other(x), 2 * fused_net(x)) < 1
+    assert sum(module is other for module in tried) == 2
 
 
 def test_copies_pickles_and_unfused_ones() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -23,9 +24,9 @@ from .guards import Guard, descend, signature
 from .harmless import CannotTrace
 from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
-from .pure import is_pure
 from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, waits
-from .tracing import ZOOS, Frame, TakesApart, Traced, arguments_of, trace
+from .tracing import Frame, TakesApart, Traced, arguments_of, of_a_zoo, trace
+from .trusted import all_known
 
 #: Fused modules that are one chain each.
 _BLOCKS = FusedResidual, FusedStem
@@ -102,14 +103,40 @@ class Analysis:
         return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
 
     def network(self, module: nn.Module) -> Network | None:
-        """The forward of a module as a whole, if it is nothing but chains, layers and functions of PyTorch's."""
+        """The forward of a module as a whole, if it is nothing but chains, layers and functions of PyTorch's, and those of
+        modules inside are known (:mod:`.trusted`).
+        """
+        if not all_known(module):
+            return None
         try:
             traced = trace(module, lambda inner: "" if isinstance(inner, _BLOCKS) else None, through=True)
         except CannotTrace:
             return None
         matcher = Matcher(module, traced.graph)
         matches = matcher.find(lambda a, b: traced.frames[a] is traced.frames[b])
-        return _Writer(module, traced, matcher, matches, None, to_reshape(traced.graph, matcher)).network()
+        runners: dict[fx.Node, Path] = {}
+        for match in matches:
+            runner = self._runner(module, match, traced)
+            if runner is None:  # what was unfused runs as it was written
+                return None
+            runners[match.out] = runner
+        return _Writer(module, traced, matcher, matches, None, to_reshape(traced.graph, matcher)).network(runners)
+
+    def _runner(self, root: nn.Module, match: Match, traced: Traced) -> Path | None:
+        """The place of the fused module that runs a chain outside of a network; None where its modules run one by one."""
+        layers = [*match.layers, *(() if match.projection is None else (match.projection,))]
+        convolutions = {id(root.get_submodule(layer.conv)) for layer in layers}
+        for frame in reversed(self._around(match, traced)):
+            inner = root.get_submodule(frame.path)
+            if runs_chains(inner) and convolutions <= {id(part) for _, parts in inner.chains() for part in parts.modules}:
+                return _path(frame.path) if frame.path else ()
+        return None
+
+    @staticmethod
+    def _around(match: Match, traced: Traced) -> list[Frame]:
+        """The frames that all of a chain is in, the root's first."""
+        lineages = [traced.frames[node].lineage() for node in match.nodes]
+        return [frames[0] for frames in zip(*lineages) if all(frame is frames[0] for frame in frames)]
 
     def _fused_inside(self, module: nn.Module, matches: list[Match]) -> bool:
         """Whether some child gives a tensor that a chain has made."""
@@ -117,8 +144,7 @@ class Analysis:
 
     def _owner(self, root: nn.Module, match: Match, traced: Traced) -> Frame:
         """The innermost frame around a chain whose module runs its chains itself."""
-        lineages = [traced.frames[node].lineage() for node in match.nodes]
-        common = [frames[0] for frames in zip(*lineages) if all(frame is frames[0] for frame in frames)]
+        common = self._around(match, traced)
         for frame in reversed(common[1:]):
             inner = descend(root, tuple(frame.path.split(".")))
             if inner is not None and self._own(inner) and self._as_traced(inner, frame):
@@ -200,8 +226,11 @@ class _Writer:
         inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
         return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure)
 
-    def network(self) -> Network | None:
-        """The forward as a whole, a method of :class:`.whole.Call`'s for each chain and each layer."""
+    def network(self, runners: dict[fx.Node, Path]) -> Network | None:
+        """The forward as a whole, a method of :class:`.whole.Call`'s for each chain and each layer.
+
+        ``runners``: who runs a chain otherwise, by what the chain gives.
+        """
         chains: list[Chain] = []
         leaves: list[Path] = []
         tensors: list[Path] = []
@@ -215,7 +244,7 @@ class _Writer:
             return self.graph.call_method("chain", (itself, len(chains) - 1, donate, *inputs))
 
         def chain(match: Match, itself: fx.Node, inputs: list[fx.Node]) -> fx.Node:
-            return call(self._site(match), itself, False, inputs)
+            return call(replace(self._site(match), runner=runners[match.out]), itself, False, inputs)
 
         def other(node: fx.Node, itself: fx.Node) -> fx.Node:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.map.__getitem__)
@@ -233,12 +262,12 @@ class _Writer:
         known = {part for match in self.matches for part in match.nodes} | self._marks()
         if not all(self._harmless(node) for node in self.traced.graph.nodes if node not in known):
             return None
-        if not all(is_pure(self.module.get_submodule(path)) for path in {"", *(frame.path for frame in self.open)}):
-            return None
         run, _ = self._written(chain, other)
         if not chains:
             return None
-        return Network(run, tuple(chains), tuple(leaves), tuple(tensors), self._guards(), arguments_of(self.module)[0])
+        called = {frame.path for frame in self.open if frame.parent is not None}
+        guards = tuple(Guard.of(path, module, path in called) for path, module in self.module.named_modules())
+        return Network(run, tuple(chains), tuple(leaves), tuple(tensors), guards, arguments_of(self.module)[0])
 
     def _block(self, node: fx.Node) -> Path | None:
         """The place of a block that is one chain, where a node is its call with a tensor."""
@@ -385,7 +414,7 @@ def _is_harmless(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is OrderedDict:
         return node.op != "call_module"
     where = getattr(node.target, "__module__", "")
-    return where in _OF_TORCH or where.split(".")[0] in ZOOS
+    return where in _OF_TORCH or of_a_zoo(where)
 
 
 def _size_of(site: Site) -> Callable[..., Tensor]:

@@ -184,6 +184,23 @@ def _spied(tracer: Looks) -> Iterator[list[tuple[str, list[nn.Module]]]]:
 
 
 @contextmanager
+def listened(tracer: Looks) -> Iterator[None]:
+    """Raise if what runs inside asks or enters what a graph does not know of. Nothing is put back.
+
+    Raises:
+        CannotTrace: it does.
+    """
+    with _spied(tracer) as asked:
+        yield
+    _refuse(asked, tracer)
+
+
+def _refuse(asked: list[tuple[str, list[nn.Module]]], tracer: Looks) -> None:
+    for what, tracer.running in asked:  # the module that asks is to blame
+        raise CannotTrace(f"its forward asks {what}")
+
+
+@contextmanager
 def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
     """Raise if what runs inside does more than compute: attributes set, random numbers drawn, the gradient mode read.
 
@@ -249,5 +266,4 @@ def watched(module: nn.Module, tracer: Looks) -> Iterator[None]:
         raise CannotTrace(f"the forward of its {type(changed[0]).__name__} sets attributes")
     if moved:
         raise CannotTrace("its forward draws random numbers")
-    for what, tracer.running in asked:  # the module that asks is to blame
-        raise CannotTrace(f"its forward asks {what}")
+    _refuse(asked, tracer)

@@ -37,7 +37,7 @@ class Site:
     where the chain has one, ``skip``.
 
     Layers are ``(name, convolution, norm, activation)``, an entry is ``(name, norm, activation)``; where a function is called,
-    the activation is a module of its own.
+    the activation is a module of its own. ``runner``: the place of the module that runs the chain, in a network around it.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Site:
     unfused: Callable[..., Tensor]
     skip: bool = False
     entry: tuple[str, Path, Path | nn.Module | None] | None = None
+    runner: Path | None = None
 
     def run(self, region: Any, x: Tensor, *skip: Tensor) -> Tensor:
         """The chain, or its modules one by one."""
@@ -58,6 +59,11 @@ class Site:
         """As :meth:`.fused.Fused.run_owned`."""
         result: tuple[Tensor, bool] = region.run_owned(self.parts, x, partial(self.unfused, region), donate, skip=skip)
         return result
+
+    def there(self, network: nn.Module) -> bool:
+        """Whether the module that runs it outside of a network around it is still fused."""
+        runner = None if self.runner is None else descend(network, self.runner)
+        return runner is not None and runs_chains(runner)
 
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
@@ -97,6 +103,11 @@ class Block:
     """A block that is one chain, in a network, by its place."""
 
     path: Path
+
+    def there(self, network: nn.Module) -> bool:
+        """Whether it is still a fused block."""
+        block = descend(network, self.path)
+        return block is not None and runs_chains(block)
 
     def parts(self, network: nn.Module) -> Parts:
         """Its modules, as they are now, itself and those around it."""

@@ -24,10 +24,10 @@ from ..fused import Fused
 from .analysis import Analysis
 from .guards import descend
 from .layout import FusedView, is_viewed, views_itself
-from .pure import is_pure
 from .quantised import quantised
 from .recognise import ABOUT_A_FORWARD, OURS, analysis, fused_forward, is_compiled, layers_of, taken
-from .region import FusedNetwork, FusedRegion, Later, Region, Regions
+from .region import FusedNetwork, FusedRegion, Later, Region, Regions, runs_chains
+from .trusted import all_known
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -144,7 +144,7 @@ class _Swapping:
             return False
         with _in_mode(module, False):
             reason = fused_forward(module, self.traced[False])[1] or taken(module, FusedNetwork)
-        return reason is None and self.traced[False].found.get(id(module), "") is None and is_pure(module)
+        return reason is None and self.traced[False].found.get(id(module), "") is None
 
     def untraceable(self, module: nn.Module) -> bool:
         """Whether a module's forward calls layers where torch.fx cannot follow it, and Dynamo may."""
@@ -164,9 +164,13 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
     ``within``: it is part of a module that is, or may become, a fused one.
     """
     seen = swapping.seen
-    if id(module) in seen or isinstance(module, Fused) or quantised(module) is not None:
+    if id(module) in seen or runs_chains(module) or quantised(module) is not None:
         return
     seen.add(id(module))
+    if isinstance(module, FusedNetwork):  # in which something was replaced since
+        for child in module.children():
+            _swap(child, backend, memory, swapping, within=True)
+        return
     found = {mode: swapping.forward_of(module, mode) for mode in (True, False)}
     fused = found[True] or found[False]
     around = fused is None and not within and swapping.around(module)
@@ -180,7 +184,9 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
         if not (isinstance(module, Fused) and stands_for(module, child)):
             _swap(child, backend, memory, swapping, within or around or fused is not None)
     inside = [inner for inner in module.modules() if isinstance(inner, Fused)] if around else []
-    if len(inside) > 1 and any(id(inner) in seen for inner in inside):  # not all of them were fused before
+    if (
+        len(inside) > 1 and any(id(inner) in seen for inner in inside) and all_known(module)
+    ):  # not all of them were fused before
         try:
             _become(module, FusedNetwork, backend, memory)
         except Exception:  # of a class that cannot be derived from, say: its chains are fused all the same

@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from ..describe import hooked, hooks_everywhere, is_activation, is_norm
 from .arguments import Given, Structure, hands_on, may_change, put_together
 from .guards import original
-from .harmless import CannotTrace, watched
+from .harmless import CannotTrace, listened, watched
 from .quantised import quantised
 from .stand_ins import Attribute, StandIn, TensorStandIn
 
@@ -148,8 +148,14 @@ def _of_sizes(node: fx.Node) -> bool:
     return True
 
 
-#: Packages whose functions, and modules without layers, compute and do no more. (Those of somebody's own may print, or count.)
+#: Packages whose functions and modules compute and do no more. (Those of somebody's own may print, or count.)
 ZOOS = frozenset(("fused_resnet", "open_clip", "segmentation_models_pytorch", "timm", "torchvision", "transformers"))
+
+
+def of_a_zoo(name: str) -> bool:
+    """Whether a module of Python's is of such a package."""
+    return name.split(".")[0] in ZOOS
+
 
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
@@ -341,7 +347,7 @@ class _Tracer(fx.Tracer):
         kind = original(type(m))
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
-        through = self.through and kind.__module__.split(".")[0] in ZOOS and not is_norm(m) and not is_activation(m)
+        through = self.through and of_a_zoo(kind.__module__) and not is_norm(m) and not is_activation(m)
         if not contained and not through and (not list(m.children()) or not has_layers(m)):
             return ""
         if isinstance(m, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
@@ -388,7 +394,8 @@ def trace(
         opaque: why a child must stay a call, or None; empty where that needs no reason.
         structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
             each argument that must be given.
-        through: also through modules of model zoos in which there are no layers.
+        through: also through modules of model zoos in which there are no layers. The forward is known to do no more than
+            compute: nothing is put back, which other threads may have changed meanwhile.
 
     Raises:
         TakesApart: it could be, if the structure of its arguments were known.
@@ -407,7 +414,7 @@ def trace(
             tracer = _Tracer(opaque, untraceable, structure, through)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
-                with watched(module, tracer):
+                with listened(tracer) if through else watched(module, tracer):
                     graph = tracer.trace(module)
                 tracer.check_caught()
                 tracer.check_attributes()
@@ -421,5 +428,8 @@ def trace(
                 continue
             finally:
                 tracer.thread = None
-            tracer.traced.graph = graph
-            return tracer.traced
+                made = tracer.traced
+                # Stand-ins refer to their tracer: the model would live until cycles are collected.
+                tracer.root, tracer.attributes, tracer.running = nn.Module(), [], []
+            made.graph = graph
+            return made
