@@ -21,6 +21,8 @@ from .describe import Parts, Reading, hooked
 from .fused import Fused, read_off
 from .watch import Memory
 
+#: What a module's look is remembered as, and that there is none as it is.
+LOOK, IN_VAIN = "whole", "in parts"
 #: The call at which a module is looked at as a whole. What is inside another is not called any more where that succeeds.
 FIRST = 3
 #: After how many calls it is tried again at the latest, where it is not as it was. Each time it takes twice as many.
@@ -165,26 +167,22 @@ def once(module: Fused, *args: Any) -> tuple[Any] | None:
             return None
     if not module.prepares() or _modes():
         return None
-    look: Look | None = module.holding(_look)
+    look: Look | None = module.holding(LOOK)
     first = look is None
     if first:
         memory = Memory.of(module)
         tries: Tries | None = memory.whole
         if tries is None:
             tries = memory.whole = Tries()
-        if not tries.due() or memory.recall(_in_vain, module) is not None:
+        if not tries.due() or memory.recall(IN_VAIN, module) is not None:
             return None
-        look = module.recall(_look, _look)
+        look = module.recall(LOOK, _look)
         inside = list(module.modules())[1:]
         if look is None and not any(map(hooked, inside)):
-            memory.remember(_in_vain, True, module, inside)
+            memory.remember(IN_VAIN, True, module, inside)
     if look is None or len(args) != look.network.required or look.forward is not module.unfused_class.forward:
         return None
     return (look.network.run(Call(module, look, first), *args),)
-
-
-#: What a module is remembered by that could not be looked at, as it is.
-_in_vain = "in vain"
 
 
 def _look(module: Fused) -> tuple[Look | None, list[nn.Module] | None]:

@@ -242,7 +242,7 @@ def test_a_module_that_is_nothing_but_chains_sees_what_changes(
     with torch.no_grad():
         for _ in range(4):
             before = fused(x)
-        assert isinstance(fused, nn.Sequential) or whole._look in vars(fused)[ATTRIBUTE].entries
+        assert isinstance(fused, nn.Sequential) or whole.LOOK in vars(fused)[ATTRIBUTE].entries
         assert len(_prepared(fused)) == (2 if make is Fork else 1)
         with count_launches() as log:
             fused(x)
@@ -300,7 +300,7 @@ def test_what_is_replaced_behind_another_change_is_seen(make: Callable[[int], nn
         assert relative_error(before, expected) > 3 * CLOSE, "the change shows"
         for _ in range(2 * 2 * whole.FIRST):  # the third look at the whole of it
             assert relative_error(fused(x), expected) < CLOSE
-        assert whole._look in vars(fused)[ATTRIBUTE].entries
+        assert whole.LOOK in vars(fused)[ATTRIBUTE].entries
 
 
 class _Changes(torch.overrides.TorchFunctionMode):
@@ -337,11 +337,11 @@ def test_a_chain_that_is_never_prepared_is_not_looked_at_twice() -> None:
     with torch.no_grad():
         for _ in range(5):
             net(torch.randn(4, 8, 5, 6))
-    assert whole._look not in vars(net)[ATTRIBUTE].entries
+    assert whole.LOOK not in vars(net)[ATTRIBUTE].entries
 
 
 def _readings(net: nn.Module) -> list[Any]:
-    return list(vars(net)[ATTRIBUTE].entries[whole._look].value.readings)
+    return list(vars(net)[ATTRIBUTE].entries[whole.LOOK].value.readings)
 
 
 class Structured(Whole):
@@ -556,7 +556,7 @@ def test_images_of_another_kind_are_still_checked() -> None:
 def _prepared(net: Any) -> list[Any]:
     """What is prepared in a model, or in its modules where it is not looked at as a whole, by kind of input."""
     memories = [vars(module)[ATTRIBUTE] for module in net.modules() if ATTRIBUTE in vars(module)]
-    memories = [memory for memory in memories if whole._look in memory.entries][:1] or memories
+    memories = [memory for memory in memories if whole.LOOK in memory.entries][:1] or memories
     values = [entry.value for memory in memories for entry in memory.entries.values()]
     readings = [reading for value in values for _, reading in (value if isinstance(value, list) else [(None, value)])]
     return [

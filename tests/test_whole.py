@@ -21,7 +21,7 @@ from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 
 from fused_resnet import count_launches, explain, fuse, fused, plain, plain_paper, unfuse, watch, whole
-from fused_resnet.swap import analysis, tracing
+from fused_resnet.swap import analysis, trusted
 from fused_resnet.watch import ATTRIBUTE
 
 
@@ -92,13 +92,13 @@ def _images(n: int = 2) -> Tensor:
 
 def _looked(net: nn.Module) -> bool:
     """Whether all of it is looked at in one go."""
-    return ATTRIBUTE in vars(net) and whole._look in vars(net)[ATTRIBUTE].entries
+    return ATTRIBUTE in vars(net) and whole.LOOK in vars(net)[ATTRIBUTE].entries
 
 
 @pytest.fixture(autouse=True)
 def _without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """And the classes of this file are taken for those of a model zoo."""
-    monkeypatch.setattr(tracing, "ZOOS", tracing.ZOOS | {__name__})
+    monkeypatch.setattr(trusted, "ZOOS", trusted.ZOOS | {__name__})
     with torch.no_grad():
         yield
 
@@ -106,7 +106,7 @@ def _without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def somebodys(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not."""
-    monkeypatch.setattr(tracing, "ZOOS", tracing.ZOOS - {__name__})
+    monkeypatch.setattr(trusted, "ZOOS", trusted.ZOOS - {__name__})
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_one_look_a_call(looks: list[int]) -> None:
     assert looks[0] > 3 * CHAINS
     assert all(torch.equal(found[0], one) for one in found)
     assert relative_error(found[0], wanted(x.double())) < CLOSE
-    readings = vars(fused_net)[ATTRIBUTE].entries[whole._look].value.readings
+    readings = vars(fused_net)[ATTRIBUTE].entries[whole.LOOK].value.readings
     assert len(readings) == CHAINS and all(len(reading.ready) == 1 for reading in readings)
 
 
@@ -322,7 +322,7 @@ def test_what_others_read_is_not_written_over(make: Callable[[], nn.Module]) -> 
     for found in kept:  # all of them, behind the last call
         for mine, its in zip(found, expected):
             assert relative_error(mine, its) < CLOSE
-    look = vars(fused_net)[ATTRIBUTE].entries[whole._look].value
+    look = vars(fused_net)[ATTRIBUTE].entries[whole.LOOK].value
     donated = [kind[2] for reading in look.readings for kind in reading.ready]
     assert donated == ([False, True, True] if make is Donated else [False] * 4)
 
@@ -707,7 +707,7 @@ def test_a_block_whose_shortcut_is_gated_stays_one_chain() -> None:
     for _ in range(6):
         assert relative_error(fused_net(x), wanted(x.double())) < CLOSE
     assert _looked(fused_net)
-    assert len(vars(fused_net)[ATTRIBUTE].entries[whole._look].value.readings) == 3
+    assert len(vars(fused_net)[ATTRIBUTE].entries[whole.LOOK].value.readings) == 3
 
 
 def test_a_view_of_what_a_chain_gives() -> None:

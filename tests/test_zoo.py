@@ -29,6 +29,27 @@ def test_it_computes_what_it_did(name: str, training: bool) -> None:
     zoo_check.check(name, training)
 
 
+#: Those that are not looked at as a whole: with code that cannot be traced, or of this folder; or it is one part of them that
+#: holds all chains.
+IN_PARTS = (
+    "vgg",
+    "maxvit",
+    "without the choice of boxes",
+    "by hand PreActivationNet",
+    "Detr",
+    "transformers",
+    "smp",
+    "open_clip",
+)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_called_again_and_again(name: str) -> None:
+    """Without gradients: the third call looks at all of it, those behind it once."""
+    looked = zoo_check.check_again(name)
+    assert looked or any(part in name for part in IN_PARTS)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_fused_share_of_the_convolutions(name: str) -> None:
     model, x = zoo.build(name)

@@ -8,8 +8,9 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from fused_resnet import count_launches, fuse, unfuse
-from fused_resnet.agreement import FLOOR, STATE, TIMES, far, gradients_far, median_times, step
+from fused_resnet import count_launches, fuse, unfuse, whole
+from fused_resnet.agreement import FLOOR, STATE, TIMES, far, gradients_far, median_times, outputs, step
+from fused_resnet.watch import ATTRIBUTE
 
 #: How far an output in fp32 may be from float64, over its norm, by mode.
 OUTPUT = {False: 1e-4, True: 1e-3}
@@ -84,3 +85,20 @@ def check(name: str, training: bool) -> None:
     unfuse(fused)
     assert [type(module) for module in fused.modules()] == kinds
     assert not any(key.startswith("fused_") for module in fused.modules() for key in module.__dict__)
+
+
+@torch.no_grad()
+def check_again(name: str) -> bool:
+    """Call a model of the zoo again and again, as its parts, when it is looked at as a whole, and behind that. Whether it was."""
+    plain, x = zoo.build(name)
+    fill(plain, x)
+    fused = fuse(copy.deepcopy(plain.eval()))
+    results = outputs(plain(x))
+    first: list[Tensor] = []
+    for _ in range(2 * whole.FIRST):
+        found = outputs(fused(x))
+        first = first or found
+        for a, e, f in zip(found, results, first, strict=True):
+            assert a.shape == e.shape and a.dtype == e.dtype
+            assert far(a, e) <= OUTPUT[False] and far(a, f) <= OUTPUT[False] / 10, f"{far(a, e):.1e}, {far(a, f):.1e}"
+    return any(whole.LOOK in vars(module)[ATTRIBUTE].entries for module in (fused,) if ATTRIBUTE in vars(module))

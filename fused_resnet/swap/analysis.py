@@ -20,13 +20,13 @@ from ..describe import convolutions, dimensions_of
 from ..fused import Fused
 from ..whole import Chain, Network
 from .arguments import Structure
-from .guards import Guard, descend, signature
+from .guards import Guard, descend, original, signature
 from .harmless import CannotTrace
 from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
 from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, waits
-from .tracing import Frame, TakesApart, Traced, arguments_of, of_a_zoo, trace
-from .trusted import all_known
+from .tracing import Frame, TakesApart, Traced, arguments_of, trace
+from .trusted import all_known, of_a_zoo
 
 #: Fused modules that are one chain each.
 _BLOCKS = FusedResidual, FusedStem
@@ -109,7 +109,7 @@ class Analysis:
         if not all_known(module):
             return None
         try:
-            traced = trace(module, lambda inner: "" if isinstance(inner, _BLOCKS) else None, through=True)
+            traced = trace(module, lambda inner: "" if isinstance(inner, _BLOCKS) else None, known=True)
         except CannotTrace:
             return None
         matcher = Matcher(module, traced.graph)
@@ -290,9 +290,8 @@ class _Writer:
         module = self.matcher.module(node)
         if module is None:
             return _is_harmless(node)
-        if self._block(node) is not None:
-            return True
-        return all(type(part).__module__.startswith("torch.nn.modules.") for part in module.modules())
+        kinds = [original(type(part)).__module__ for part in module.modules()]
+        return all(kind.startswith("torch.nn.modules.") or of_a_zoo(kind) for kind in kinds)
 
     def _written(
         self,

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..describe import hooked, hooks_everywhere, is_activation, is_norm
+from ..describe import hooked, hooks_everywhere
 from .arguments import Given, Structure, hands_on, may_change, put_together
 from .guards import original
 from .harmless import CannotTrace, listened, watched
@@ -148,15 +148,6 @@ def _of_sizes(node: fx.Node) -> bool:
     return True
 
 
-#: Packages whose functions and modules compute and do no more. (Those of somebody's own may print, or count.)
-ZOOS = frozenset(("fused_resnet", "open_clip", "segmentation_models_pytorch", "timm", "torchvision", "transformers"))
-
-
-def of_a_zoo(name: str) -> bool:
-    """Whether a module of Python's is of such a package."""
-    return name.split(".")[0] in ZOOS
-
-
 #: Methods of a dict that give what is looped over.
 _OPENED = ("keys", "values", "items")
 
@@ -171,14 +162,12 @@ class _Tracer(fx.Tracer):
         opaque: Callable[[nn.Module], str | None],
         untraceable: dict[nn.Module, str],
         structure: Structure | None = None,
-        through: bool = False,
     ) -> None:
         super().__init__()
         self.thread: int | None = threading.get_ident()  # none: it is over
         self.opaque = opaque
         self.untraceable = untraceable
         self.structure = structure
-        self.through = through
         self.given = Given([])
         self.frame = Frame("", None, None)
         self.running: list[nn.Module] = []
@@ -347,8 +336,7 @@ class _Tracer(fx.Tracer):
         kind = original(type(m))
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
-        through = self.through and of_a_zoo(kind.__module__) and not is_norm(m) and not is_activation(m)
-        if not contained and not through and (not list(m.children()) or not has_layers(m)):
+        if not contained and (not list(m.children()) or not has_layers(m)):
             return ""
         if isinstance(m, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
             return ""
@@ -385,7 +373,7 @@ def trace(
     module: nn.Module,
     opaque: Callable[[nn.Module], str | None],
     structure: Structure | None = None,
-    through: bool = False,
+    known: bool = False,
 ) -> Traced:
     """The graph of a module's forward, its children traced through where that can be done.
 
@@ -394,8 +382,7 @@ def trace(
         opaque: why a child must stay a call, or None; empty where that needs no reason.
         structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
             each argument that must be given.
-        through: also through modules of model zoos in which there are no layers. The forward is known to do no more than
-            compute: nothing is put back, which other threads may have changed meanwhile.
+        known: the forward is known to do no more than compute: nothing is put back, which other threads may have changed.
 
     Raises:
         TakesApart: it could be, if the structure of its arguments were known.
@@ -411,10 +398,10 @@ def trace(
     untraceable: dict[nn.Module, str] = {}
     with LOCK:
         while True:
-            tracer = _Tracer(opaque, untraceable, structure, through)
+            tracer = _Tracer(opaque, untraceable, structure)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
-                with listened(tracer) if through else watched(module, tracer):
+                with listened(tracer) if known else watched(module, tracer):
                     graph = tracer.trace(module)
                 tracer.check_caught()
                 tracer.check_attributes()

@@ -15,7 +15,14 @@ from torch import nn
 
 from .guards import original
 from .region import FusedRegion, usable
-from .tracing import of_a_zoo
+
+#: Packages whose functions and modules compute and do no more. (Those of somebody's own may print, or count.)
+ZOOS = frozenset(("fused_resnet", "open_clip", "segmentation_models_pytorch", "timm", "torchvision", "transformers"))
+
+
+def of_a_zoo(name: str) -> bool:
+    """Whether a module of Python's is of such a package."""
+    return name.split(".")[0] in ZOOS
 
 
 def is_known(module: nn.Module) -> bool:
