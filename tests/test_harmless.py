@@ -642,3 +642,15 @@ def test_a_message_tells_the_size_that_came() -> None:
     assert fused(images()).shape == (2, 4, 8, 8)
     with pytest.raises(AssertionError, match=r"expected 8 rows, got 9$"):
         fused(images(9))
+
+
+def test_tables_that_pytorch_makes_once_are_of_its_own_functions() -> None:
+    """Not of those that listen while a forward is traced, which knew the model, and kept it for good."""
+    for table in (torch.overrides.get_ignored_functions, torch.overrides.get_testing_overrides):
+        table.cache_clear()
+    net = fuse(nn.Sequential(Activated(next(iter(ACTIVATIONS))), nn.Sequential(Activated(next(iter(ACTIVATIONS))))))
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None
+    assert torch.is_grad_enabled in torch.overrides.get_ignored_functions()

@@ -89,7 +89,7 @@ def check(name: str, training: bool) -> None:
 
 @torch.no_grad()
 def check_again(name: str) -> bool:
-    """Call a model of the zoo again and again, as its parts, when it is looked at as a whole, and behind that. Whether it was."""
+    """Call a model of the zoo again and again, in parts, then as a whole; whether it was looked at so."""
     plain, x = zoo.build(name)
     fill(plain, x)
     fused = fuse(copy.deepcopy(plain.eval()))

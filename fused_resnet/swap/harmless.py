@@ -165,6 +165,12 @@ def _spied(tracer: Looks) -> Iterator[list[tuple[str, list[nn.Module]]]]:
             raise CannotTrace("its forward calls a torch.autograd.Function")
         start_context(self, *args, **kwargs)
 
+    # Tables of PyTorch's that are made once, of the functions as they are then: not while others stand in their places.
+    (
+        torch.overrides.get_ignored_functions(),
+        torch.overrides.get_testing_overrides(),
+        torch.overrides.get_overridable_functions(),
+    )
     try:
         for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
             asking(torch, name, f"torch.{name}()")
