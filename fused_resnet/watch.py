@@ -72,14 +72,15 @@ class Watched:
     """
 
     __slots__ = (
-        *("children", "count", "kind", "names", "objects", "objects_of", "uncalled", "values", "values_of"),
+        *("brief", "children", "count", "kind", "names", "objects", "objects_of", "uncalled", "values", "values_of"),
         *("matrices", "tensors", "vectors"),
     )
 
-    def __init__(self, module: nn.Module, uncalled: bool = False) -> None:
+    def __init__(self, module: nn.Module, uncalled: bool = False, brief: bool = False) -> None:
         """Args:
             module: the module, as it is; not referred to.
             uncalled: it is not called as such, or calls its hooks itself: they do not matter.
+            brief: it has no children, and is called: others could read its class, its plain attributes and its hooks, no more.
 
         Raises:
             CannotWatchError: not everything it has can be compared.
@@ -92,7 +93,7 @@ class Watched:
             if name not in _OWN and name not in idle:
                 (values if type(value) in _PLAIN or _changes(value) else objects).append(name)
         self.kind = type(module)
-        self.uncalled = uncalled
+        self.uncalled, self.brief = uncalled, brief
         self.count = len(own)
         self.values_of = itemgetter(*values)
         self.values = tuple(_copied(own[name]) for name in values)
@@ -131,8 +132,17 @@ def unchanged(seen: Iterable[tuple[nn.Module, Watched]], places: int = ALL) -> b
     """
     for module, was in seen:
         own = module.__dict__
+        if module.__class__ is not was.kind or len(own) != was.count:
+            return False
+        if was.brief:
+            try:
+                if was.values_of(own) != was.values or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                    return False
+            except KeyError:
+                return False
+            continue
         children = own["_modules"]
-        if module.__class__ is not was.kind or len(own) != was.count or children != was.children:
+        if children != was.children:
             return False
         if children and tuple(children) != was.names:  # dicts in another order are equal
             return False
@@ -240,11 +250,16 @@ class Memory:
         self.entries.clear()
         return None
 
-    def remember(self, what: Any, value: Any, module: nn.Module, others: Iterable[nn.Module]) -> None:
-        """Remember ``value`` for as long as the module and the others stay as they are."""
+    def remember(
+        self, what: Any, value: Any, module: nn.Module, others: Iterable[nn.Module], called: Iterable[nn.Module] = ()
+    ) -> None:
+        """Remember ``value`` for as long as the module and the others stay as they are; of those that are ``called`` only what
+        is read of them meanwhile, see :class:`Watched`.
+        """
+        brief = {other for other in called if not other._modules}
         try:
             itself = Watched(module, uncalled=True)
-            seen = tuple((other, Watched(other)) for other in dict.fromkeys(others))
+            seen = tuple((other, Watched(other, brief=other in brief)) for other in dict.fromkeys(others))
         except CannotWatchError:
             return
         self.entries[what] = _Entry(value, itself, seen)

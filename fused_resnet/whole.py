@@ -176,43 +176,47 @@ def once(module: Fused, *args: Any) -> tuple[Any] | None:
             tries = memory.whole = Tries()
         if not tries.due() or memory.recall(IN_VAIN, module) is not None:
             return None
-        look = module.recall(LOOK, _look)
+        look, called = _look(module, tries)
         inside = list(module.modules())[1:]
-        if look is None and not any(map(hooked, inside)):
+        if look is not None:
+            memory.remember(LOOK, look, module, inside, called)
+        elif not any(map(hooked, inside)):
             memory.remember(IN_VAIN, True, module, inside)
     if look is None or len(args) != look.network.required or look.forward is not module.unfused_class.forward:
         return None
     return (look.network.run(Call(module, look, first), *args),)
 
 
-def _look(module: Fused) -> tuple[Look | None, list[nn.Module] | None]:
-    """The forward of a module as a whole, if it is one now, and all modules that it depends on."""
+def _look(module: Fused, tries: Tries) -> tuple[Look | None, list[nn.Module]]:
+    """The forward of a module as a whole, if it is one now; and the modules inside that run by themselves, of which it may have
+    read attributes alone.
+    """
     from .swap.recognise import analysis
 
-    tries: Tries | None = Memory.of(module).whole
-    network = None if tries is None else tries.network
+    network = tries.network
     if network is None or not network.holds(module):
-        network = analysis().network(module)
-        if tries is not None:
-            tries.network = network
+        network = tries.network = analysis().network(module)
     if network is None:
-        return None, None
+        return None, []
     Memory.of(module).entries.clear()  # chains that were read in front of this
     readings = tuple([module.recall(chain.parts, partial(read_off, chain.parts)) for chain in network.chains])
     leaves = tuple(module.get_submodule(".".join(path)) for path in network.leaves)
-    tensors = tuple(getattr(module.get_submodule(".".join(path[:-1])), path[-1]) for path in network.tensors)
+    owners = [module.get_submodule(".".join(path[:-1])) for path in network.tensors]
+    tensors = tuple(getattr(owner, path[-1]) for owner, path in zip(owners, network.tensors, strict=True))
     inside = list(module.modules())[1:]
     chained = [part for chain in network.chains for part in chain.parts(module).watched]
     mine = module.fused_backend, module.fused_memory
-    fused = [part for part in (*inside, *chained) if isinstance(part, Fused)]
+    fused = [part for part in inside if isinstance(part, Fused)]
     alike = all((part.fused_backend, part.fused_memory) == mine for part in fused)
     alike = alike and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
     if not alike or any(map(_is_watched, (*inside, *chained))):
-        return None, None
+        return None, []
     if any(not reading.lasts or reading.chain is None for reading in readings):
-        return None, None
+        return None, []
     places = max(reading.places for reading in readings)
-    return Look(network, readings, leaves, tensors, module.unfused_class.forward, places), [*inside, *chained]
+    read = {*chained, *owners}
+    called = [part for leaf in leaves for part in leaf.modules() if part not in read]
+    return Look(network, readings, leaves, tensors, module.unfused_class.forward, places), called
 
 
 def _is_watched(module: nn.Module) -> bool:

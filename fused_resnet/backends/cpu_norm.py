@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..chain import UPDATED
 from ..launch import Launch
 from . import reference
+from .derived import Entry, entry_of
 
 Operands = dict[str, Tensor]
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
@@ -90,15 +91,39 @@ def normalised(x: Tensor, operands: Operands, prefix: str, eps: float = 0.0) -> 
     gamma, beta = _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta")
     if x.dtype == torch.float32:
         scale = operands[f"{prefix}invstd"] if var is None else var.add(eps).rsqrt_()
-        scale = scale if gamma is None else scale * gamma
-        shift = (mean * scale).neg_() if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1)).contiguous(memory_format=torch.channels_last)
+        return scaled(x, *_folded(scale, mean, gamma, beta))
     if var is None:
         var, eps = operands[f"{prefix}invstd"].pow(-2), 0.0
     if gamma is None:  # PyTorch takes vectors in fp32 for fp16 and bf16 only together
         gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
     # Not torch.nn.functional.batch_norm, which refuses an eps of 0 (PyTorch 2.11).
     return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, False)
+
+
+def _folded(invstd: Tensor, mean: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A BatchNorm as scale and shift, each [1, C, 1, 1], fp32."""
+    scale = invstd if gamma is None else invstd * gamma
+    shift = (mean * scale).neg_() if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+
+
+def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale x + shift``, fp32, in a new tensor, channels_last."""
+    return torch.addcmul(shift, x, scale).contiguous(memory_format=torch.channels_last)
+
+
+def given(operands: Operands, prefix: str, eps: float) -> Entry:
+    """Scale and shift of a BatchNorm with given statistics, kept while its vectors are as they are: those of
+    :func:`normalised`, whose four small operators take as long as a layer of a small network.
+    """
+    roles = [role for role in (f"{prefix}{name}" for name in ("mean", "var", "gamma", "beta")) if role in operands]
+
+    def build() -> tuple[Tensor, Tensor]:
+        mean, var = _fp32(operands[f"{prefix}mean"]), cast(Tensor, _vector(operands, f"{prefix}var"))
+        invstd = var.detach().add(eps).rsqrt_()
+        return _folded(invstd, mean.detach(), _vector(operands, f"{prefix}gamma"), _vector(operands, f"{prefix}beta"))
+
+    return entry_of(("scale and shift", eps, *roles), [operands[role] for role in roles], build)
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
