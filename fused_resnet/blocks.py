@@ -287,7 +287,7 @@ class FusedSequential(Fused):
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
         x = self.again(_single, input)
-        done = whole.once(self, input) if x is None else None
+        done = whole.once(self, input) if x is None and not self.remembers(_single) else None
         if done is not None:
             x = done[0]
         elif x is None:

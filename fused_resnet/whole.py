@@ -62,6 +62,8 @@ class Network:
         chains: in the order in which they run.
         leaves, tensors: the places of PyTorch's modules that are called, and of parameters and buffers that are read.
         guards: what must still hold.
+        classes: those of modules inside that are not PyTorch's, of which somebody may replace a method, with what is in them;
+            none of somebody's own region.
         required: how many tensors it is given.
     """
 
@@ -70,18 +72,24 @@ class Network:
     leaves: tuple[tuple[str, ...], ...]
     tensors: tuple[tuple[str, ...], ...]
     guards: tuple[Holds, ...]
+    classes: tuple[tuple[type[nn.Module], tuple[Any, ...]], ...]
     required: int
 
     def holds(self, module: nn.Module) -> bool:
         """Whether it is still the forward of the module, of whose chains none was unfused."""
-        return all(chain.there(module) for chain in self.chains) and all(guard.broken(module) is None for guard in self.guards)
+        if not all(chain.there(module) for chain in self.chains) or any(guard.broken(module) for guard in self.guards):
+            return False
+        return self.written()
+
+    def written(self) -> bool:
+        """Whether the classes are as they were."""
+        return all([tuple(vars(kind).values()) == held for kind, held in self.classes])
 
 
 class Look(NamedTuple):
     """A network that holds for a module, with its chains as they were read.
 
     Attributes:
-        forward: that of the class, which somebody may replace.
         places: whose addresses are compared, since the prepared chains do not look there, see :func:`.watch.unchanged`.
     """
 
@@ -89,7 +97,6 @@ class Look(NamedTuple):
     readings: tuple[Reading, ...]
     leaves: tuple[nn.Module, ...]
     tensors: tuple[Tensor, ...]
-    forward: Any
     places: int
 
 
@@ -182,7 +189,10 @@ def once(module: Fused, *args: Any) -> tuple[Any] | None:
             memory.remember(LOOK, look, module, inside, called)
         elif not any(map(hooked, inside)):
             memory.remember(IN_VAIN, True, module, inside)
-    if look is None or len(args) != look.network.required or look.forward is not module.unfused_class.forward:
+    if look is None or len(args) != look.network.required:
+        return None
+    if not look.network.written():
+        Memory.of(module).entries.pop(LOOK, None)
         return None
     return (look.network.run(Call(module, look, first), *args),)
 
@@ -192,9 +202,10 @@ def _look(module: Fused, tries: Tries) -> tuple[Look | None, list[nn.Module]]:
     read attributes alone.
     """
     from .swap.recognise import analysis
+    from .swap.trusted import is_known
 
     network = tries.network
-    if network is None or not network.holds(module):
+    if network is None or not network.holds(module) or (network.classes and not all(map(is_known, module.modules()))):
         network = tries.network = analysis().network(module)
     if network is None:
         return None, []
@@ -216,7 +227,7 @@ def _look(module: Fused, tries: Tries) -> tuple[Look | None, list[nn.Module]]:
     places = max(reading.places for reading in readings)
     read = {*chained, *owners}
     called = [part for leaf in leaves for part in leaf.modules() if part not in read]
-    return Look(network, readings, leaves, tensors, module.unfused_class.forward, places), called
+    return Look(network, readings, leaves, tensors, places), called
 
 
 def _is_watched(module: nn.Module) -> bool:

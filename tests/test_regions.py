@@ -475,3 +475,36 @@ def test_tensors_given_by_name() -> None:
         fused(x, side, x=x)
     with pytest.raises(TypeError, match="other"):
         fused(x, side, other=x)
+
+
+def test_an_attribute_in_front_of_one_of_the_class_is_seen() -> None:
+    """A method put on an instance behind the trace, and a value."""
+
+    class Methods(nn.Module):
+        factor = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def end(self, y: Tensor) -> Tensor:
+            return torch.relu(y)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.bn(self.conv(x))) * self.factor
+
+    x = torch.randn(2, 3, 9, 7)
+    for name, value in (("end", torch.tanh), ("factor", 3.0)):
+        net = randomise(Methods()).eval()
+        fused = fuse(copy.deepcopy(net))
+        with torch.no_grad():
+            for _ in range(6):
+                assert relative_error(fused(x), net(x)) < CLOSE
+            for model in (net, fused):
+                model.other = 3  # nothing of the class's
+            assert relative_error(fused(x), net(x)) < CLOSE
+            for model in (net, fused):
+                setattr(model, name, value)
+            for calls in range(12):
+                assert relative_error(fused(x), net(x)) < CLOSE, calls
+        assert launches(fused, x) > 0

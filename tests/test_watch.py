@@ -556,7 +556,8 @@ def test_images_of_another_kind_are_still_checked() -> None:
 def _prepared(net: Any) -> list[Any]:
     """What is prepared in a model, or in its modules where it is not looked at as a whole, by kind of input."""
     memories = [vars(module)[ATTRIBUTE] for module in net.modules() if ATTRIBUTE in vars(module)]
-    memories = [memory for memory in memories if whole.LOOK in memory.entries][:1] or memories
+    if ATTRIBUTE in vars(net) and whole.LOOK in vars(net)[ATTRIBUTE].entries:
+        memories = [vars(net)[ATTRIBUTE]]
     values = [entry.value for memory in memories for entry in memory.entries.values()]
     readings = [reading for value in values for _, reading in (value if isinstance(value, list) else [(None, value)])]
     return [

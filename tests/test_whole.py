@@ -12,6 +12,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,8 +39,11 @@ class Squeeze(nn.Module):
         self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Hardsigmoid()
         self.fc1, self.fc2 = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
 
+    def scale(self, x: Tensor) -> Tensor:
+        return self.gate(self.fc2(torch.relu(self.fc1(self.pool(x)))))
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.fc2(torch.relu(self.fc1(self.pool(x)))))
+        return x * self.scale(x)
 
 
 class Inverted(nn.Module):
@@ -494,6 +498,77 @@ def test_a_method_that_somebody_has_put_in_place(monkeypatch: pytest.MonkeyPatch
                 for factor in (1.0, 1.0, 1.0, 1.0, 2.0, 3.0):
                     patch.setitem(FLAG, "factor", factor)
                     assert relative_error(fused_net(x), net(x)) < CLOSE
+
+
+@pytest.mark.parametrize("calls", [0, 7])
+@pytest.mark.parametrize("how", ["function", "mock", "object", "decorated", "class", "method of a class"])
+def test_something_of_somebodys_own_on_a_module_inside(how: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In front of the look, and behind it: it is called each time, and gives what it gives."""
+    net, fused_net = _pair()
+    x = _images()
+    for _ in range(calls):
+        fused_net(x)
+    made: list[Tensor] = []
+
+    def spy(z: Tensor) -> Tensor:
+        made.append(z)
+        return 2 * z
+
+    class Spy:
+        __module__ = "nobodys"
+
+        def __call__(self, z: Tensor) -> Tensor:
+            return spy(z)
+
+    nobodys: Any = _of_nobody(spy)
+    kinds = {"function": nobodys, "mock": mock.Mock(side_effect=spy), "object": Spy(), "decorated": torch.no_grad()(nobodys)}
+    for model in (net, fused_net):
+        if how == "class":
+            monkeypatch.setattr(Squeeze, "forward", lambda self, x: spy(x))
+        elif how == "method of a class":
+            monkeypatch.setattr(Squeeze, "scale", lambda self, x: spy(x))
+        else:
+            model.blocks[1].squeeze.scale = kinds[how]
+    for _ in range(13):
+        made.clear()
+        expected = net(x)
+        eagers = len(made)
+        assert relative_error(fused_net(x), expected) < CLOSE
+        assert "class" in how or len(made) == 2 * eagers == 2
+
+
+class Own(nn.Module):
+    """A region of somebody's own."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        if FLAG["factor"] > 1:
+            self.last = y
+        return y
+
+
+class Twofold(Own):
+    """One that is called otherwise."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) * 2
+
+
+@pytest.mark.usefixtures("somebodys")
+@pytest.mark.parametrize("make", [Own, Twofold])
+def test_a_region_of_somebodys_own_is_looked_at_by_itself(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was traced for its chains: it is not traced again, in a network around it neither."""
+    layers = [*_layer(3, 8, 3), nn.ReLU()]
+    net, fused_net = _pair(lambda: nn.Sequential(nn.Sequential(*layers), make(), make(), nn.AvgPool2d(2), nn.Flatten()))
+    monkeypatch.setitem(FLAG, "factor", 2.0)
+    x = _images()
+    for _ in range(13):
+        assert relative_error(fused_net(x), net(x)) < CLOSE
+    assert not _looked(fused_net) and _looked(fused_net[1]) and "last" not in vars(fused_net[1])
 
 
 def _of_nobody(function: Any) -> Any:

@@ -31,7 +31,7 @@ def test_it_computes_what_it_did(name: str, training: bool) -> None:
 
 #: Those that are not looked at as a whole: with code that cannot be traced, or of this folder; or it is one part of them that
 #: holds all chains. (Of the last three packages it was not tried.)
-IN_PARTS = ("vgg", "maxvit", "without the choice of boxes", "by hand PreActivationNet", "transformers", "smp", "open_clip")
+IN_PARTS = ("vgg", "maxvit", "without the choice of boxes", "by hand", "transformers", "smp", "open_clip")
 
 
 @pytest.mark.parametrize("name", ALL)

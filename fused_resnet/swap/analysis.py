@@ -24,9 +24,9 @@ from .guards import Guard, descend, original, signature
 from .harmless import CannotTrace
 from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
-from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, waits
+from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, usable, waits
 from .tracing import Frame, TakesApart, Traced, arguments_of, trace
-from .trusted import all_known, of_a_zoo
+from .trusted import all_known, of_a_zoo, written_classes
 
 #: Fused modules that are one chain each.
 _BLOCKS = FusedResidual, FusedStem
@@ -103,11 +103,12 @@ class Analysis:
         return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
 
     def network(self, module: nn.Module) -> Network | None:
-        """The forward of a module as a whole, if it is nothing but chains, layers and functions of PyTorch's, and those of
-        modules inside are known (:mod:`.trusted`).
+        """The forward of a module as a whole, if it is nothing but chains, layers and functions of PyTorch's, and all that is
+        in it known (:mod:`.trusted`); of a region of somebody's own what was traced for its chains.
         """
         if not all_known(module):
-            return None
+            region = usable(module)[0] if isinstance(module, FusedRegion) else None
+            return None if region is None else region.network
         try:
             traced = trace(module, lambda inner: "" if isinstance(inner, _BLOCKS) else None, known=True)
         except CannotTrace:
@@ -215,16 +216,26 @@ class _Writer:
     def region(self, structure: Structure | None) -> Region:
         """The forward with its chains, for arguments of a structure."""
         sites: list[Site] = []
+        calls: list[fx.Node] = []
 
         def chain(match: Match, itself: fx.Node, inputs: list[fx.Node]) -> fx.Node:
             sites.append(self._site(match))
-            return self.graph.call_function(_call_of(sites[-1]), (itself, *inputs))
+            calls.append(self.graph.call_function(_call_of(sites[-1]), (itself, *inputs)))
+            return calls[-1]
 
         run, source = self._written(chain, lambda node, _: self.graph.node_copy(node, self.map.__getitem__))
         required, _ = arguments_of(self.module)
         reasons = {**self.matcher.reasons, **self.traced.leaves}
         inlined = tuple(tuple(frame.path.split(".")) for frame in self.open if frame.parent is not None)
-        return Region(run, tuple(sites), self._guards(), required, reasons, source, inlined, structure)
+        guards = self._guards()
+        network = None
+        others = [node for node in self.graph.nodes if node not in calls]
+        if structure is None and calls and all(node.op != "get_attr" and _is_harmless(node, zoos=False) for node in others):
+            for index, call in enumerate(calls):
+                itself, *inputs = call.args
+                call.op, call.target, call.args = "call_method", "chain", (itself, index, False, *inputs)
+            network = Network(_compiled(self.graph)[0], tuple(sites), (), (), guards, (), required)
+        return Region(run, tuple(sites), guards, required, reasons, source, inlined, structure, network)
 
     def network(self, runners: dict[fx.Node, Path]) -> Network | None:
         """The forward as a whole, a method of :class:`.whole.Call`'s for each chain and each layer.
@@ -267,7 +278,10 @@ class _Writer:
             return None
         called = {frame.path for frame in self.open if frame.parent is not None}
         guards = tuple(Guard.of(path, module, path in called) for path, module in self.module.named_modules())
-        return Network(run, tuple(chains), tuple(leaves), tuple(tensors), guards, arguments_of(self.module)[0])
+        required = arguments_of(self.module)[0]
+        kinds = dict.fromkeys(kind for part in self.module.modules() for kind in written_classes(part))
+        classes = tuple((kind, tuple(vars(kind).values())) for kind in kinds)
+        return Network(run, tuple(chains), tuple(leaves), tuple(tensors), guards, classes, required)
 
     def _block(self, node: fx.Node) -> Path | None:
         """The place of a block that is one chain, where a node is its call with a tensor."""
@@ -406,14 +420,14 @@ def _call_of(site: Site) -> Callable[..., Tensor]:
 _OF_TORCH = {None, "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator", "builtins", "math"}
 
 
-def _is_harmless(node: fx.Node) -> bool:
+def _is_harmless(node: fx.Node, zoos: bool = True) -> bool:
     """Whether a node is an argument, the result, a parameter, or a call that runs nobody's code who could change a module.
     (Operators by name, ``torch.ops``, may be anybody's.)
     """
     if node.op != "call_function" or node.target is OrderedDict:
         return node.op != "call_module"
     where = getattr(node.target, "__module__", "")
-    return where in _OF_TORCH or of_a_zoo(where)
+    return where in _OF_TORCH or (zoos and of_a_zoo(where))
 
 
 def _size_of(site: Site) -> Callable[..., Tensor]:

@@ -107,6 +107,10 @@ class Guard:
                 return f"the attribute {key} of its {self.kind.__name__} changed"
         if torch.compiler.is_compiling():  # which cannot compare objects by their ids
             return None
+        names = {key for key, _ in (*self.plain, *self.others)} | _OWN
+        for key in found:
+            if key not in names and hasattr(self.kind, key):
+                return f"the attribute {key} stands in front of that of its {self.kind.__name__}'s class"
         for key, value in self.others:
             if key not in found or printed(found[key]) != value:
                 return f"the attribute {key} of its {self.kind.__name__} changed"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import whole
 from ..describe import Entry, Parts, WeightLayer, hooks_everywhere
 from ..fused import Fused
+from ..whole import Network
 from .arguments import Structure, structure_of, tensors_of, told
 from .guards import Guard, descend
 from .tracing import LOCK
@@ -61,8 +62,10 @@ class Site:
         return result
 
     def there(self, network: nn.Module) -> bool:
-        """Whether the module that runs it outside of a network around it is still fused."""
-        runner = None if self.runner is None else descend(network, self.runner)
+        """Whether the module that runs it is still fused, where that is not the one around it."""
+        if self.runner is None:
+            return True
+        runner = descend(network, self.runner)
         return runner is not None and runs_chains(runner)
 
     def parts(self, region: nn.Module) -> Parts:
@@ -135,6 +138,7 @@ class Region:
         reasons: place -> why a convolution is in no chain.
         source: the code of ``run``, for people.
         inlined: modules that are not called as such, since a chain looks out of them.
+        network: the same where it is nothing but chains and functions of PyTorch's, to be looked at once a call.
     """
 
     run: Callable[..., Any]
@@ -145,6 +149,7 @@ class Region:
     source: str
     inlined: tuple[Path, ...] = ()
     structure: Structure | None = None
+    network: Network | None = None
 
     def broken(self, module: nn.Module) -> str | None:
         """Why it holds no longer, or None."""
