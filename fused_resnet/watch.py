@@ -80,7 +80,8 @@ class Watched:
         """Args:
             module: the module, as it is; not referred to.
             uncalled: it is not called as such, or calls its hooks itself: they do not matter.
-            brief: it has no children, and is called: others could read its class, its plain attributes and its hooks, no more.
+            brief: it is called, and others read nothing of it but its class, its plain attributes and its hooks. Not where it
+                has children, objects, or a parameter or buffer that is None: whether it is one may be read.
 
         Raises:
             CannotWatchError: not everything it has can be compared.
@@ -93,7 +94,6 @@ class Watched:
             if name not in _OWN and name not in idle:
                 (values if type(value) in _PLAIN or _changes(value) else objects).append(name)
         self.kind = type(module)
-        self.uncalled, self.brief = uncalled, brief
         self.count = len(own)
         self.values_of = itemgetter(*values)
         self.values = tuple(_copied(own[name]) for name in values)
@@ -102,6 +102,8 @@ class Watched:
         self.children = dict(own["_modules"])
         self.names = tuple(self.children)
         self.tensors = (*own["_parameters"].items(), *own["_buffers"].items())
+        self.uncalled = uncalled
+        self.brief = brief and not (self.children or objects or any(tensor is None for _, tensor in self.tensors))
         try:
             tensors = [tensor for _, tensor in self.tensors if tensor is not None]
             places = [(tensor, tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
@@ -256,7 +258,7 @@ class Memory:
         """Remember ``value`` for as long as the module and the others stay as they are; of those that are ``called`` only what
         is read of them meanwhile, see :class:`Watched`.
         """
-        brief = {other for other in called if not other._modules}
+        brief = set(called)
         try:
             itself = Watched(module, uncalled=True)
             seen = tuple((other, Watched(other, brief=other in brief)) for other in dict.fromkeys(others))

@@ -1,4 +1,4 @@
-"""Networks of which nothing is anybody's but chains, PyTorch's layers and functions: looked at once a call.
+"""Networks that are nothing but chains, and layers and functions of PyTorch's and of model zoos: looked at once a call.
 
 In a small network seeing that all is as it was (:mod:`.watch`) takes as long in front of its chains as some of them take. So
 such a forward, on the CPU and without gradients, is traced as a whole when it is called again and again: between its start and
@@ -60,7 +60,7 @@ class Network:
     Attributes:
         run: ``run(call, *tensors)`` with a :class:`Call`.
         chains: in the order in which they run.
-        leaves, tensors: the places of PyTorch's modules that are called, and of parameters and buffers that are read.
+        leaves, tensors: the places of modules that are called as such, and of parameters and buffers that are read.
         guards: what must still hold.
         classes: those of modules inside that are not PyTorch's, of which somebody may replace a method, with what is in them;
             none of somebody's own region.
@@ -129,7 +129,7 @@ class Call:
         return out
 
     def leaf(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """PyTorch's module of that number."""
+        """The module of that number that is called as such."""
         return self.look.leaves[index](*args, **kwargs)
 
     def tensor(self, index: int) -> Tensor:
@@ -202,10 +202,10 @@ def _look(module: Fused, tries: Tries) -> tuple[Look | None, list[nn.Module]]:
     read attributes alone.
     """
     from .swap.recognise import analysis
-    from .swap.trusted import is_known
+    from .swap.trusted import all_known
 
     network = tries.network
-    if network is None or not network.holds(module) or (network.classes and not all(map(is_known, module.modules()))):
+    if network is None or not network.holds(module) or (network.classes and not all_known(module)):
         network = tries.network = analysis().network(module)
     if network is None:
         return None, []

@@ -116,3 +116,12 @@ def test_the_keypoint_head_gives_what_its_loss_can_view() -> None:
     plain = KeypointRCNNHeads(4, (6, 5)).eval()
     fused, x = fuse(copy.deepcopy(plain)), torch.randn(3, 4, 14, 14)
     assert fused(x).is_contiguous() and relative_error(fused(x), plain(x)) < CLOSE and launches(fused, x) == 2
+
+
+def test_what_is_viewed_is_contiguous_at_each_call() -> None:
+    """In a network that would be looked at as a whole too."""
+    net = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), KeypointRCNNHeads(4, (4, 4))).eval())
+    with torch.no_grad():
+        for _ in range(6):
+            y = net(torch.randn(2, 3, 9, 7))
+            assert y.is_contiguous() and not y.is_contiguous(memory_format=torch.channels_last)

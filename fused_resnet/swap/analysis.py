@@ -103,12 +103,14 @@ class Analysis:
         return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
 
     def network(self, module: nn.Module) -> Network | None:
-        """The forward of a module as a whole, if it is nothing but chains, layers and functions of PyTorch's, and all that is
-        in it known (:mod:`.trusted`); of a region of somebody's own what was traced for its chains.
+        """The forward of a module as a whole, if it is nothing but chains, and layers and functions that are known
+        (:mod:`.trusted`); of a region of somebody's own what was traced for its chains.
         """
         if not all_known(module):
             region = usable(module)[0] if isinstance(module, FusedRegion) else None
             return None if region is None else region.network
+        if any(getattr(inner, "gives_contiguous", False) for inner in module.modules() if inner is not module):
+            return None  # what views its result is not seen here, see :mod:`.layout`
         try:
             traced = trace(module, lambda inner: "" if isinstance(inner, _BLOCKS) else None, known=True)
         except CannotTrace:

@@ -184,9 +184,8 @@ def _swap(module: nn.Module, backend: str | None, memory: str, swapping: _Swappi
         if not (isinstance(module, Fused) and stands_for(module, child)):
             _swap(child, backend, memory, swapping, within or around or fused is not None)
     inside = [inner for inner in module.modules() if isinstance(inner, Fused)] if around else []
-    if (
-        len(inside) > 1 and any(id(inner) in seen for inner in inside) and all_known(module)
-    ):  # not all of them were fused before
+    swapped = any(id(inner) in seen for inner in inside)  # not all of them were fused before
+    if len(inside) > 1 and swapped and all_known(module):
         try:
             _become(module, FusedNetwork, backend, memory)
         except Exception:  # of a class that cannot be derived from, say: its chains are fused all the same
