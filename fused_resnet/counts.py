@@ -296,14 +296,17 @@ def _by_chain(module: Fused, frame: _Frame) -> list[_Stamped]:
 
 
 def _followed(model: nn.Module) -> list[nn.Module]:
-    """All modules but those that a chain stands for: they do not run, and a hook on one would make its block run one by one."""
+    """All modules but those that a chain stands for: they do not run, and a hook on one would make its block run one by one.
+
+    Nor scripted ones, which take no hooks.
+    """
     inside: set[int] = set()
     for module in model.modules():
         for _, parts in module.chains() if isinstance(module, Fused) else []:
             if read(parts).chain is not None:
                 inside.update(id(part) for part in (*parts.modules, *parts.containers))
         inside.update(id(part) for part in (module.inlined() if isinstance(module, Fused) else ()))
-    return [module for module in model.modules() if id(module) not in inside]
+    return [m for m in model.modules() if id(m) not in inside and not isinstance(m, torch.jit.ScriptModule)]
 
 
 def _handed_on(model: nn.Module) -> set[int]:

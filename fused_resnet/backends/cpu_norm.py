@@ -205,6 +205,8 @@ def update_running(shared: dict[str, Any]) -> None:
             alike = alike and momentum is not None and olds[-2].dtype == olds[-1].dtype == mean.dtype
             if alike:
                 factors += (momentum, momentum * (count / (count - 1)))
+    # As in eager PyTorch autograd does not see it: a BatchNorm that ran by itself before has saved them for the backward.
+    olds = [old.data for old in olds]
     updated = [*olds, *batches]
     if alike and len({tensor.data_ptr() for tensor in updated}) == len(updated):  # (else one is updated twice)
         news: list[Tensor] = []

@@ -171,6 +171,7 @@ def statistics(launch: Launch, operands: Operands) -> tuple[Tensor, ...]:
 def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | None) -> None:
     """Running statistics, in place: ``(1 - f) * old + f * new`` with the unbiased variance.
 
+    As in eager PyTorch autograd does not see it: a BatchNorm that ran by itself before has saved them for the backward.
     ``f`` is the momentum, or one over the number of batches (the cumulative average) where there is none.
     """
     if "batches" in operands:
@@ -181,7 +182,7 @@ def update_running(operands: Operands, mean: Tensor, var: Tensor, count: int | T
     if momentum is None and "batches" in operands:
         factor = 1.0 / operands["batches"].to(mean.dtype)
     for role, new, unbiased in (("running_mean", mean, 1.0), ("running_var", var, count / (count - 1))):
-        old, share = operands[role], factor * unbiased
+        old, share = operands[role].data, factor * unbiased
         if old.dtype == new.dtype and isinstance(factor, float) and isinstance(share, float):
             old.mul_(1 - factor).add_(new, alpha=share)  # not lerp_, which makes NaN of an infinity
         else:

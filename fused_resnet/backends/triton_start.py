@@ -257,8 +257,8 @@ def start_on(
             continue
         written = tensors[arguments.operands.index(role)]
         if written is not operands[role]:
-            operands[role].copy_(written)
-        elif not written.is_inference():
+            (operands[role] if role == "batches" else operands[role].data).copy_(written)
+        elif role == "batches" and not written.is_inference():  # of statistics autograd is not told by eager PyTorch, either
             torch.autograd.graph.increment_version(written)  # autograd cannot see what a kernel writes
 
 

@@ -172,6 +172,9 @@ class _Walk:
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
+        if isinstance(module, torch.jit.ScriptModule):  # of classes of its own, also inside
+            self.rows.append(Row(name, module.original_name, "pytorch", 1, 1, "it is scripted or traced: its code is fixed"))
+            return
         if runs_chains(module):
             reason = self._fused(name, module)
         elif is_norm(module) or isinstance(module, _LAYERS):  # a Linear by itself is nothing one would expect fused

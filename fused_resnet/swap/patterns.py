@@ -272,7 +272,9 @@ class Matcher(Nodes):
         """The runs from where the shortcut starts, if it starts from the first's input."""
         start, passed = self.strip(shortcut if projection is None else projection.x)
         runs = self._reach(match, start, by_out)
-        if runs is None or (projection is not None and projection.x is not runs[0].x):
+        if runs is None:
+            return None
+        if projection is not None and (projection.x is not runs[0].x or self._twice([*runs, projection])):
             return None
         if projection is None and any(len(node.users) != 1 for node in (*passed, *self.strip(runs[0].x)[1])):
             return None

@@ -148,6 +148,8 @@ class _Swapping:
 
     def untraceable(self, module: nn.Module) -> bool:
         """Whether a module's forward calls layers where torch.fx cannot follow it, and Dynamo may."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
         if type(module).forward is nn.Module.forward or module._compiled_call_impl is not None or not any(layers_of(module)):
             return False
         for mode, known in self.traced.items():

@@ -93,6 +93,8 @@ _UNKNOWN = Arch(64, 64)
 #: Shared memory in KiB that loads with work behind them may take on AMD: they wait in registers (compiled, gfx950: a 1x1 with a
 #: BatchNorm in front spills 76 bytes with 80 KiB, none with 64).
 WORKED_ON_AMD = 64
+#: Loads by pointers with cp.async, products by mma.sync from registers.
+AMPERE = ("sm_80", "sm_86", "sm_87", "sm_89")
 #: Where a product is made by four warps together, 64 rows at least.
 WARPGROUPS = ("sm_90", "sm_100", "sm_103")
 BLACKWELL = ("sm_100", "sm_103", "sm_120")
@@ -195,16 +197,28 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
             filters //= 2
 
     crowded = single or flat or g.groups > 1 or launch.prologue != "identity"
-    ampere = arch in ("sm_80", "sm_86", "sm_87", "sm_89")
-    if launch.epilogue == "stats" and single and g.groups == 1 and (tf32 if flat else ampere):
+    if launch.epilogue == "stats" and single and g.groups == 1 and (tf32 if flat else arch in AMPERE):
         crowded = False
     each = 32 if crowded else 64
     branched = 1 < g.groups < g.C and launch.prologue != "identity" and not (single and not tf32 and arch == "sm_120")
     if branched or (launch.epilogue == "stats" and g.groups == g.C > 1):
         each = 16
     warps = 4 if exponential and arch.startswith("gfx") else power_of_two(pixels * filters // (32 * each), 4, 8)
-    stages = max(2, min(4, _room(launch, arch) * 1024 // tile().stage_bytes(launch.dtype)))
+    most = _most_stages(launch, arch, tf32)
+    stages = max(2, min(most, _room(launch, arch) * 1024 // tile().stage_bytes(launch.dtype)))
     return replace(tile(), num_warps=warps, num_stages=stages)
+
+
+def _most_stages(launch: Launch, arch: str, tf32: bool) -> int:
+    """Steps whose loads are in flight at once, at most.
+
+    Four; two where a gradient reads y on AMD, whose loads wait in registers, and of exact fp32 where products are a warpgroup's
+    and a prologue (on Blackwell a gradient's, too) stands behind the loads: 8 bytes are spilled otherwise (compiled).
+    """
+    reads_y = launch.gradient == "bn_backward"
+    worked = (launch.kind == "conv" or arch in BLACKWELL) and (launch.prologue != "identity" or reads_y)
+    exact = launch.dtype == torch.float32 and not tf32 and arch in WARPGROUPS
+    return 2 if (reads_y and arch.startswith("gfx")) or (worked and exact) else 4
 
 
 def _room(launch: Launch, arch: str) -> int:
@@ -269,7 +283,8 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
         size = filters * channels
     else:
         together = g.K if g.groups == 1 else max(g.K // g.groups, min(64, g.K))
-        filters = power_of_two(together, 16, (512 if interpreted else 64 if exact else 128) // itemsize)
+        half = exact or (branched and single and arch in AMPERE)
+        filters = power_of_two(together, 16, (512 if interpreted else 64 if half else 128) // itemsize)
         while filters > 32 and g.K % filters:
             filters //= 2
         channels = power_of_two(g.C, 16, wide)
@@ -299,8 +314,7 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
     else:
         a_thread = 32 if single or g.groups > 1 or reads_y else 64
     warps = power_of_two(size // (32 * a_thread), 4, 8)
-    most = 2 if reads_y and arch.startswith("gfx") else 4
-    stages = max(2, min(most, device.shared * 1024 // staged))
+    stages = max(2, min(_most_stages(launch, arch, tf32), device.shared * 1024 // staged))
     return replace(tile, num_warps=warps, num_stages=stages, splits=splits)
 
 
@@ -311,7 +325,8 @@ def shaped(launch: Launch, rows: int, columns: int, num_warps: int, arch: str) -
     sense of it (more than twice what there is), shared memory does not hold two stages, or a whole warpgroup multiplies and the
     rows that come first are fewer than its 64: Triton then takes the instructions of older devices (compiled, sm_90, wgrad).
 
-    On sm_120 always 8 warps with an exponential on load: 64 by 64 spills 16 bytes with 4 (compiled, SiLU).
+    On Blackwell always 8 warps with an exponential or given statistics on load: 64 by 64 (SiLU) spills 16 bytes with 4, 64 by
+    128 (wgrad) 24 with Triton 3.6 (compiled; with Triton 3.8 they take 141 and 166 registers with 4, 80 and 125 with 8).
     """
     g = launch.geometry
     assert isinstance(g, Geometry)
@@ -349,9 +364,9 @@ def shaped(launch: Launch, rows: int, columns: int, num_warps: int, arch: str) -
     stages = _room(launch, arch) * 1024 // (staged * launch.dtype.itemsize)
     if stages < 2:
         return None
-    most = 2 if reads_y and arch.startswith("gfx") else 4
-    warps = 8 if arch == "sm_120" and launch.x_activation in EXPONENTIAL else num_warps
-    return replace(tile, num_warps=warps, num_stages=min(stages, most))
+    worked = launch.x_activation in EXPONENTIAL or "x_var" in launch.roles
+    warps = 8 if arch in BLACKWELL and worked else num_warps
+    return replace(tile, num_warps=warps, num_stages=min(stages, _most_stages(launch, arch, tf32=True)))
 
 
 def choose_strip(launch: Launch, arch: str) -> Strip:
