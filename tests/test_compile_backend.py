@@ -212,6 +212,39 @@ def test_a_batch_norm_that_is_called_in_between() -> None:
     assert relative_error(same.bn.running_var, plain.bn.running_var) < 1e-12
 
 
+class CalledTwice(nn.Module):
+    """A BatchNorm behind the convolutions of both branches of a sum, or first by itself and then behind a convolution."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(3))
+        self.bn, self.other, self.where = nn.BatchNorm2d(4), nn.BatchNorm2d(4), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "by itself":
+            return self.second(torch.relu(self.bn(self.first(torch.relu(self.bn(x))))))
+        main = self.bn(self.first(x))
+        if self.where == "of two":
+            main = self.other(self.third(torch.relu(main)))
+        return torch.relu(main + self.bn(self.second(x)))
+
+
+@pytest.mark.parametrize("where", ["sum", "of two", "by itself"])
+def test_a_batch_norm_that_is_called_twice(where: str) -> None:
+    torch._dynamo.reset()
+    plain = randomise(CalledTwice(where)).double().train()
+    same = copy.deepcopy(plain)
+    x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    actual, expected = torch.compile(same, backend=backend, options={"inner": "aot_eager"})(x), plain(x)
+    assert relative_error(actual, expected) < 1e-11
+    for (key, a), (_, b) in zip(plain.named_buffers(), same.named_buffers(), strict=True):
+        assert relative_error(b.double(), a.double()) < 1e-12, key
+    actual.square().sum().backward(), expected.square().sum().backward()
+    for (key, p), (_, q) in zip(plain.named_parameters(), same.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), key
+        assert p.grad is None or float((p.grad - q.grad).norm()) < 1e-9 * float(p.grad.norm()) + 1e-9, key
+
+
 class Layer(nn.Module):
     """A convolution and its BatchNorm, for forwards that torch.fx cannot follow."""
 

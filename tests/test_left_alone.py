@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -124,6 +125,36 @@ def test_a_scripted_part_stays_scripted() -> None:
     x = torch.randn(2, 4, 6, 7)
     assert relative_error(fuse(fused)(x), plain(x)) < CLOSE
     assert fused[1] is scripted and isinstance(scripted, torch.jit.ScriptModule) and launches(fused, x) == 3
+    for model in (fused, scripted):
+        assert "it is scripted or traced: its code is fixed" in str(explain(model, show=False))
+
+
+class CalledBothWays(nn.Module):
+    """A BatchNorm that runs by itself first, then in a chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False)
+        self.second, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.second(torch.relu(self.bn(self.first(x))))))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batchnorm_that_runs_by_itself_first(momentum: float | None) -> None:
+    """It has kept its running statistics for the backward, and PyTorch would say that they were changed."""
+    plain = randomise(CalledBothWays()).double().train()
+    plain.bn.momentum = momentum
+    for backend in ("cpu", "reference"):
+        fused, eager = fuse(copy.deepcopy(plain), backend=backend), copy.deepcopy(plain)
+        x = torch.randn(3, 4, 6, 7, dtype=torch.float64)
+        wanted = grads(eager, x)
+        with count_launches() as log:
+            found = grads(fused, x)
+        assert len(log) > 0 and all(relative_error(found[key], gradient) < 1e-9 for key, gradient in wanted.items())
+        for (key, a), (_, b) in zip(eager.named_buffers(), fused.named_buffers(), strict=True):
+            assert relative_error(b.double(), a.double()) < 1e-9, key
 
 
 class TiedFilters(nn.Module):
@@ -165,14 +196,43 @@ class Recurrent(nn.Module):
         return x
 
 
+class Shared(nn.Module):
+    """Two branches and a sum, whose convolution, or BatchNorm, may be the same module in both."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        flat = shared == "linear"
+        self.first, self.second, self.third = (
+            nn.Linear(4, 4, bias=False) if flat else nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(3)
+        )
+        self.one, self.two, self.three = ((nn.BatchNorm1d if flat else nn.BatchNorm2d)(4) for _ in range(3))
+        self.shared = shared
+        self.other = self.one if shared == "norm" else self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shared == "norm":
+            return torch.relu(self.one(self.first(x)) + self.other(self.second(x)))
+        if self.shared == "first of two":
+            return torch.relu(self.two(self.second(torch.relu(self.one(self.first(x))))) + self.three(self.other(x)))
+        if self.shared == "second of two":
+            return torch.relu(self.two(self.first(torch.relu(self.one(self.second(x))))) + self.three(self.other(x)))
+        if self.shared == "bare":
+            return self.other(x) + self.two(self.first(x))
+        return torch.relu(self.one(self.first(x)) + self.two(self.other(x)))
+
+
+SHARED = ("norm", "first of two", "second of two", "bare", "filters", "linear")
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("kind", [TiedFilters, TiedNorms, Recurrent])
+@pytest.mark.parametrize("kind", [TiedFilters, TiedNorms, Recurrent, *(partial(Shared, shared) for shared in SHARED)])
 def test_modules_and_weights_that_are_used_twice(kind: Callable[[], nn.Module], training: bool) -> None:
     """Gradients of all uses add up, statistics move on once a use, and a step of the optimizer is seen by all of them."""
     plain = randomise(kind()).double().train(training)
-    fused = fuse(copy.deepcopy(plain))
+    fused = fuse(copy.deepcopy(plain), backend="cpu")  # (rows would run unfused where that is faster)
     assert len(list(fused.parameters())) == len(list(plain.parameters())), "still shared"
-    x = torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    flat = getattr(plain, "shared", "") == "linear"
+    x = torch.randn(9, 4, dtype=torch.float64) if flat else torch.randn(3, 4, 6, 7, dtype=torch.float64)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (plain, fused)]
     for _ in range(2):
         wanted = grads(plain, x)
