@@ -78,7 +78,7 @@ def names_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("place", [*names_of("README.md"), *names_of("docs/swap.md")])
 def test_snippets_run(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each block alone: a reader copies one."""
+    """Each block alone: a reader copies one. Where it fuses and calls a model, chains run."""
     name, line = place.rsplit(":", 1)
     code = dict(python_blocks(name))[int(line)]
     for package in ("timm", "transformers"):
@@ -86,7 +86,10 @@ def test_snippets_run(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[
             pytest.importorskip(package)
     if 'backend="fused_resnet"' in code and "fused_resnet" not in torch._dynamo.list_backends():
         torch._dynamo.register_backend(fused_resnet.compiling.fused_resnet)  # a checkout that is not installed
-    execute(code, tmp_path / "snippet.py", {"__name__": "snippet"})
+    with fused_resnet.count_launches() as log:
+        execute(code, tmp_path / "snippet.py", {"__name__": "snippet"})
+    fuses = any(called in code for called in ("fuse(", "build(", 'backend="fused_resnet"'))
+    assert log or not (fuses and re.search(r"\bmodel\(", code)), "nothing ran fused"
 
 
 def test_the_first_screen() -> None:

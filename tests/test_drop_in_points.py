@@ -146,6 +146,12 @@ def test_sync_batch_norm_before_and_after() -> None:
         assert relative_error(fused.eval()(x), plain.eval()(x)) < CLOSE
         assert launches(fused, x) == FORWARD[False], order
         assert any(isinstance(module, nn.SyncBatchNorm) for module in fused.modules())
+        for model in (plain, fused):
+            model.train()(x).square().sum().backward()
+        for (key, a), (_, b) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+            assert relative_error(b.grad, a.grad) < 1e-3, (order, key)
+        for (key, a), (_, b) in zip(plain.named_buffers(), fused.named_buffers(), strict=True):
+            assert relative_error(b.double(), a.double()) < CLOSE, (order, key)
 
 
 def test_freezing() -> None:
@@ -259,7 +265,7 @@ def test_torch_fx_traces_a_fused_model() -> None:
 
 
 def test_feature_extractors() -> None:
-    """By torch.fx, and by taking the layers one after another; both fuse again."""
+    """By torch.fx, which traces into the modules themselves, and by taking the layers one after another; both fuse again."""
     feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
     getter = pytest.importorskip("torchvision.models._utils").IntermediateLayerGetter
     plain, fused = nets()
@@ -267,10 +273,13 @@ def test_feature_extractors() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = feature_extraction.create_feature_extractor(plain.eval(), nodes)(x)
-        found = feature_extraction.create_feature_extractor(fuse(fused).eval(), nodes)(x)
+        extractor = feature_extraction.create_feature_extractor(fuse(fused).eval(), nodes)
+        found = extractor(x)
+        assert launches(extractor, x) == 0 < launches(fuse(extractor), x)
+        again = extractor(x)
     assert wanted.keys() == found.keys() == set(nodes.values())
     for key, value in wanted.items():
-        assert relative_error(found[key], value) < CLOSE, key
+        assert relative_error(found[key], value) < CLOSE and relative_error(again[key], value) < CLOSE, key
     made = []
     for model in (plain, fused):
         body = nn.Sequential(OrderedDict(stem=model.conv1, bn=model.bn1, relu=nn.ReLU(), **dict(model.stages.named_children())))

@@ -67,6 +67,7 @@ for _name in (
     "efficientnet_b7", "efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large",
     "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf", "regnet_x_8gf", "regnet_x_16gf", "regnet_x_32gf",
     "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf",
+    "regnet_y_128gf",
 ):  # fmt: skip
     _vision(_name, 0.9, lean=True)
 _vision("maxvit_t", 0.5, 224, images=1, lean=True)  # half of its convolutions are attention's neighbours
@@ -80,7 +81,7 @@ _timm("resnetv2_50", 0.97)  # in front of its max-pooling the stem is a convolut
 _timm("resnet18", features_only=True)
 _timm("resnet50", features_only=True, output_stride=8)
 _timm("resnet26d", output_stride=16)
-_timm("resnet18", drop_path_rate=0.0, drop_block_rate=0.0)
+_timm("resnet18", drop_path_rate=0.3, drop_block_rate=0.2)
 _timm("skresnet18", images=BEHIND_MEANS)
 _timm("resnest14d", 0.9, images=BEHIND_MEANS)
 _timm("densenet121", 1.0)

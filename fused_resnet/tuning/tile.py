@@ -212,13 +212,17 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
 def _most_stages(launch: Launch, arch: str, tf32: bool) -> int:
     """Steps whose loads are in flight at once, at most.
 
-    Four; two where a gradient reads y on AMD, whose loads wait in registers, and of exact fp32 where products are a warpgroup's
-    and a prologue (on Blackwell a gradient's, too) stands behind the loads: 8 bytes are spilled otherwise (compiled).
+    Four; two where a gradient reads y on AMD, whose loads wait in registers, and of exact fp32 where products are a warpgroup's:
+    behind an exponential on load, and in 1x1 gradients that read y on Blackwell (8 bytes are spilled otherwise, compiled).
     """
     reads_y = launch.gradient == "bn_backward"
-    worked = (launch.kind == "conv" or arch in BLACKWELL) and (launch.prologue != "identity" or reads_y)
+    if arch.startswith("gfx"):
+        return 2 if reads_y else 4
     exact = launch.dtype == torch.float32 and not tf32 and arch in WARPGROUPS
-    return 2 if (reads_y and arch.startswith("gfx")) or (worked and exact) else 4
+    g = launch.geometry
+    assert isinstance(g, Geometry)
+    of_one_tap = reads_y and arch in BLACKWELL and g.R == g.S == 1
+    return 2 if exact and (of_one_tap or (launch.kind == "conv" and launch.x_activation in EXPONENTIAL)) else 4
 
 
 def _room(launch: Launch, arch: str) -> int:
