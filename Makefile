@@ -34,7 +34,7 @@ test: .venv/.with-test  ## the tests (K=pattern for some of them); no GPU needed
 	@$(call pytest_tests,.venv) -m "not slow" --durations=10
 
 # Other people's models and tools too, whose tests are skipped where these are missing. They have no oldest versions here.
-test-all: .venv/.with-test,zoo,dropin .venv-oldest/.with-test  ## the long sweeps too, then again with the oldest supported versions
+test-all: .venv/.with-test,zoo,dropin,train .venv-oldest/.with-test  ## the long sweeps too, then again with the oldest supported versions
 	@$(call pytest_tests,.venv) --durations=10
 	@echo "Again, with the oldest supported versions:"
 	@$(call pytest_tests,.venv-oldest) --durations=10

@@ -170,7 +170,7 @@ def test_under_a_transform_everything_is_left_alone() -> None:
 
 
 def test_nothing_to_say() -> None:
-    assert str(explain(nn.Linear(2, 2), show=False)) == "no convolution, no BatchNorm: nothing to fuse"
+    assert str(explain(nn.Linear(2, 2), show=False)) == "no module is a convolution or a BatchNorm: nothing to fuse"
 
 
 def test_explain_needs_no_weights() -> None:

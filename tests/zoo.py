@@ -62,12 +62,12 @@ for _name in (
     _vision(_name, lean=True)
 for _name in ("densenet161", "densenet169", "densenet201"):
     _vision(_name, 1.0, lean=True)
+# Not regnet_y_128gf: 645 M parameters, twice, with their gradients, in each test process.
 for _name in (
     "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "efficientnet_b5", "efficientnet_b6",
     "efficientnet_b7", "efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large",
     "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf", "regnet_x_8gf", "regnet_x_16gf", "regnet_x_32gf",
     "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf",
-    "regnet_y_128gf",
 ):  # fmt: skip
     _vision(_name, 0.9, lean=True)
 _vision("maxvit_t", 0.5, 224, images=1, lean=True)  # half of its convolutions are attention's neighbours

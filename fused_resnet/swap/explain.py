@@ -70,7 +70,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no convolution, no BatchNorm: nothing to fuse"
+            return "no module is a convolution or a BatchNorm: nothing to fuse"
         head = ("layer", "what", "runs on", "launches", "eager", "how, or why not")
         lines = [(r.name, r.what, r.backend, str(r.launches), str(r.eager_launches), r.note) for r in self.rows]
         total = ("total", "", "", str(self.launches), str(self.eager_launches), "")
