@@ -132,7 +132,7 @@ def test_all_tests_have_their_packages(project: dict) -> None:
     """What a test is skipped without is among what ``make test-all`` installs (or an extra of users brings)."""
     makefile = (ROOT / "Makefile").read_text()
     (extras,) = re.findall(r"^test-all: \.venv/\.with-(\S+) \.venv-oldest/\.with-test ", makefile, re.MULTILINE)
-    assert extras.split(",") == ["test", "zoo", "dropin"]
+    assert extras.split(",") == ["test", "zoo", "dropin", "train"]
     optional = project["project"]["optional-dependencies"]
     listed = [entry for extra in (*extras.split(","), "models") for entry in optional[extra]]
     installed = {re.split(r"[<>=\[]", entry)[0].replace("-", "_").removesuffix("_torch") for entry in listed}
@@ -142,7 +142,7 @@ def test_all_tests_have_their_packages(project: dict) -> None:
         for name in re.findall(r"importorskip\(\s*\"([^\"]+)\"", path.read_text())
     } | {package.split(".")[0] for package, *_ in zoo.ZOO.values()}
     names = {"sklearn": "scikit_learn", "smp": "segmentation_models_pytorch"}
-    elsewhere = {"torch", "triton", "resource", "tensorboard", "matplotlib"}
+    elsewhere = {"torch", "triton", "resource", "matplotlib"}
     assert {names.get(name, name) for name in wanted} - elsewhere <= installed
 
 
