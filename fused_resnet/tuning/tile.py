@@ -157,7 +157,7 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
        16 where they follow a depthwise convolution, and for grouped tiles with a prologue: 74 to 112 registers instead of 116
        to 166 (Triton 3.8), and with Triton 3.6 none of the 160 bytes that it spills on sm_80. (Not of exact fp32 on sm_120,
        which spills 8 bytes so.)
-       Stages as many as shared memory holds, at most 4.
+       Stages as many as shared memory holds, at most :func:`_most_stages`.
 
     Depthwise convolutions have nothing to multiply matrices of: 64 pixels by 64 filters, so that loads are whole sectors. That
     tile for grouped ones with a prologue too, whose exact branch has it twice. 64 pixels with an exponential on load
@@ -246,13 +246,13 @@ def choose_gradient_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
 
     * dgrad: that rule with channels and filters exchanged, over the pixels of one class. Grouped ones with BatchNorm's backward
       on load: half the pixels, 16 accumulators a thread (86 to 128 registers instead of 143 to 188; Triton 3.6 spills 260 to
-      420 bytes otherwise).
+      420 bytes otherwise), and of tf32 on Ampere half the filters a step (8 bytes).
     * wgrad: 64 pixels a step, 32 of fp32 and where dy is made on load with addresses in registers (no descriptors). The pixels
       are split so that the programs fill the device once, each with at least 4 steps: what the last program adds up grows with
       the splits.
     * Exact fp32 on NVIDIA: half the pixels of dgrad (on sm_120 of tf32 with a stride, too), 16 accumulators a thread in wgrad,
       8 of half its channels where x has given statistics. On AMD, where loads in flight wait in registers, 2 stages where y is
-      read too. All of these spill otherwise (compiled).
+      read too (:func:`_most_stages`). All of these spill otherwise (compiled).
     """
     g = launch.geometry
     assert isinstance(g, Geometry)
