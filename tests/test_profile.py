@@ -18,6 +18,7 @@ from fused_resnet.backends import clock_launches
 from fused_resnet.cli import main
 from fused_resnet.cli.arguments import CommandError
 from fused_resnet.cli.inspect import write_text
+from fused_resnet.cli.profile import _show_loading
 from fused_resnet.profiling import Ceilings, Line, Subject, Times, pair_of
 from fused_resnet.train import UsageError, data, recipe, supply
 
@@ -164,10 +165,25 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(("loading", "stepping", "bounds"), [(1.0, 9.0, False), (4.0, 6.0, True)])
-def test_data_loading(loading: float, stepping: float, bounds: bool) -> None:
-    """With seconds that are given: alone, together, and the part that is waited; the images are the recipe's."""
-    clock = Clock()
+@pytest.mark.parametrize(
+    ("loading", "beside", "workers", "why", "says"),
+    [
+        (1.0, 9.0, 0, "", "the steps wait 10.0% of the time: loading is not what bounds the training\n"),
+        (4.0, 6.0, 0, "waits", "the steps wait 40.0% of the time: waiting for images is what bounds the training\n"),
+        (4.0, 6.0, 1, "waits", "40.0% of the time: waiting for images is what bounds the training; more --workers help where"),
+        (0.2, 9.8, 2, "shares", "wait 2.0% of the time: sharing the processor with the loader's workers is what bounds the"),
+        (0.2, 7.0, 2, "", "the steps wait 2.8% of the time: loading is not what bounds the training\n"),
+    ],
+)
+def test_data_loading(
+    loading: float, beside: float, workers: int, why: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With seconds that are given: steps and loading alone, together, and the part that is waited; images are the recipe's.
+
+    A step takes 6 s alone and ``beside`` in the loop. Steps wait, or are much slower beside workers, or a little. Without
+    workers what is slower is so for other reasons.
+    """
+    clock, asked = Clock(), []
     digits = data.load("digits", None, recipe.load("digits"))
     real = digits.train.batches
 
@@ -175,22 +191,31 @@ def test_data_loading(loading: float, stepping: float, bounds: bool) -> None:
         def __len__(self) -> int:
             return len(digits.train)
 
-        def batches(self, draws: object, workers: int = 0) -> Iterator[data.Batch]:
-            for got in real(draws, workers):  # type: ignore[arg-type]
+        def batches(self, draws: Iterator[data.Draw], workers: int = 0) -> Iterator[data.Batch]:
+            asked.append(workers)
+            for got in real(draws):
                 clock.now += loading
                 yield got
 
     seen: list[torch.Tensor] = []
 
     def step(x: torch.Tensor) -> None:
-        clock.now += stepping
+        clock.now += beside if len(asked) > 1 else 6.0
         seen.append(x)
 
-    found = supply.watch(replace(digits, train=Slow()), step, CPU, 4, 0, 35.0, clock)
-    assert (found.alone, found.taken) == pytest.approx((4 / loading, 4 / (loading + stepping)))
-    assert found.waited == pytest.approx(loading / (loading + stepping)) and found.bounds == bounds
+    folder = replace(digits, train=Slow(), name="folder" if workers else "digits")
+    found = supply.watch(folder, step, CPU, 4, workers, 35.0, clock)
+    assert (found.alone, found.stepping) == pytest.approx((4 / loading, 4 / 6))
+    assert found.taken == pytest.approx(4 / (loading + beside)) and found.share == pytest.approx(6 / (loading + beside))
+    assert found.waited == pytest.approx(loading / (loading + beside))
+    assert (found.why, found.bounds, found.workers) == (why, bool(why), workers)
+    _show_loading(folder, found)
+    text = capsys.readouterr().out
+    assert says in text and f"0.7 taken by steps alone, {found.taken:.1f} by both together, {found.share:.2f} of" in text
+    assert asked == [0, workers], "the batch that is there is made before there are workers"
     assert all(x.shape == (4, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-    assert not torch.equal(seen[0], seen[1]) and abs(float(torch.cat(seen).mean())) < 1
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[-1], seen[-2]), "one batch alone, then others"
+    assert abs(float(torch.cat(seen).mean())) < 1
 
 
 def test_a_set_with_fewer_images_than_a_batch_is_not_looked_at() -> None:

@@ -254,11 +254,23 @@ def _show_loading(images: Data | str, loading: Supply | None) -> None:
         return
     workers = f", {loading.workers} workers" if loading.workers else ""
     print(f"\ndata loading: {loading.data}, batch {loading.batch}{workers}")
-    print(f"  {loading.alone:,.1f} images a second made ready alone, {loading.taken:,.1f} taken by loading and steps together")
-    what = "more --workers help" if loading.workers else "it is what bounds the training"
-    print(
-        f"  the steps wait {loading.waited:.1%} of the time: {what if loading.bounds else 'it is not what bounds the training'}"
-    )
+    rates = f"{loading.alone:,.1f} made ready alone, {loading.stepping:,.1f} taken by steps alone, {loading.taken:,.1f} by both"
+    print(f"  images a second: {rates} together, {loading.share:.2f} of steps alone")
+    print(f"  the steps wait {loading.waited:.1%} of the time: {_VERDICTS[loading.why]}{_advice(loading)}")
+
+
+#: By :attr:`fused_resnet.train.supply.Supply.why`.
+_VERDICTS = {
+    "waits": "waiting for images is what bounds the training",
+    "shares": "sharing the processor with the loader's workers is what bounds the training",
+    "": "loading is not what bounds the training",
+}
+
+
+def _advice(loading: Supply) -> str:
+    if not loading.workers or not loading.why:
+        return ""
+    return "; more --workers help where cores are idle" if loading.why == "waits" else "; more --workers do not help"
 
 
 def _cell(number: int) -> str:
@@ -318,7 +330,7 @@ def _write(
         "host_seconds": spent.host,
         "kinds": [vars(line) for line in spent.kinds],
         "launches": [vars(line) for line in spent.launches],
-        "loading": loading and {**vars(loading), "bounds": loading.bounds},
+        "loading": loading and {**vars(loading), "bounds": loading.bounds, "why": loading.why},
         "kept_bytes": [{"place": place, "eager": eager, "fused": fused} for place, eager, fused in layers],
         "held_bytes": [vars(row) for row in modes],
         "ceilings": vars(limits),
