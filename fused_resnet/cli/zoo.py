@@ -1,4 +1,6 @@
-"""``fused-resnet zoo PATTERN...``: fuses every model whose name matches and keeps a row of each in a CSV file.
+"""``fused-resnet zoo PATTERN...``: fuses every model whose name matches, compares it and keeps a row of each in a CSV file.
+
+Outputs in eval mode in fp32 are compared, and nothing else; ``fuse-check`` compares a training step and other types too.
 
 A file that exists is gone on with: names that were compared are not done again, those that failed are; with ``--time`` those
 that were not timed too. ``--markdown`` makes docs/models.md of it. A lock beside it may stay.
@@ -46,7 +48,7 @@ SAMPLE = 0.03
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    text = "fuse every model whose name matches, and keep what came out as CSV"
+    text = "fuse every model whose name matches, compare eval mode in fp32, and keep what came out as CSV"
     about = f"{sentence(text)}. Exit code 1 where one disagrees or fails; what failed is tried again the next time."
     parser = commands.add_parser("zoo", help=text, description=about)
     parser.add_argument(
@@ -210,6 +212,8 @@ def markdown(rows: list[_Row]) -> str:
 
 What `fuse` does to models of others: chains fused, launches and bytes of one image of 224 x 224 before and after, the part of
 the convolutions' FLOPs that runs in launches of plans, and the relative error against float64, fp32, eager's and ours.
+Compared are outputs in eval mode in fp32, and nothing else: a training step and other types are what `fused-resnet fuse-check
+MODEL` compares, too.
 
 Evidence: launches and bytes are *counted from sizes*, errors are *measured* on a CPU with random weights and small images
 (64 x 64). Times, where there are any, are *measured* on the CPU named below: inference of one image of 224 x 224, fp32, eager
