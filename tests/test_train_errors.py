@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -308,27 +310,60 @@ def test_nothing_but_tensors_is_unpickled(recipe: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """The checkpoint before is whole, nothing half-written is left, and with room again the run ends as if nothing had been."""
+@contextmanager
+def full_at(size: int) -> Iterator[None]:
+    """Files end at this size, as on a full disk, for this process: a write fails midway."""
     resource = pytest.importorskip("resource")
-    config = training.config(tmp_path / "run", backend="cpu", recipe=training.recipe(length=12), resume=True)
-    fit(replace(config, stop_after=3))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = (tmp_path / "run" / "checkpoint.pt").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # as ENOSPC, for one process: a write fails midway
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(
-            TrainingError, match=r"stopped: the disk is full at step 6; the last good checkpoint is .*of step 3"
-        ):
-            fit(config)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("first", "step"), [("checkpoint.pt", 6), ("log.csv", 5)])
+def test_a_full_disk(first: str, step: int, tmp_path: Path) -> None:
+    """Whichever file comes to it: the checkpoint before is whole, nothing half-written is left of another, and with room again
+    the run ends as if nothing had been.
+    """
+    config = training.config(tmp_path / "run", backend="cpu", recipe=training.recipe(length=12), resume=True)
+    fit(replace(config, stop_after=3))
+    size = (tmp_path / "run" / first).stat().st_size
+    with (
+        full_at(size // 2 if first == "checkpoint.pt" else size + 9),
+        pytest.raises(
+            TrainingError, match=rf"stopped: the disk is full at step {step}; the last good checkpoint is .*of step 3"
+        ),
+    ):
+        fit(config)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
     assert written(tmp_path / "run") == {"log.csv", "checkpoint.pt"}
     fit(config)
     fit(replace(config, out=tmp_path / "whole"))
     weights = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("run", "whole")]
     assert training.same(*weights) == []
+    rows = [[line.split(",")[:5] for line in (tmp_path / run / "log.csv").read_text().splitlines()] for run in ("run", "whole")]
+    assert rows[0] == rows[1]
+
+
+def test_the_command_on_a_full_disk(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a row of the log does not fit: one line, exit code 1, and the checkpoint as it was."""
+    out = tmp_path / "run"
+    assert train(recipe, out, "--log-every", "3") == 0
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, "step": 2}, out / "checkpoint.pt")
+    before = (out / "checkpoint.pt").read_bytes()
+    (out / "log.csv").unlink()
+    capsys.readouterr()
+    with full_at(70):
+        assert train(recipe, out, "--log-every", "3", "--resume") == 1
+    going_on, *lines = capsys.readouterr().err.splitlines()
+    assert going_on == "going on behind step 2"
+    assert lines == [
+        f"fused-resnet: stopped: the disk is full at step 3; the last good checkpoint is {out / 'checkpoint.pt'}, of step 2"
+    ]
+    assert (out / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_full_disk_where_an_image_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

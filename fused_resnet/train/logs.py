@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ class Log:
             self._board.flush()
 
     def close(self) -> None:
-        """End it."""
-        self._file.close()
+        """End it, and raise nothing: :meth:`write` and :meth:`sync` told of all that failed. What a full disk left of a row is
+        tried again here, and its error would take the place of the one that stopped the run.
+        """
+        with suppress(OSError):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
