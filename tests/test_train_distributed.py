@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,8 @@ import torch.nn.functional as F
 import training
 from tolerances import relative_error
 
-from fused_resnet.train import Config, data, fit, networks, sampler, seeds
+from fused_resnet.cli import main
+from fused_resnet.train import Config, data, files, fit, networks, sampler, seeds
 from fused_resnet.train.distributed import World
 from fused_resnet.train.evaluate import Result, evaluate
 from fused_resnet.train.members import Member
@@ -120,15 +126,72 @@ def test_two_processes(tmp_path: Path) -> None:
     assert history.finished and history.step == STEPS
 
 
+def command(root: Path, out: Path, *more: str) -> list[str]:
+    """To train on a CPU after the recipe that lies beside."""
+    return ["train", "--recipe", str(root / "short.json"), "--device", "cpu", "--out", str(out), *more]
+
+
+def apart(rank: int) -> list[tuple[int, str]]:
+    """Going on with a folder for each process, by the command, as torchrun starts it: exit codes, and what it says."""
+    root = Path(os.environ["FUSED_RESNET_TEST_FOLDER"])
+    os.environ["RANK"] = str(rank)
+    found = []
+    for case in sorted((root / "cases").iterdir()):
+        kind = ("ddp", "fsdp2")[len(found) % 2]
+        with redirect_stderr(io.StringIO()) as said:
+            code = main(command(root, case / str(rank), "--resume", "--distributed", kind))
+        found.append((code, said.getvalue()))
+    return found
+
+
+def test_folders_that_are_not_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on where ``--out`` is another folder for each process: all stop in one line before anything is written, where one
+    finds no checkpoint, that of another step, other weights of the same step, or a file that is none.
+    """
+    (tmp_path / "short.json").write_text(json.dumps(training.recipe(length=2).data_dict()))
+    assert main(command(tmp_path, tmp_path / "run")) == 0
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    others = copy.deepcopy(saved)
+    next(iter(others["model"].values())).mul_(1 + 1e-6)
+    two, one = (rf"step {step} of weights [0-9a-f]{{8}}" for step in (2, 1))
+    no, none = r"no checkpoint\.pt", "a file that it cannot go on behind"
+    cases = [
+        ((saved, two), (None, no)),
+        ((None, no), (saved, two)),
+        ((saved, two), ({**saved, "step": 1}, one)),
+        ((saved, two), (others, two)),
+        ((saved, two), ({"format": "another"}, none)),
+    ]
+    for index, case in enumerate(cases):
+        for rank, (content, _) in enumerate(case):
+            out = tmp_path / "cases" / str(index) / str(rank)
+            out.mkdir(parents=True)
+            if content is not None:
+                torch.save(content, out / "checkpoint.pt")
+
+    def written() -> dict[Path, str]:
+        found = (path for path in (tmp_path / "cases").rglob("*") if path.is_file() and path.name != files.LOCK)
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+    before = written()
+    monkeypatch.setenv("FUSED_RESNET_TEST_FOLDER", str(tmp_path))
+    first, other = ranks.run("test_train_distributed", "apart", tmp_path, seconds=120)
+    assert written() == before
+    assert other == [(2, "")] * len(first), "the first tells it for both"
+    for index, ((code, said), ((_, here), (_, there))) in enumerate(zip(first, cases, strict=True)):
+        out = re.escape(str(tmp_path / "cases" / str(index) / "0"))
+        says = f"{out}: --out must be one folder that all processes see: process 0 finds {here}, process 1 {there}"
+        assert code == 2 and re.fullmatch(rf"fused-resnet: error: {says}\n", said), said
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     """The command as users start it."""
-    path = tmp_path / "short.json"
-    path.write_text(json.dumps(training.recipe(length=STEPS).data_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fused_resnet"]
-    command += ["train", "--recipe", str(path), "--device", "cpu", "--distributed", "fsdp2", "--out", str(tmp_path / "run")]
+    (tmp_path / "short.json").write_text(json.dumps(training.recipe(length=STEPS).data_dict()))
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fused_resnet"]
+    started += command(tmp_path, tmp_path / "run", "--distributed", "fsdp2")
     environment = {**os.environ, "PYTHONPATH": str(ranks.ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(started, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("6 steps; test error") == 1
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == STEPS

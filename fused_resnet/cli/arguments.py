@@ -135,9 +135,14 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def told_elsewhere(error: Exception) -> bool:
+    """Whether every process of a run raises this, and another one, the first, tells it."""
+    return getattr(error, "of_all", False) and int(os.environ.get("RANK", 0)) != 0
+
+
 def tell(error: Exception) -> None:
-    """One line on stderr. Of what every process of a run raises the first one tells."""
-    if not getattr(error, "of_all", False) or int(os.environ.get("RANK", 0)) == 0:
+    """One line on stderr, of one process."""
+    if not told_elsewhere(error):
         print(f"fused-resnet: {one_line(error)}", file=sys.stderr)
 
 

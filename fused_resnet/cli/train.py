@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config import DISTRIBUTED
-from .arguments import CommandError, add_training, natural, one_line, positive, tell, whole
+from .arguments import CommandError, add_training, natural, one_line, positive, tell, told_elsewhere, whole
 from .text import sentence
 
 
@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         history = fit(config)
     except UsageError as error:
+        if told_elsewhere(error):
+            return 2
         raise CommandError(one_line(error)) from error
     except TrainingError as error:
         tell(error)

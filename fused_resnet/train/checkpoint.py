@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def check_state(path: Path, state: dict[str, Any]) -> None:
     if not STATE.keys() & state.keys():
         raise UsageError(f"{path}: holds the weights only ({BEST}): cannot be gone on behind")
     hold(state, STATE, str(path), UsageError)
+
+
+def mark(state: dict[str, Any]) -> str:
+    """What tells one checkpoint from another in a few words: its step, and a digest of its identity and weights.
+
+    The digest is of bytes: a sum of floats may be rounded otherwise by another machine's processor.
+    """
+    digest = zlib.crc32(repr(state["identity"]).encode())
+    for value in state["model"].values():
+        if isinstance(value, torch.Tensor):
+            digest = zlib.crc32(value.detach().reshape(-1).view(torch.uint8).numpy().data, digest)
+    return f"step {state['step']} of weights {digest:08x}"
 
 
 def tensors(path: Path) -> Any:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 
 class UsageError(ValueError):
-    """Wrong input: the command ends with exit code 2."""
+    """Wrong input: the command ends with exit code 2.
+
+    Attributes:
+        of_all: every process of the run raises it: the first one tells it.
+    """
+
+    of_all = False
 
 
 class TrainingError(RuntimeError):
     """A run or an evaluation that cannot go on: exit code 1. What was saved before is whole.
 
     Attributes:
-        of_all: every process of the run raises it: the first one tells it.
+        of_all: as :class:`UsageError`'s.
     """
 
     of_all = False

@@ -137,6 +137,32 @@ class _Run:
             raise UsageError(f"{self.path} is of another run, --resume goes on with the same only: {'; '.join(changed)}")
         return saved
 
+    def _saved_by_all(self) -> dict[str, Any] | None:
+        """:meth:`_saved`, which each process reads of its own folder: the same one, or networks of different steps would be
+        averaged, and the first process's checkpoint lost.
+        """
+        if self.world.size == 1 or not self.config.resume:
+            return self._saved()
+        saved, failed = None, None
+        try:
+            saved = self._saved()
+        except (UsageError, TrainingError) as error:
+            failed = error
+        mark = "a file that it cannot go on behind" if failed is not None else saved and checkpoint.mark(saved)
+        marks = self.world.gather(mark)
+        other = next((rank for rank, mark in enumerate(marks) if mark != marks[0]), None)
+        if other is not None:
+            here, there = (marks[rank] or f"no {checkpoint.NAME}" for rank in (0, other))
+            differing = UsageError(
+                f"{self.config.out}: --out must be one folder that all processes see: process 0 finds {here}, "
+                f"process {other} {there}"
+            )
+            differing.of_all = True
+            raise differing from failed
+        if failed is not None:
+            raise failed
+        return saved
+
     def _load(self, saved: dict[str, Any]) -> None:
         try:
             self.state.load(saved, self.world)
@@ -160,7 +186,7 @@ class _Run:
 
     def _run(self) -> History:
         state, config = self.state, self.config
-        saved = self._saved()
+        saved = self._saved_by_all()
         if saved is not None:
             self._load(saved)
         self.saved_step: int | None = state.step if saved is not None else None
