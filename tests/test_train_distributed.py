@@ -66,6 +66,7 @@ def work(rank: int) -> dict[str, Any]:
         pieces = replace(whole, out=out / f"{kind} pieces", resume=True)
         fit(replace(pieces, stop_after=3))
         fit(pieces)
+        fit(replace(whole, out=out / f"{kind} bf16", amp="bf16"))
     results["evaluated"] = evaluated(World.join("cpu"))
     if rank == 0:
         results |= {path.name: torch.load(path / "checkpoint.pt", weights_only=True) for path in out.iterdir()}
@@ -99,8 +100,8 @@ def written_out() -> dict[str, torch.Tensor]:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """DDP and FSDP2 take the steps as written out; in pieces bit for bit; and one process can go on behind two. They share
-    images to evaluate.
+    """DDP and FSDP2 take the steps as written out; in pieces bit for bit; in bf16 the same steps, and near those; and one
+    process can go on behind two. They share images to evaluate.
 
     One test, since the processes are started once for all of it.
     """
@@ -120,6 +121,11 @@ def test_two_processes(tmp_path: Path) -> None:
         for saved in (whole, pieces):
             saved["window"] = [sums[:3] for sums in saved["window"]]
         assert training.same(whole, pieces) == [], kind
+    ddp, fsdp2 = (results[f"{kind} bf16"]["model"] for kind in ("ddp", "fsdp2"))
+    for key, value in truth.items():
+        assert relative_error(fsdp2[key], ddp[key]) < 1e-5, f"bf16: {key}"
+        if value.ndim > 1:  # a filter: the steps of bf16, not those of fp32
+            assert 1e-4 < relative_error(ddp[key], value) < 0.1, f"bf16: {key}"
     (tmp_path / "run").mkdir()
     torch.save(results["fsdp2"], tmp_path / "run" / "checkpoint.pt")
     history = fit(config(tmp_path / "run", resume=True))
