@@ -155,15 +155,22 @@ KINDS = (
 IN_TRAINING = {"cifar_resnet8": 13, "cifar_resnet8_c": 14, "cifar_plain14": 2 + 3 * 5, "cifar_highway8": 16}
 
 
+def bottlenecks(shortcut: str) -> nn.Module:
+    """Two of a network's blocks for each of two stages, with this option of the shortcut."""
+    stages = plain.Stages()
+    stages._prepare(6, None, shortcut)
+    return nn.Sequential(stages._stage(plain.Bottleneck, 3, 2), stages._stage(plain.Bottleneck, 4, 2, 2))
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
-@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("cifar")])
+@pytest.mark.parametrize("name", [*(name for name in KINDS if "50" not in name), "resnet18_c"])
 def test_a_training_step_in_float64(name: str, memory: str) -> None:
     """Output, every gradient and the running statistics; in training mode, then with frozen statistics."""
     eager = randomise(unfuse(models.build(name, num_classes=5))).double()
-    if name.startswith("cifar_highway"):
+    if "highway" in name:
         nn.init.uniform_(eager.layer2[0].gate.bias, -1, 1)
     fused = fuse(copy.deepcopy(eager), backend="reference", memory=memory)
-    x = torch.randn(3, 3, 17, 15).double()
+    x = (torch.randn(3, 3, 17, 15) if name.startswith("cifar") else torch.randn(2, 3, 35, 33)).double()
     for training in (True, False):
         eager.train(training)
         fused.train(training)
@@ -177,6 +184,20 @@ def test_a_training_step_in_float64(name: str, memory: str) -> None:
         assert list(actual) == list(truth)
         for what, expected in truth.items():
             assert relative_error(actual[what], expected) < 1e-10, what
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("shortcut", ["A", "C"])
+def test_bottlenecks_with_each_shortcut(shortcut: str, memory: str) -> None:
+    """Zeros where channels are added, or projections everywhere: a step as that of the plain modules."""
+    eager = randomise(bottlenecks(shortcut)).double().train()
+    fused = fuse(copy.deepcopy(eager), backend="reference", memory=memory)
+    assert not explain(fused, show=False).left_alone and all(isinstance(block, Fused) for stage in fused for block in stage)
+    x = torch.randn(2, 6, 9, 7).double()
+    truth, actual = train_step(eager, x), train_step(fused, x)
+    assert list(actual) == list(truth)
+    for what, expected in truth.items():
+        assert relative_error(actual[what], expected) < 1e-10, what
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "50" in name else []) for name in KINDS])
