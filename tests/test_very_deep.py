@@ -49,6 +49,27 @@ def test_a_step_of_a_very_deep_network(depth: int) -> None:
     assert built <= 0.70 and low <= 0.50 and built < default < 0.8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "lr", "steps"), [(110, 3e-3, 8), (1202, 1e-3, 3)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_very_deep_network_learns(depth: int, lr: float, steps: int, seed: int) -> None:
+    """Plain SGD on the same four images: their loss falls, by a step small enough for networks this deep without a warm-up."""
+    torch.manual_seed(seed)
+    model = models.build(f"cifar_resnet{depth}").train()
+    x, labels = torch.randn(4, 3, 16, 16), torch.tensor([1, 7, 2, 5])
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    losses = []
+    for _ in range(steps + 1):
+        optimizer.zero_grad()
+        with count_launches() as log:
+            loss = nn.functional.cross_entropy(model(x), labels)
+        assert {runner for runner, _ in log.launches} == {"cpu"}
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+
+
 @pytest.mark.parametrize("depth", [56, pytest.param(1202, marks=pytest.mark.slow)])
 def test_what_a_very_deep_network_holds(depth: int) -> None:
     """As the profile command reports it, of eager: between forward and backward, and at most, with each stage checkpointed."""
