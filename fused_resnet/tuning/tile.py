@@ -212,7 +212,7 @@ def choose_tile(launch: Launch, arch: str, tf32: bool = False) -> Tile:
 def _most_stages(launch: Launch, arch: str, tf32: bool) -> int:
     """Steps whose loads are in flight at once, at most.
 
-    Four; two where a gradient reads y on AMD, whose loads wait in registers, and of exact fp32 where products are a warpgroup's:
+    Four; two where a gradient reads y on AMD, whose loads wait in registers, and of exact fp32 where a warpgroup multiplies:
     behind an exponential on load, and in 1x1 gradients that read y on Blackwell (8 bytes are spilled otherwise, compiled).
     """
     reads_y = launch.gradient == "bn_backward"
