@@ -44,6 +44,8 @@ class Layer:
         activation: a key of :data:`fused_resnet.activations.ACTIVATIONS`; ``slope``: LeakyReLU's, 0 for all others.
         weights: False for a shortcut without parameters: every ``stride``-th pixel, zeros for the channels added (option A);
             and for a chain's entry, which has no convolution: what its BatchNorm reads is the chain's input.
+        rewritable: what the activation makes may be written over before the backward (``out += x``): as in PyTorch, which takes
+            the gradient of a LeakyReLU or ReLU6 that is not in place at its input. Of a chain's last layer.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Layer:
     group: str = ""
     slope: float = 0.0
     weights: bool = True
+    rewritable: bool = False
 
     @property
     def token(self) -> str:
@@ -73,6 +76,7 @@ class Layer:
         sizes = (self.filters, self.channels, *self.kernel, *self.stride, *self.padding, *self.dilation, self.groups)
         numbers = ",".join([f"{size}" for size in sizes])
         flags = f"{self.weights};{self.bias};{self.norm};{self.affine};{self.batch};{self.tracked};{self.counted}"
+        flags = f"{flags};{self.rewritable}"
         momentum = "" if self.momentum is None else float(self.momentum).hex()
         activation = f"{self.activation};{float(self.slope).hex()}"
         return f"{numbers};{flags};{float(self.eps).hex()};{momentum};{activation};{self.group};{self.name}"
@@ -80,10 +84,10 @@ class Layer:
     @staticmethod
     def parse(token: str) -> Layer:
         """The layer that a :attr:`token` stands for."""
-        numbers, *words, eps, momentum, activation, slope, group, name = token.split(";", 13)
+        numbers, *words, eps, momentum, activation, slope, group, name = token.split(";", 14)
         filters, channels, *windows, groups = [int(number) for number in numbers.split(",")]
         kernel, stride, padding, dilation = zip(windows[::2], windows[1::2], strict=True)
-        weights, bias, norm, affine, batch, tracked, counted = [word == "True" for word in words]
+        weights, bias, norm, affine, batch, tracked, counted, rewritable = [word == "True" for word in words]
         return Layer(
             name,
             filters,
@@ -105,6 +109,7 @@ class Layer:
             group,
             float.fromhex(slope),
             weights,
+            rewritable,
         )
 
     @property
@@ -247,6 +252,12 @@ class Chain(HashedOnce):
         """Whether the pooling applies the last activation on load, at least where a backward follows."""
         return self.pool is not None and (self.normalised_in_pool or self.pre_activation(-1) is not None)
 
+    @property
+    def masked_by_output(self) -> bool:
+        """Whether the gradient in front of the last activation is made from its output, which nobody may write over then."""
+        last = self.layers[-1]
+        return last.masked_by_output and not (last.rewritable and self.pool is None and self.gate is None)
+
     def pre_activation(self, index: int) -> str | None:
         """What plans call ``layers[index]`` in front of its activation, where a backward reads that instead of its output.
 
@@ -254,9 +265,10 @@ class Chain(HashedOnce):
         batch's statistics it is computed again from ``y``.) A forward with such a slot to keep writes it in the place of the
         activation, which the next launch applies on load.
         """
-        late = index in (-1, len(self.layers) - 1) and self.normalised_late
+        last = index in (-1, len(self.layers) - 1)
         layer = self.layers[index]
-        return None if layer.batch or late or layer.masked_by_output else f"z{index % len(self.layers) + 1}"
+        masked = self.masked_by_output if last else layer.masked_by_output
+        return None if layer.batch or (last and self.normalised_late) or masked else f"z{index % len(self.layers) + 1}"
 
     def output_slot(self, index: int) -> str:
         """What plans call what the convolution of ``layers[index]`` writes: ``a`` behind the activation, ``y`` in front."""

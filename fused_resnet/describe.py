@@ -394,6 +394,11 @@ def activation_name(module: Any) -> tuple[str, float]:
     return name, float(module.negative_slope) if name == "leaky_relu" else 0.0
 
 
+def rewritable(module: Any) -> bool:
+    """Whether PyTorch lets anyone write over what an activation made, though its derivative follows from that."""
+    return type(module) in (nn.LeakyReLU, nn.ReLU6) and not module.inplace
+
+
 def _layer(
     name: str,
     shape: tuple[int, ...],
@@ -402,12 +407,13 @@ def _layer(
     norm: tuple[Any, ...],
     activation: str,
     slope: float,
+    rewritable: bool,
 ) -> Layer:
     stride, padding, dilation, groups = windows
     kernel = (shape[2] if len(shape) == 4 else 1, shape[-1] if len(shape) > 2 else 1)
     present, affine, eps, *statistics = norm
     where = (stride, padding, dilation, groups)
-    state = (present, affine, eps, activation, *statistics, slope)
+    state = (present, affine, eps, activation, *statistics, slope, True, rewritable)
     return Layer(name, shape[0], shape[1] * groups, kernel, *where, bias, *state)
 
 
@@ -453,7 +459,8 @@ def _read_layer(layer: WeightLayer, parameters: list[Tensor]) -> Layer:
     state = _read_norm(layer.norm, parameters)
     windows = _windows(conv)
     make = _layer if torch.compiler.is_compiling() else _cached_layer  # the compiler warns of caches, and traces past them
-    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *activation_name(layer.activation))
+    activation = (*activation_name(layer.activation), rewritable(layer.activation))
+    return make(layer.name, tuple(weight.shape), windows, bias is not None, state, *activation)
 
 
 def _entry_layer(name: str, channels: int, norm: tuple[Any, ...], activation: str, slope: float) -> Layer:

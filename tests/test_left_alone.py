@@ -129,6 +129,38 @@ def test_a_scripted_part_stays_scripted() -> None:
         assert "it is scripted or traced: its code is fixed" in str(explain(model, show=False))
 
 
+class WrittenBehind(nn.Module):
+    """What an activation made is written over: Darknet's block."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(4, 2, 1, bias=False), nn.BatchNorm2d(2), copy.deepcopy(activation))
+        self.conv, self.bn, self.activation = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.activation(self.bn(self.conv(self.first(x))))
+        out += x
+        return out
+
+
+@pytest.mark.parametrize("statistics", ["batch", "given"])
+@pytest.mark.parametrize("memory", ["default", "less", "low"])
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.ReLU6(), nn.SiLU()], ids=str)
+def test_the_output_of_an_activation_that_is_written_over(activation: nn.Module, memory: str, statistics: str) -> None:
+    """PyTorch takes the gradient of these at their input, unless they are in place."""
+    plain = nn.Sequential(*(randomise(WrittenBehind(copy.deepcopy(activation))) for _ in range(2))).double()
+    plain.train(statistics == "batch")
+    x = 3 * torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    wanted = grads(plain, x)
+    for backend in ("cpu", "reference"):
+        fused = fuse(copy.deepcopy(plain), backend=backend, memory=memory)
+        with count_launches() as log:
+            found = grads(fused, x)
+        assert len(log) > 0 and wanted.keys() == found.keys()
+        for key, gradient in wanted.items():
+            assert relative_error(found[key], gradient) < 1e-9, key
+
+
 class CalledBothWays(nn.Module):
     """A BatchNorm that runs by itself first, then in a chain."""
 

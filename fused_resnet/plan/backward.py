@@ -124,14 +124,14 @@ def _bn_add_relu_backward(chain: Chain, geometry: Geometry, dtype: torch.dtype, 
     operands, outputs = [("dout", dout)], []
     if last.activation != "identity":
         outputs.append(("dz", "dz"))
-        operands += [("out", out)] if last.masked_by_output else end_operands(chain, chain.pre_activation(-1))
+        operands += [("out", out)] if chain.masked_by_output else end_operands(chain, chain.pre_activation(-1))
     outputs.append(("sum", "dz.sum"))
     if last.batch:
-        if last.masked_by_output:
+        if chain.masked_by_output:
             operands += [("y", chain.output_slot(len(chain.layers) - 1)), *statistics_of(last, "")[:3]]
         outputs.append(("dot", last.slot("dot")))
     if side is not None and side.batch:
-        if last.masked_by_output:
+        if chain.masked_by_output:
             operands += [("shortcut", "yd"), *statistics_of(side, "shortcut_")[:3]]
         outputs.append(("shortcut_dot", side.slot("dot")))
     ends: dict[str, Any] = {"activation": last.activation, "slope": last.slope}

@@ -212,7 +212,7 @@ def again(chain: Chain, sizes: dict[str, Geometry], dtype: torch.dtype) -> list[
 
     def conv(layer: Layer, x: Input, y: str, shortcut: str | None = None) -> list[Launch]:
         if not layer.batch:  # only where the last activation is differentiated at its input
-            return [] if last.masked_by_output else _conv(layer, sizes[layer.name], dtype, x, y, shortcut)
+            return [] if chain.masked_by_output else _conv(layer, sizes[layer.name], dtype, x, y, shortcut)
         operands = [*x.operands, *parameters_of(layer, "w", "bias")]
         ends: dict[str, Any] = {**x.how, "epilogue": "bias" if layer.bias else "store"}
         return [new_launch("conv", layer.name, sizes[layer.name], dtype, operands, [("y", y)], **ends)]
