@@ -1,0 +1,138 @@
+"""Forwards by chance: layers in any order, shared, summed, written over. Fused or not they compute the same, or both raise."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import randomise
+from torch import Tensor, nn
+
+from fused_resnet import count_launches, fuse
+
+
+class Program(nn.Module):
+    """A list of calls, each of values made before; what ``kind`` does is in :meth:`forward`.
+
+    Convolutions and BatchNorms are mostly taken once each, in chains more often than chance would have them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        dice = random.Random(seed)
+        count = dice.randint(2, 5)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(4, 4, size, padding=size // 2, bias=dice.random() < 0.3, groups=dice.choice([1, 1, 2]))
+            for size in dice.choices([1, 3], k=count)
+        )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(4, momentum=momentum, affine=dice.random() < 0.8, track_running_stats=dice.random() < 0.9)
+            for momentum in dice.choices([0.1, 0.3, None], k=count)
+        )
+        self.acts = nn.ModuleList(
+            [nn.ReLU(dice.random() < 0.5), nn.SiLU(), nn.Identity(), nn.ReLU6(), nn.LeakyReLU(0.1, dice.random() < 0.5)]
+        )
+        unused = {"conv": dice.sample(range(count), count), "norm": dice.sample(range(count), count)}
+        self.calls: list[tuple[str, int, int]] = []
+
+        def call(kind: str, source: int) -> None:
+            if kind in unused:
+                other = unused[kind].pop() if unused[kind] and dice.random() < 0.85 else dice.randrange(count)
+            else:
+                other = dice.randrange(len(self.acts) if kind == "act" else len(self.calls) + 1)
+            self.calls.append((kind, source, other))
+
+        weights = {
+            "conv": 5,
+            "norm": 5,
+            "act": 4,
+            "layer": 3,
+            "add": 6,
+            "add into": 1,
+            "gate": 1,
+            "pool": 0.6,
+            "relu": 1,
+            "minus": 0.5,
+        }
+        for _ in range(dice.randint(4, 14)):
+            last = len(self.calls)
+            source = max(0, last - int(dice.expovariate(1.0))) if dice.random() < 0.8 else dice.randrange(last + 1)
+            (kind,) = dice.choices(list(weights), list(weights.values()))
+            call("conv" if kind == "layer" else kind, source)
+            if kind == "layer":
+                call("norm", len(self.calls))
+                if dice.random() < 0.6:
+                    call("act", len(self.calls))
+        self.others = [dice.randrange(len(self.calls) + 1)] if dice.random() < 0.3 else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x * 1.0]
+        for kind, source, other in self.calls:
+            y = values[source]
+            if kind == "conv":
+                y = self.convs[other](y)
+            elif kind == "norm":
+                y = self.norms[other](y)
+            elif kind == "act":
+                y = self.acts[other](y)
+            elif kind == "add":
+                y = y + values[other]
+            elif kind == "add into":
+                y += values[other]
+            elif kind == "gate":
+                y = y * torch.sigmoid(values[other])
+            elif kind == "pool":
+                y = F.max_pool2d(y, 3, 1, 1)
+            elif kind == "relu":
+                y = F.relu(y)
+            else:
+                y = -y
+            values.append(y)
+        return sum((values[other] for other in self.others), values[-1])
+
+
+def run(model: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor] | str:
+    """The output, gradients and buffers of a step, then the output without gradients four times; or why there are none."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    try:
+        out = model(x)
+        (out * weights).sum().backward()
+        found = {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+        with torch.no_grad():
+            found |= {f"call {time}": model(x) for time in range(4)}
+    except RuntimeError as error:
+        return str(error)
+    made = {**found, **{name: buffer.double() for name, buffer in model.named_buffers()}}
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def check(seed: int) -> int:
+    """Compare one program in both modes; returns the launches."""
+    torch.manual_seed(seed)
+    plain = randomise(Program(seed)).double()
+    x, weights = torch.randn(2, 3, 4, 7, 6, dtype=torch.float64)
+    launches = 0
+    for training in (False, True):
+        expected = run(copy.deepcopy(plain).train(training), x, weights)
+        fused = fuse(copy.deepcopy(plain).train(training), backend="reference" if seed % 2 else "cpu")
+        with count_launches() as log:
+            found = run(fused, x, weights)
+        launches += len(log)
+        assert isinstance(expected, str) == isinstance(found, str), (seed, training, plain.calls, expected, found)
+        if isinstance(expected, str) or isinstance(found, str):
+            continue
+        assert expected.keys() == found.keys(), (seed, training, plain.calls)
+        for name, value in expected.items():
+            far = float((found[name] - value).norm())
+            assert far <= 1e-8 * float(value.norm()) + 1e-9, (seed, training, name, far, plain.calls)
+    return launches
+
+
+@pytest.mark.filterwarnings("ignore:fuse found no")
+@pytest.mark.parametrize("start", [0, *(pytest.param(100 * part, marks=pytest.mark.slow) for part in range(1, 30))])
+def test_programs_by_chance(start: int) -> None:
+    assert sum(check(seed) for seed in range(start, start + 100)) > 500
