@@ -38,34 +38,45 @@ class Program(nn.Module):
         unused = {"conv": dice.sample(range(count), count), "norm": dice.sample(range(count), count)}
         self.calls: list[tuple[str, int, int]] = []
 
-        def call(kind: str, source: int) -> None:
-            if kind in unused:
-                other = unused[kind].pop() if unused[kind] and dice.random() < 0.85 else dice.randrange(count)
+        def call(kind: str, source: int, *other: int) -> int:
+            """Add a call; returns where its value is."""
+            if other:
+                choice = other[0]
+            elif kind in unused:
+                choice = unused[kind].pop() if unused[kind] and dice.random() < 0.85 else dice.randrange(count)
             else:
-                other = dice.randrange(len(self.acts) if kind == "act" else len(self.calls) + 1)
-            self.calls.append((kind, source, other))
+                choice = dice.randrange(len(self.acts) if kind == "act" else len(self.calls) + 1)
+            self.calls.append((kind, source, choice))
+            return len(self.calls)
+
+        def layer(source: int) -> int:
+            out = call("norm", call("conv", source))
+            return call("act", out) if dice.random() < 0.6 else out
 
         weights = {
             "conv": 5,
             "norm": 5,
             "act": 4,
             "layer": 3,
-            "add": 6,
+            "block": 3,
+            "add": 4,
             "add into": 1,
             "gate": 1,
             "pool": 0.6,
             "relu": 1,
-            "minus": 0.5,
         }
-        for _ in range(dice.randint(4, 14)):
+        for _ in range(dice.randint(3, 10)):
             last = len(self.calls)
             source = max(0, last - int(dice.expovariate(1.0))) if dice.random() < 0.8 else dice.randrange(last + 1)
             (kind,) = dice.choices(list(weights), list(weights.values()))
-            call("conv" if kind == "layer" else kind, source)
             if kind == "layer":
-                call("norm", len(self.calls))
-                if dice.random() < 0.6:
-                    call("act", len(self.calls))
+                layer(source)
+            elif kind == "block":  # one or two layers, and a shortcut with or without a projection
+                main = call("norm", call("conv", layer(source) if dice.random() < 0.5 else source))
+                side = call("norm", call("conv", source)) if dice.random() < 0.6 else source
+                call("relu", call("add", *dice.sample([main, side], 2)))
+            else:
+                call(kind, source)
         self.others = [dice.randrange(len(self.calls) + 1)] if dice.random() < 0.3 else []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,10 +97,8 @@ class Program(nn.Module):
                 y = y * torch.sigmoid(values[other])
             elif kind == "pool":
                 y = F.max_pool2d(y, 3, 1, 1)
-            elif kind == "relu":
-                y = F.relu(y)
             else:
-                y = -y
+                y = F.relu(y)
             values.append(y)
         return sum((values[other] for other in self.others), values[-1])
 
