@@ -24,7 +24,7 @@ _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv2d: 4, nn.Conv1d: 3, nn.Line
 #: Dimensions -> classes of the BatchNorm and of the max-pooling behind such a layer.
 _NORMS: dict[int, type[nn.Module]] = {4: nn.BatchNorm2d, 3: nn.BatchNorm1d, 2: nn.BatchNorm1d}
 _POOLS: dict[int, type[nn.Module]] = {4: nn.MaxPool2d, 3: nn.MaxPool1d}
-#: Class of an activation -> its name in :mod:`.activations` (not those of subclasses, which may compute something else).
+#: Class of an activation -> its name in :mod:`.activations`.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -35,26 +35,51 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
 }
 _TENSORS = (nn.Parameter, Tensor)
+#: PyTorch's classes that are known.
+_PLAIN: dict[type[nn.Module], bool] = dict.fromkeys(
+    (*_CONVOLUTIONS, *_NORMS.values(), nn.SyncBatchNorm, *_POOLS.values(), *_ACTIVATIONS), True
+)
+#: What a class may have that computes what the one it is derived from does.
+_ADDED = frozenset(
+    ("__init__", "__repr__", "extra_repr", "reset_parameters")
+    + ("__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__", "__parameters__")
+)
+
+
+def class_of(module: nn.Module | None) -> type:
+    """The class whose computation a module does: one of PyTorch's that is known, if its own adds nothing but construction.
+
+    Other subclasses may compute something else; so may PyTorch's own.
+    """
+    kind = type(module)
+    if kind in _PLAIN:
+        return kind
+    for base in kind.__mro__:
+        if base in _PLAIN:
+            return base
+        if base.__module__.startswith("torch.") or not _ADDED.issuperset(base.__dict__):
+            return kind
+    return kind
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """A plain convolution of images or sequences, or a Linear (not a subclass, which may compute something else)."""
-    return type(module) in _CONVOLUTIONS
+    """A plain convolution of images or sequences, or a Linear."""
+    return class_of(module) in _CONVOLUTIONS
 
 
 def dimensions_of(conv: nn.Module) -> int:
     """Dimensions of what :func:`is_convolution`'s modules take: 4 for images, 3 for sequences [N, C, L], 2 for rows [N, C]."""
-    return _CONVOLUTIONS[type(conv)]
+    return _CONVOLUTIONS[class_of(conv)]
 
 
 def is_norm(module: nn.Module) -> bool:
     """BatchNorm over channels, a frozen one, or timm's with an activation of its own."""
-    if type(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module):
+    if class_of(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module):
         return True
     if not _is(module, _NORMS_WITH_ACTIVATION):
         return False
     with_activation: Any = module
-    return type(with_activation.drop) is nn.Identity
+    return class_of(with_activation.drop) is nn.Identity
 
 
 def follows(conv: nn.Module, module: nn.Module) -> bool:
@@ -62,8 +87,8 @@ def follows(conv: nn.Module, module: nn.Module) -> bool:
     dimensions = dimensions_of(conv)
     if is_norm(module):
         of_images = _is_frozen_norm(module) or _is(module, _NORMS_WITH_ACTIVATION)
-        return type(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (of_images and dimensions == 4)
-    return type(module) is _POOLS.get(dimensions)
+        return class_of(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (of_images and dimensions == 4)
+    return class_of(module) is _POOLS.get(dimensions)
 
 
 def pools(conv: nn.Module, module: Any) -> bool:
@@ -104,7 +129,7 @@ def _eps(norm: Any) -> float:
 
 def is_activation(module: nn.Module) -> bool:
     """An activation that exists as an epilogue."""
-    return type(module) in _ACTIVATIONS
+    return class_of(module) in _ACTIVATIONS
 
 
 @dataclass
@@ -254,11 +279,11 @@ def _padding(conv: Any) -> tuple[int, ...] | None:
 
 def _windows(conv: Any) -> tuple[Any, ...]:
     """Stride, padding, dilation and groups as a convolution of images has them."""
-    if type(conv) is nn.Linear:
+    if class_of(conv) is nn.Linear:
         return (1, 1), (0, 0), (1, 1), 1
     padding = _padding(conv)
     assert padding is not None
-    if type(conv) is nn.Conv1d:
+    if class_of(conv) is nn.Conv1d:
         return (1, *_sides(conv.stride, conv)), (0, *padding), (1, *_sides(conv.dilation, conv)), conv.groups
     return _sides(conv.stride, conv), padding, _sides(conv.dilation, conv), conv.groups
 
@@ -270,7 +295,7 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
         return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
     if conv.weight.dtype not in DTYPES:
         return f"{name}'s weight is {conv.weight.dtype}, which no executor computes in"
-    if type(conv) is nn.Linear:
+    if class_of(conv) is nn.Linear:
         return None
     if conv.padding_mode != "zeros":
         return f"{name} pads with {conv.padding_mode!r}, not with zeros"
@@ -306,9 +331,10 @@ def _refuse_mixture(parts: Parts) -> str | None:
     """
     first = parts.layers[0]
     for layer in parts.weight_layers:
-        if type(layer.conv) is not type(first.conv) and not (type(layer.conv) is ZeroPad and type(first.conv) is nn.Conv2d):
+        kind, others = class_of(layer.conv), class_of(first.conv)
+        if kind is not others and not (kind is ZeroPad and others is nn.Conv2d):
             return f"{layer.name} is a {type(layer.conv).__name__} where {first.name} is a {type(first.conv).__name__}"
-    if type(first.conv) is nn.Linear and not parts.norms:
+    if class_of(first.conv) is nn.Linear and not parts.norms:
         return f"{first.name} is a Linear without a BatchNorm1d"
     if len({id(norm) for norm in parts.norms}) != len(parts.norms):
         return f"a BatchNorm behind {first.name} or a later layer is called twice"
@@ -317,11 +343,11 @@ def _refuse_mixture(parts: Parts) -> str | None:
 
 def _refuse_activation(place: str, norm: nn.Module | None, activation: nn.Module | None) -> str | None:
     """``place``: ``behind conv1``."""
-    if activation is not None and type(activation) not in _ACTIVATIONS:
+    if activation is not None and class_of(activation) not in _ACTIVATIONS:
         known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
         return f"the activation {place} is a {type(activation).__name__}, none of {known}"
     own = activation_of(norm)
-    if own is not None and own is not activation and type(own) is not nn.Identity:
+    if own is not None and own is not activation and class_of(own) is not nn.Identity:
         return f"the {type(norm).__name__} {place} calls an activation of its own, a {type(own).__name__}"
     return None
 
@@ -388,7 +414,7 @@ _NO_NORM: tuple[Any, ...] = (False, False, 0.0, False, False, False, 0.0, "")
 
 def activation_name(module: Any) -> tuple[str, float]:
     """Name and slope of an activation, a key of :data:`.activations.ACTIVATIONS`."""
-    name = "identity" if module is None else _ACTIVATIONS[type(module)]
+    name = "identity" if module is None else _ACTIVATIONS[class_of(module)]
     if name == "gelu" and module.approximate == "tanh":
         name = "gelu_tanh"
     return name, float(module.negative_slope) if name == "leaky_relu" else 0.0
@@ -396,7 +422,7 @@ def activation_name(module: Any) -> tuple[str, float]:
 
 def rewritable(module: Any) -> bool:
     """Whether PyTorch lets anyone write over what an activation made, though its derivative follows from that."""
-    return type(module) in (nn.LeakyReLU, nn.ReLU6) and not module.inplace
+    return class_of(module) in (nn.LeakyReLU, nn.ReLU6) and not module.inplace
 
 
 def _layer(

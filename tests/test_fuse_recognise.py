@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 from nets import copies, launches, randomise
 from tolerances import CLOSE, relative_error
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
-from fused_resnet import explain, fuse, unfuse
+from fused_resnet import count_launches, explain, fuse, unfuse
 
 
 class Own(BasicBlock):
@@ -238,3 +239,62 @@ def test_a_frozen_projection_and_a_bias() -> None:
     x = torch.randn(1, 4, 7, 7)
     assert relative_error(fused(x), plain(x)) < CLOSE
     assert launches(fused, x) == 3
+
+
+class _Conv(nn.Conv2d):
+    """Its own construction, and nothing else."""
+
+    def __init__(self, filters: int) -> None:
+        super().__init__(4, filters, 3, padding=1, bias=False)
+        self.note = "mine"
+
+
+class _Norm(nn.BatchNorm2d):
+    pass
+
+
+class _Twice(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+class _Mixed:
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)  # type: ignore[misc]
+
+
+class _MixedConv(_Mixed, nn.Conv2d):
+    pass
+
+
+class _OneStride(nn.Conv2d):
+    @property  # type: ignore[override]
+    def stride(self) -> tuple[int, int]:
+        return (1, 1)
+
+    @stride.setter
+    def stride(self, value: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("where", ["sequential", "forward"])
+@pytest.mark.parametrize("kind", [_Conv, _Twice, _MixedConv, _OneStride])
+def test_subclasses_of_layers(kind: type[nn.Conv2d], where: str, training: bool) -> None:
+    """They are what they are derived from if they add nothing but their construction."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self[1](self[0](x)) + x)
+
+    conv = _Conv(4) if kind is _Conv else kind(4, 4, 3, padding=1, stride=1)
+    plain = randomise((nn.Sequential if where == "sequential" else Net)(conv, _Norm(4), nn.ReLU())).train(training)
+    x = torch.randn(3, 4, 6, 7)
+    wanted = copy.deepcopy(plain)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused = fuse(copy.deepcopy(plain))
+    with count_launches() as log:
+        assert relative_error(fused(x), wanted) < CLOSE
+    assert (len(log) > 0) == (kind is _Conv)
+    assert kind is _Conv or "not an nn.Conv2d" in str(explain(fused, show=False))
