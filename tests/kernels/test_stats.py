@@ -57,7 +57,8 @@ def check(launch: Launch, tile: Tile | None = None, parameters: torch.dtype = to
         assert operands["batches"].item() == before["batches"].item() + 1
         for role in ("running_mean", "running_var"):
             assert_close(operands[role], before[role], pixels, what=role)
-        assert all(operands[role]._version > version for role, version in versions.items())
+        # Autograd is told of what eager PyTorch tells it of: the count.
+        assert {role for role, version in versions.items() if operands[role]._version > version} == {"batches"}
 
 
 @pytest.mark.parametrize(
