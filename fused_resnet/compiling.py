@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .chain import Chain, Layer
+from .chain import Chain, Layer, Pool
 from .describe import activation_name
+from .frozen_arithmetic import as_calls, example, frozen_norms
 from .inputs import as_image
 from .operators import traced
 from .swap.nodes import function_activation
@@ -30,14 +31,9 @@ _HANDS_ON = frozenset((*_POOLS, "conv2d", "batch_norm", "relu", "relu_", "add", 
 _ENDS = frozenset(("flatten", "mean", "run_chain"))
 
 
-def _example(node: Any) -> Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
 def _alike(first: Node, second: Node) -> bool:
     """Whether two tensors are surely of one shape and type."""
-    a, b = _example(first), _example(second)
+    a, b = example(first), example(second)
     return a is not None and b is not None and a.dtype == b.dtype and str(a.shape) == str(b.shape)
 
 
@@ -54,7 +50,7 @@ def _any_layout(node: Node, known: dict[Node, bool]) -> bool:
         if user in known or _name(user) in _ENDS:
             free = known.get(user, True)
         else:
-            value = _example(user)
+            value = example(user)
             pixel = value is not None and value.dim() == 4 and tuple(value.shape[2:]) == (1, 1)
             free = _name(user) in _HANDS_ON and (pixel or _any_layout(user, known))
             known[user] = free
@@ -68,6 +64,8 @@ def _arguments(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> di
     return {**defaults, **dict(zip(names, node.args)), **node.kwargs}
 
 
+#: Functions that are max-pooling -> dimensions of the input that they take.
+_MAX_POOLS: dict[Any, int] = {F.max_pool2d: 4, torch.max_pool2d: 4, F.max_pool1d: 3, torch.max_pool1d: 3}
 #: Functions that are convolutions, or a Linear -> dimensions of the input that they take.
 _CONVOLUTIONS: dict[Any, int] = {torch.conv2d: 4, F.conv2d: 4, torch.conv1d: 3, F.conv1d: 3, F.linear: 2}
 
@@ -98,8 +96,21 @@ def _pair(value: Any, along: int, across: int) -> tuple[int, int] | None:
     return values if along == 2 else (across, values[0])
 
 
+def _pooling(node: Node) -> Pool | None:
+    """A max-pooling's windows; None where it is none that can be launched."""
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    none = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+    found, along = _arguments(node, names, none), _MAX_POOLS[node.target] - 2
+    stride = found["stride"] if found["stride"] not in (None, ()) else found["kernel_size"]
+    sizes = [found["kernel_size"], stride, found["padding"], found["dilation"]]
+    pairs = [_pair(size, along, across) for size, across in zip(sizes, (1, 1, 0, 1), strict=True)]
+    windows = [pair for pair in pairs if pair is not None]
+    exact = found["ceil_mode"] is False and found["return_indices"] is False and set(found) == {*names}
+    return Pool(*windows) if exact and len(windows) == len(pairs) else None
+
+
 def _optional(value: Any) -> bool:
-    return value is None or _example(value) is not None
+    return value is None or example(value) is not None
 
 
 def _activated(place: LayerPlace | EntryPlace) -> dict[str, Any]:
@@ -120,14 +131,14 @@ class _Functions(Matcher):
             return False
         found = _convolution(node)
         numbers = None not in _windows(node).values()
-        x, weight = _example(found["input"]), _example(found["weight"])
+        x, weight = example(found["input"]), example(found["weight"])
         if x is None or weight is None or not numbers or type(found["groups"]) is not int or not _optional(found["bias"]):
             return False
         fits = x.dim() == _CONVOLUTIONS[node.target] and weight.dim() == x.dim()
         return fits and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def fits(self, conv: Node, node: Node) -> bool:
-        return True  # between the two no dimension comes or goes
+        return node.target not in _MAX_POOLS or _MAX_POOLS[node.target] == _CONVOLUTIONS[conv.target]
 
     def dimensions(self, place: LayerPlace) -> int:
         return _CONVOLUTIONS[self.by_name[place.conv].target]
@@ -148,10 +159,10 @@ class _Functions(Matcher):
         return False
 
     def is_pool(self, node: Node) -> bool:
-        return False
+        return node.op == "call_function" and node.target in _MAX_POOLS and _pooling(node) is not None
 
     def is_pure(self, node: Node) -> bool:
-        value = _example(node)
+        value = example(node)
         if node.op == "call_method" and node.target == "add_" and value is not None and value.dim() == 0:
             return True  # a BatchNorm counts its batches
         if (
@@ -206,7 +217,7 @@ class _Functions(Matcher):
     def described(self, place: LayerPlace) -> tuple[Layer, list[Node]]:
         """A layer, and the nodes of its tensors."""
         found = _convolution(self.by_name[place.conv])
-        weight: Any = _example(found["weight"])
+        weight: Any = example(found["weight"])
         tensors = [found["weight"], *([found["bias"]] if found["bias"] is not None else [])]
         windows = _windows(self.by_name[place.conv])
         norm: dict[str, Any] = {}
@@ -232,17 +243,17 @@ class _Functions(Matcher):
         if match.entry is None:
             return None, []
         said, vectors = self.described_norm(match.entry.norm)
-        x: Any = _example(match.x)
+        x: Any = example(match.x)
         channels = int(x.shape[1])
         ends: dict[str, Any] = {**_activated(match.entry), **said, "weights": False}
         return Layer(match.entry.norm, channels, channels, (1, 1), **ends), vectors
 
     def one_type(self, match: Match) -> bool:
         """Whether all that a chain makes has its input's type, and the shortcut its output's shape."""
-        x, values = _example(match.x), [_example(node) for node in match.nodes]
+        x, values = example(match.x), [example(node) for node in match.nodes]
         same = x is not None and all(value is not None and value.dtype == x.dtype for value in values)
         joined = [node for node in match.nodes if self.added(node) is not None]
-        start = [] if match.skip is None else [_example(match.skip)]
+        start = [] if match.skip is None else [example(match.skip)]
         same = same and all(value is not None and value.dtype == x.dtype for value in start if x is not None)
         return same and all(_alike(node, part) for node in joined for part in node.all_input_nodes)
 
@@ -274,8 +285,19 @@ def _no_images(x: Tensor) -> bool:
     return isinstance(x.shape[0], int) and x.shape[0] == 0
 
 
+def _call_frozen_norms(graph: fx.Graph) -> None:
+    """Frozen BatchNorms that are arithmetic as calls, behind convolutions, if nothing writes while they are computed."""
+    matcher = _Functions(graph)
+    for found in frozen_norms(graph):
+        alone = len(found.x.users) == 1 and matcher.is_conv(found.x)
+        between = matcher.nodes[matcher.order[found.first] : matcher.order[found.out]]
+        if alone and all(map(matcher.is_pure, between)):
+            as_calls(found)
+
+
 def fuse_graph(gm: fx.GraphModule) -> int:
     """Put chains into a graph of Dynamo's, in place; returns how many."""
+    _call_frozen_norms(gm.graph)
     matcher = _Functions(gm.graph)
     matches = matcher.apart([match for match in matcher.find(lambda a, b: True) if matcher.one_type(match)])
     made: dict[Node, Node] = {}
@@ -284,9 +306,10 @@ def fuse_graph(gm: fx.GraphModule) -> int:
         side = matcher.described(match.projection) if match.projection is not None else None
         projection = side[0] if side is not None else None
         entry, vectors = matcher.described_entry(match)
+        pool = _pooling(matcher.by_name[match.pool]) if match.pool is not None else None
         how: dict[str, Any] = {"skip": match.skip is not None, "entry": entry}
-        spec = Chain(tuple(layer for layer, _ in layers), match.residual, projection, **how)
-        x = _example(match.x)
+        spec = Chain(tuple(layer for layer, _ in layers), match.residual, projection, pool, **how)
+        x = example(match.x)
         if spec.batch and x is not None and _no_images(x):  # PyTorch makes no statistics of them, nor an error
             continue
         tensors = [] if match.skip is None else [made.get(match.skip, match.skip)]
@@ -300,7 +323,7 @@ def fuse_graph(gm: fx.GraphModule) -> int:
         for node in reversed(match.nodes):
             gm.graph.erase_node(node)
     for call in made.values():
-        value = _example(call)
+        value = example(call)
         free = (
             _any_layout(call, {})
             if value is not None and value.dim() == 4

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from nets import projection, randomise
 from tolerances import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
 
 from fused_resnet import compiling, count_launches, explain, fuse
 from fused_resnet.compiling import fused_resnet as backend
@@ -294,6 +297,150 @@ def test_explain_names_it_where_torch_fx_sees_less(kind: type[nn.Module]) -> Non
     with torch.no_grad(), count_launches() as log:
         actual = compiled(x)
     assert len(log) == 1 and relative_error(actual, plain(x)) < 1e-5
+
+
+class EarlyReshape(FrozenBatchNorm2d):
+    """As in other packages: vectors until the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class Stem(nn.Module):
+    """A frozen stem with its pooling, and a frozen block."""
+
+    def __init__(self, kind: Callable[[int], nn.Module], pool: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.pool = nn.Conv2d(3, 6, 3, 2, bias=False), kind(6), pool
+        self.block = BasicBlock(6, 6, norm_layer=kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.pool(F.relu(self.bn(self.conv(x)))))
+
+
+def compare(plain: nn.Module, x: Tensor, launches: int) -> None:
+    """Outputs, and all gradients, of one call behind the backend against float64 eager; launches of the forward."""
+    torch._dynamo.reset()
+    exact, same = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    compiled = torch.compile(same, backend=backend, options={"inner": "aot_eager"}, fullgraph=True)
+    first, second = x.double().requires_grad_(), x.clone().requires_grad_()
+    expected = exact(first)
+    with count_launches() as log:
+        actual = compiled(second)
+    assert len(log) == launches and relative_error(actual, expected) < 1e-5
+    weights = torch.randn_like(actual)
+    (expected * weights.double()).sum().backward(), (actual * weights).sum().backward()
+    assert relative_error(second.grad, first.grad) < 1e-4
+    for (key, a), (_, b) in zip(exact.named_parameters(), same.named_parameters(), strict=True):
+        assert relative_error(b.grad, a.grad) < 1e-4, key
+    for (key, a), (_, b) in zip(exact.named_buffers(), same.named_buffers(), strict=True):
+        assert relative_error(b.double(), a.double()) < 1e-5, key
+
+
+#: Launches of Stem's forward: with a frozen BatchNorm the stem is a convolution and a pooling; a block of two layers is two.
+FROZEN_LAUNCHES = 2 + 2
+POOLS = {
+    "3x3": nn.MaxPool2d(3, 2, 1),
+    "2x2": nn.MaxPool2d(2),
+    "oblong": nn.MaxPool2d((3, 2), (1, 2), (1, 0)),
+    "dilated": nn.MaxPool2d(2, 1, dilation=2),
+}
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, EarlyReshape], ids=lambda kind: kind.__name__)
+def test_frozen_batch_norms_that_are_arithmetic(kind: type[nn.Module]) -> None:
+    compare(randomise(Stem(partial(kind, eps=0.05), POOLS["3x3"])), torch.randn(3, 3, 21, 18), FROZEN_LAUNCHES)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "options"),
+    [
+        ("timm.layers", "FrozenBatchNormAct2d", {"apply_act": False}),
+        ("transformers.models.detr.modeling_detr", "DetrFrozenBatchNorm2d", {}),
+    ],
+    ids=["timm", "transformers"],
+)
+def test_frozen_batch_norms_of_packages(place: str, name: str, options: dict[str, bool]) -> None:
+    pytest.importorskip(place.split(".")[0])
+    kind = partial(getattr(import_module(place), name), **options)
+    compare(randomise(Stem(kind, POOLS["3x3"])), torch.randn(3, 3, 21, 18), FROZEN_LAUNCHES)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_pooling_behind_a_chain(training: bool, pool: str) -> None:
+    compare(
+        randomise(Stem(nn.BatchNorm2d, POOLS[pool])).train(training), torch.randn(3, 3, 21, 18), 3 + 2 if training else 2 + 2
+    )
+
+
+def test_pooling_of_sequences() -> None:
+    kind = nn.Sequential(nn.Conv1d(3, 6, 3, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(3, 2, 1))
+    compare(randomise(kind), torch.randn(4, 3, 17), 2)  # the pooling applies the BatchNorm
+
+
+class Refused(FrozenBatchNorm2d):
+    """Not what it looks like: what keeps each from being a BatchNorm is ``how``."""
+
+    how = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, mean = self.weight * (self.running_var + self.eps).rsqrt(), self.running_mean
+        if self.how == "another scale":
+            shift = self.bias - mean * (self.weight * 2)
+        elif self.how == "the shift from the mean":
+            shift = mean * scale - self.bias
+        elif self.how == "across the image":
+            return x * scale[: x.shape[3]] + (self.bias - mean * scale)[: x.shape[3]]
+        elif self.how == "written in between":
+            shift = self.bias - mean * scale
+            self.weight.mul_(1.5)
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+        else:  # the convolution's output is read again
+            shift = self.bias - mean * scale
+            return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1) + x
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "how", ["another scale", "the shift from the mean", "across the image", "written in between", "read again"]
+)
+def test_arithmetic_that_is_no_batch_norm_is_left_to_the_compiler(how: str) -> None:
+    torch._dynamo.reset()
+    norm = Refused(6)
+    norm.how = how
+    plain = randomise(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm))
+    compiled = torch.compile(copy.deepcopy(plain), backend=backend, options={"inner": "aot_eager"}, fullgraph=True)
+    x = torch.randn(2, 3, 9, 8)
+    with torch.no_grad(), count_launches() as log:
+        actual = compiled(x)
+        assert relative_error(actual, plain.double()(x.double())) < 1e-5 and len(log) == 0
+
+
+def test_pooling_that_is_left_to_the_compiler() -> None:
+    """In ceil mode, and of what somebody else reads too."""
+
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = F.relu(self.bn(self.conv(x)))
+            return F.max_pool2d(x, 2), x
+
+    for plain in (Read(), nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.MaxPool2d(3, 2, 1, ceil_mode=True))):
+        torch._dynamo.reset()
+        x = torch.randn(2, 3, 14, 13)
+        compiled = torch.compile(randomise(plain).eval(), backend=backend, options={"inner": "aot_eager"}, fullgraph=True)
+        with torch.no_grad(), count_launches() as log:
+            actual = compiled(x)
+            expected = plain(x)
+        assert len(log) == 1
+        for a, e in zip(actual, expected, strict=True):
+            assert relative_error(a, e) < 1e-5
 
 
 def test_a_mode_is_refused() -> None:

@@ -416,7 +416,7 @@ class Matcher(Nodes):
         if match.residual or following is None or not self.is_pool(following):
             return
         if self.fits(self._first(match), following):
-            match.pool = str(following.target)
+            match.pool = self.place(following)
             match.nodes += [*behind, following]
             match.out = following
 
