@@ -7,7 +7,7 @@ and Inductor take as it is. Nothing in the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -257,22 +257,6 @@ class _Functions(Matcher):
         same = same and all(value is not None and value.dtype == x.dtype for value in start if x is not None)
         return same and all(_alike(node, part) for node in joined for part in node.all_input_nodes)
 
-    def apart(self, matches: list[Match]) -> list[Match]:
-        """The chains without those of a BatchNorm that is also called by itself, which keeps its running statistics for the
-        backward: that a chain moves them would be an error.
-        """
-
-        def moved(nodes: Iterable[Node]) -> set[Node]:
-            return {_norm(node)["running_mean"] for node in nodes if self.is_norm(node)} - {None}
-
-        while True:
-            inside = {node for match in matches for node in match.nodes}
-            alone = moved(node for node in self.nodes if node not in inside)
-            left = [match for match in matches if alone.isdisjoint(moved(match.nodes))]
-            if len(left) == len(matches):
-                return left
-            matches = left
-
 
 def run_chain(x: Tensor, operands: Sequence[Tensor], chain: str, contiguous: bool) -> Tensor:
     """A chain of the graph; ``contiguous`` is the layout that what follows counts on."""
@@ -299,7 +283,7 @@ def fuse_graph(gm: fx.GraphModule) -> int:
     """Put chains into a graph of Dynamo's, in place; returns how many."""
     _call_frozen_norms(gm.graph)
     matcher = _Functions(gm.graph)
-    matches = matcher.apart([match for match in matcher.find(lambda a, b: True) if matcher.one_type(match)])
+    matches = [match for match in matcher.find(lambda a, b: True) if matcher.one_type(match)]
     made: dict[Node, Node] = {}
     for match in matches:
         layers = [matcher.described(place) for place in match.layers]

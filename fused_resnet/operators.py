@@ -131,11 +131,14 @@ def traced(x: Tensor, operands: Sequence[Tensor], spec: Chain, backend: str | No
 
 
 def _write_back(spec: Chain, operands: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Running statistics, the last of the operator's outputs, into their buffers."""
+    """Running statistics, the last of the operator's outputs, into their buffers.
+
+    Unseen by autograd, as eager's BatchNorm does: the same BatchNorm called by itself keeps them for its backward.
+    """
     buffers = spec.buffer_slots
     if not buffers:
         return
     slots = dict(zip(spec.operand_slots, operands, strict=True))
     with torch.no_grad():
         for slot, value in zip(buffers, outputs[-len(buffers) :], strict=True):
-            slots[slot].copy_(value)
+            slots[slot].data.copy_(value)

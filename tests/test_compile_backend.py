@@ -232,14 +232,16 @@ class CalledTwice(nn.Module):
         return torch.relu(main + self.bn(self.second(x)))
 
 
-@pytest.mark.parametrize("where", ["sum", "of two", "by itself"])
-def test_a_batch_norm_that_is_called_twice(where: str) -> None:
+@pytest.mark.parametrize(("where", "launches"), [("sum", 4), ("of two", 5), ("by itself", 2)])
+def test_a_batch_norm_that_is_called_twice(where: str, launches: int) -> None:
     torch._dynamo.reset()
     plain = randomise(CalledTwice(where)).double().train()
     same = copy.deepcopy(plain)
     x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
-    actual, expected = torch.compile(same, backend=backend, options={"inner": "aot_eager"})(x), plain(x)
-    assert relative_error(actual, expected) < 1e-11
+    with count_launches() as log:
+        actual = torch.compile(same, backend=backend, options={"inner": "aot_eager"})(x)
+    expected = plain(x)
+    assert relative_error(actual, expected) < 1e-11 and len(log) == launches
     for (key, a), (_, b) in zip(plain.named_buffers(), same.named_buffers(), strict=True):
         assert relative_error(b.double(), a.double()) < 1e-12, key
     actual.square().sum().backward(), expected.square().sum().backward()

@@ -17,8 +17,6 @@ from fused_resnet.detectors import comparable
 ZOO: dict[str, tuple[str, Callable[[Any], nn.Module], tuple[int, ...], float]] = {}
 
 
-#: Rows that are more of what other rows are, or large: in fp32 alone against float64.
-LEAN: set[str] = set()
 #: Images of a row whose BatchNorms stand behind a mean over each image. Of two such a BatchNorm has two values, and divides by
 #: their difference: in fp32 the distance from float64 was 0.3 to 2.8 times eager's over twelve draws of resnest14d (0.8 in the
 #: geometric mean), eager's own 3e-6 to 5e-5; of four images 0.7 to 2.2, of eight 0.9 to 1.3.
@@ -31,7 +29,7 @@ def _timm(name: str, share: float = 0.95, size: int = 64, images: int = 2, **opt
     ZOO[f"timm {key}"] = ("timm", lambda timm: timm.create_model(name, **options), (images, 3, size, size), share)
 
 
-def _vision(name: str, share: float = 0.95, size: int = 64, images: int = 2, lean: bool = False, **options: Any) -> None:
+def _vision(name: str, share: float = 0.95, size: int = 64, images: int = 2, **options: Any) -> None:
     def build(models: Any) -> nn.Module:
         if name == "googlenet":
             options.update(init_weights=False, aux_logits=False)
@@ -40,8 +38,6 @@ def _vision(name: str, share: float = 0.95, size: int = 64, images: int = 2, lea
         return models.get_model(name, weights=None, num_classes=7, **options)
 
     ZOO[f"torchvision {name}"] = ("torchvision.models", build, (images, 3, size, size), share)
-    if lean:
-        LEAN.add(f"torchvision {name}")
 
 
 for _name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "googlenet", "vgg11_bn"):
@@ -59,18 +55,18 @@ for _name in (
     "vgg13_bn", "vgg16_bn", "vgg19_bn", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3",
     "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
 ):  # fmt: skip
-    _vision(_name, lean=True)
+    _vision(_name)
 for _name in ("densenet161", "densenet169", "densenet201"):
-    _vision(_name, 1.0, lean=True)
-# Not regnet_y_128gf: 645 M parameters, twice, with their gradients, in each test process.
+    _vision(_name, 1.0)
+# regnet_y_128gf, of 645 M parameters, has a test of its own: test_largest.py.
 for _name in (
     "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "efficientnet_b5", "efficientnet_b6",
     "efficientnet_b7", "efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large",
     "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf", "regnet_x_8gf", "regnet_x_16gf", "regnet_x_32gf",
     "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf", "regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf",
 ):  # fmt: skip
-    _vision(_name, 0.9, lean=True)
-_vision("maxvit_t", 0.5, 224, images=1, lean=True)  # half of its convolutions are attention's neighbours
+    _vision(_name, 0.9)
+_vision("maxvit_t", 0.5, 224, images=1)  # half of its convolutions are attention's neighbours
 for _name in (
     "resnet18", "resnet26", "resnet26t", "resnet26d", "resnet50", "resnet50d", "resnet50s", "resnext26ts", "resnext50_32x4d",
     "wide_resnet50_2", "seresnet50", "ecaresnet26t", "resnetrs50", "regnetx_002", "regnety_002", "resnetblur18",
@@ -160,7 +156,6 @@ ZOO["open_clip RN50"] = (
     (1, 3, 224, 224),
     0.95,
 )
-LEAN.add("open_clip RN50")
 ZOO["open_clip ModifiedResNet"] = (
     "open_clip.modified_resnet",
     lambda clip: clip.ModifiedResNet([1, 2, 1, 1], output_dim=32, heads=8, image_size=64, width=16),
