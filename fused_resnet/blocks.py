@@ -385,6 +385,15 @@ class HighwayBlock(FusedHighway, plain_paper.HighwayBlock):
     unfused_class = plain_paper.HighwayBlock
 
 
+class HighwayBottleneck(FusedHighway, plain_paper.HighwayBottleneck):
+    """1x1, 3x3 and 1x1 weight layers and a gated shortcut, fused: 5 launches in eval mode, the sum by one kernel.
+
+    Constructor and children are :class:`fused_resnet.plain_paper.HighwayBottleneck`'s.
+    """
+
+    unfused_class = plain_paper.HighwayBottleneck
+
+
 class Stem(FusedStem, plain.Stem):
     """7x7 convolution, BatchNorm, ReLU and 3x3 max-pooling, both with stride 2, in 2 launches.
 

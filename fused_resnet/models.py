@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from . import backends
-from .blocks import BasicBlock, Bottleneck, CifarResNet, HighwayBlock, ResNet
+from .blocks import BasicBlock, Bottleneck, CifarResNet, HighwayBlock, HighwayBottleneck, ResNet
 from .describe import check_memory
 from .fused import Fused
 
@@ -150,6 +150,21 @@ def highway34(*, backend: str | None = None, **arguments: Any) -> ResNet:
     return _on(backend, ResNet(HighwayBlock, [3, 4, 6, 3], **arguments))
 
 
+def highway50(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """ResNet-50 with gated shortcuts. Arguments as :class:`fused_resnet.ResNet`'s."""
+    return _on(backend, ResNet(HighwayBottleneck, [3, 4, 6, 3], **arguments))
+
+
+def highway101(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """ResNet-101 with gated shortcuts. Arguments as :class:`fused_resnet.ResNet`'s."""
+    return _on(backend, ResNet(HighwayBottleneck, [3, 4, 23, 3], **arguments))
+
+
+def highway152(*, backend: str | None = None, **arguments: Any) -> ResNet:
+    """ResNet-152 with gated shortcuts. Arguments as :class:`fused_resnet.ResNet`'s."""
+    return _on(backend, ResNet(HighwayBottleneck, [3, 8, 36, 3], **arguments))
+
+
 #: Layers from which a network for CIFAR is built with ``memory="less"``: from there on memory is what counts.
 VERY_DEEP = 110
 
@@ -213,7 +228,7 @@ def cifar_highway(
 _CIFAR: dict[str, Callable[..., CifarResNet]] = {"resnet": cifar_resnet, "plain": cifar_plain, "highway": cifar_highway}
 _OTHERS: dict[str, Callable[..., ResNet]] = {
     **MODELS,
-    **{build.__name__: build for build in (plain18, plain34, highway18, highway34)},
+    **{build.__name__: build for build in (plain18, plain34, highway18, highway34, highway50, highway101, highway152)},
 }
 
 #: Names that :func:`build` takes. (It also takes ``cifar_resnet<depth>`` of any depth 6n + 2, and an option behind a name.)

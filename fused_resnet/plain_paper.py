@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .checks import whole
-from .plain import BasicBlock, NormLayer, Stages, conv3x3
+from .plain import BasicBlock, Bottleneck, NormLayer, Stages, conv3x3
 
 
-class HighwayBlock(BasicBlock):
-    """Two 3x3 layers behind a gate: ``T * H(x) + (1 - T) * shortcut(x)`` with ``T = sigmoid(gate(x))``.
+class _Gated(nn.Module):
+    """A residual block behind a gate: ``T * H(x) + (1 - T) * shortcut(x)`` with ``T = sigmoid(gate(x))``.
 
-    ``H(x) = relu(bn2(conv2(relu(bn1(conv1(x))))))``; the gate is a 1x1 convolution with a bias (He et al. 2016, arXiv
+    ``H(x)`` is the block's layers, a ReLU behind each; the gate is a 1x1 convolution with a bias (He et al. 2016, arXiv
     1603.05027, section 3.1), which starts at ``gate_bias``: nearly closed, so that a deep network starts as shortcuts
     (Srivastava et al. 2015, section 2.2). No ReLU stands behind the sum, a mean of two tensors that are not negative.
 
     Args:
-        inplanes, planes, stride, downsample: as a BasicBlock's.
+        inplanes, planes, stride, downsample: as the block's without a gate.
         gate_bias: what the gate's bias starts at.
-        **basic: the other arguments of a BasicBlock.
+        **given: the other arguments of the block.
     """
 
     def __init__(
@@ -35,18 +35,37 @@ class HighwayBlock(BasicBlock):
         downsample: nn.Module | None = None,
         *,
         gate_bias: float = -2.0,
-        **basic: Any,
+        **given: Any,
     ) -> None:
-        super().__init__(inplanes, planes, stride, downsample, **basic)
-        self.gate = nn.Conv2d(inplanes, planes, 1, stride)
+        block: Any = super()
+        block.__init__(inplanes, planes, stride, downsample, **given)
+        filters = planes * type(self).expansion  # type: ignore[attr-defined]  # of the block
+        self.gate = nn.Conv2d(inplanes, filters, 1, stride)
         assert self.gate.bias is not None
         nn.init.constant_(self.gate.bias, gate_bias)
+
+
+class HighwayBlock(_Gated, BasicBlock):
+    """Two 3x3 layers behind a gate: ``H(x) = relu(bn2(conv2(relu(bn1(conv1(x))))))``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
+        gate = torch.sigmoid(self.gate(x))
+        return gate * y + (1 - gate) * shortcut
+
+
+class HighwayBottleneck(_Gated, Bottleneck):
+    """1x1, 3x3 and 1x1 layers behind a gate, otherwise as a :class:`HighwayBlock`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, K, P, Q]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.relu(self.bn3(self.conv3(y)))
         gate = torch.sigmoid(self.gate(x))
         return gate * y + (1 - gate) * shortcut
 

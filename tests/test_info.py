@@ -49,6 +49,7 @@ def test_info_of_a_network_for_cifar(capsys: pytest.CaptureFixture[str]) -> None
         ("vgg19", "19 weight layers, 144 M parameters, 39.3 GFLOP", "19.6 G multiply-adds (19.5 G in convolutions)"),
         ("resnet152_1x1", "152 weight layers and 4 projections, 60.2 M parameters", "11.3 G multiply-adds"),
         ("highway34", "34 weight layers, 3 projections and 16 gates, ", "3.85 G multiply-adds"),
+        ("highway152", "152 weight layers, 4 projections and 50 gates, ", "21.3 G multiply-adds"),
     ],
 )
 def test_info_of_152_layers_and_of_vgg(name: str, layers: str, adds: str, capsys: pytest.CaptureFixture[str]) -> None:

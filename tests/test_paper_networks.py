@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_resnet
 from fused_resnet import count_launches, explain, fuse, models, plain, unfuse
-from fused_resnet.blocks import HighwayBlock
+from fused_resnet.blocks import HighwayBlock, HighwayBottleneck
 from fused_resnet.fused import Fused
 from fused_resnet.plain_paper import HighwayBlock as PlainHighwayBlock
+from fused_resnet.plain_paper import HighwayBottleneck as PlainHighwayBottleneck
 from fused_resnet.plain_paper import blocks_of
 
 
@@ -149,17 +150,21 @@ def test_a_shortcut_cannot_drop_channels() -> None:
 #: One of each kind: options, places of the stride, plain, highway, both families.
 KINDS = (
     "cifar_resnet8", "cifar_resnet8_b", "cifar_resnet8_c", "cifar_plain14", "cifar_highway8", "cifar_highway8_b",
-    "cifar_highway8_c", "plain18", "highway18", "resnet18_a", "resnet50_1x1",
+    "cifar_highway8_c", "plain18", "highway18", "highway50", "resnet18_a", "resnet50_1x1",
 )  # fmt: skip
 #: Launches of one forward in training mode: the first layer 2, a block 3 (4 with a side, 4 and 5 with a gate).
 IN_TRAINING = {"cifar_resnet8": 13, "cifar_resnet8_c": 14, "cifar_plain14": 2 + 3 * 5, "cifar_highway8": 16}
 
 
-def bottlenecks(shortcut: str) -> nn.Module:
-    """Two of a network's blocks for each of two stages, with this option of the shortcut."""
+def bottlenecks(shortcut: str, block: type[plain.Bottleneck] = plain.Bottleneck) -> nn.Module:
+    """Two of a network's blocks for each of two stages, with this option of the shortcut; gates neither open nor closed."""
     stages = plain.Stages()
     stages._prepare(6, None, shortcut)
-    return nn.Sequential(stages._stage(plain.Bottleneck, 3, 2), stages._stage(plain.Bottleneck, 4, 2, 2))
+    made = nn.Sequential(stages._stage(block, 3, 2), stages._stage(block, 4, 2, 2))
+    for module in made.modules():
+        if isinstance(module, PlainHighwayBottleneck):
+            nn.init.uniform_(module.gate.bias, -1, 1)
+    return made
 
 
 @pytest.mark.parametrize("memory", ["default", "low"])
@@ -186,11 +191,12 @@ def test_a_training_step_in_float64(name: str, memory: str) -> None:
             assert relative_error(actual[what], expected) < 1e-10, what
 
 
+@pytest.mark.parametrize("block", [plain.Bottleneck, PlainHighwayBottleneck])
 @pytest.mark.parametrize("memory", ["default", "low"])
 @pytest.mark.parametrize("shortcut", ["A", "C"])
-def test_bottlenecks_with_each_shortcut(shortcut: str, memory: str) -> None:
+def test_bottlenecks_with_each_shortcut(shortcut: str, memory: str, block: type[plain.Bottleneck]) -> None:
     """Zeros where channels are added, or projections everywhere: a step as that of the plain modules."""
-    eager = randomise(bottlenecks(shortcut)).double().train()
+    eager = randomise(bottlenecks(shortcut, block)).double().train()
     fused = fuse(copy.deepcopy(eager), backend="reference", memory=memory)
     assert not explain(fused, show=False).left_alone and all(isinstance(block, Fused) for stage in fused for block in stage)
     x = torch.randn(2, 6, 9, 7).double()
@@ -242,13 +248,16 @@ def test_the_gate_by_hand() -> None:
         assert torch.allclose(fuse(block, inplace=False)(x), expected, atol=1e-5)
 
 
-def test_fuse_and_unfuse_keep_the_classes() -> None:
-    built = models.build("cifar_highway8")
-    assert isinstance(built.layer1[0], HighwayBlock)
+@pytest.mark.parametrize(
+    ("name", "block", "count"), [("cifar_highway8", HighwayBlock, 3), ("highway50", HighwayBottleneck, 16)]
+)
+def test_fuse_and_unfuse_keep_the_classes(name: str, block: type[nn.Module], count: int) -> None:
+    built = models.build(name)
+    assert isinstance(built.layer1[0], block)
     taken = unfuse(copy.deepcopy(built))
     assert not any(isinstance(module, Fused) for module in taken.modules())
     again = fuse(copy.deepcopy(taken))
-    assert [type(m) for m in again.modules() if isinstance(m, HighwayBlock)] == [HighwayBlock] * 3
+    assert [type(m) for m in again.modules() if isinstance(m, block)] == [block] * count
     assert list(again.state_dict()) == list(built.state_dict())
 
 
@@ -276,13 +285,16 @@ def test_compiled_as_one_graph() -> None:
         assert relative_error(found, expected) < 1e-9, what
 
 
-@pytest.mark.parametrize("name", ["cifar_highway8_b", "cifar_resnet8"])
+@pytest.mark.parametrize("name", ["cifar_highway8_b", "cifar_resnet8", "bottlenecks"])
 def test_a_step_through_the_kernels(name: str) -> None:
     """Interpreted (or on a GPU): no launch falls back."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    eager = randomise(unfuse(models.build(name, num_classes=3))).to(device).train()
-    eager.layer1, eager.layer3 = nn.Identity(), nn.Identity()
-    eager.fc = nn.Linear(32, 3, device=device)
+    if name == "bottlenecks":
+        eager = nn.Sequential(plain.conv3x3(3, 12), randomise(bottlenecks("B", PlainHighwayBottleneck))[1]).to(device).train()
+    else:
+        eager = randomise(unfuse(models.build(name, num_classes=3))).to(device).train()
+        eager.layer1, eager.layer3 = nn.Identity(), nn.Identity()
+        eager.fc = nn.Linear(32, 3, device=device)
     fused = fuse(copy.deepcopy(eager), backend="triton")
     told = str(explain(fused, show=False))
     assert "on reference" not in told

@@ -30,7 +30,8 @@ OURS = "fused_resnet"
 #: Classes of torchvision.models.resnet -> the fused forward in front of them.
 _TORCHVISION = {"BasicBlock": blocks.FusedResidual, "Bottleneck": blocks.FusedResidual, "ResNet": blocks.FusedResNet}
 _PLAIN: dict[type[nn.Module], type[Fused]] = {
-    plain_paper.HighwayBlock: blocks.FusedHighway,  # in front of the class it is made from
+    plain_paper.HighwayBlock: blocks.FusedHighway,  # in front of the classes they are made from
+    plain_paper.HighwayBottleneck: blocks.FusedHighway,
     plain.BasicBlock: blocks.FusedResidual,
     plain.Bottleneck: blocks.FusedResidual,
     plain_rows.ResidualMLP: blocks.FusedResidual,

@@ -37,6 +37,7 @@ _OURS: dict[type[nn.Module], type[Fused]] = {
     plain.Stem: blocks.Stem,
     plain.ResNet: blocks.ResNet,
     plain_paper.HighwayBlock: blocks.HighwayBlock,
+    plain_paper.HighwayBottleneck: blocks.HighwayBottleneck,
     plain_rows.ResidualMLP: blocks.ResidualMLP,
     plain_paper.CifarResNet: blocks.CifarResNet,
 }
