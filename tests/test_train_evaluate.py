@@ -153,6 +153,29 @@ def test_torchvisions_weights_from_a_file(folder: Path, tmp_path: Path, capsys: 
     assert "5 images in" in out and "1 images could not be read and were skipped" in out
 
 
+def test_an_ensemble_of_files_of_several_networks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """The mean of their softmaxes, one file for each network in its order, and a checkpoint among them."""
+    for name in ("resnet18", "resnet34"):
+        torch.save(models.get_model(name, num_classes=3).state_dict(), tmp_path / f"{name}.pth")
+    files = [["--model", name, "--weights", str(tmp_path / f"{name}.pth")] for name in ("resnet34", "resnet18")]
+    more = ["--data-dir", str(folder), "--size", "32", "--device", "cpu", "--workers", "0"]
+    assert main(["evaluate", *files[0], *files[1], *more]) == 0
+    assert "ensemble of 2 on the test images of folder" in capsys.readouterr().out
+    swapped = ["--model", "resnet18", "--model", "resnet34", "--weights", files[0][3], "--weights", files[1][3]]
+    assert main(["evaluate", *swapped, *more]) == 2
+    assert "resnet34.pth, for resnet18: the weights are of another model" in capsys.readouterr().err
+    fit(training.config(tmp_path / "run", recipe=training.recipe(length=2), backend="cpu"))
+    (tmp_path / "ten.py").write_text(
+        "from torch.nn import *\ndef make(num_classes):\n"
+        "    return Sequential(AdaptiveAvgPool2d(1), Flatten(), Linear(3, num_classes), BatchNorm1d(num_classes))\n"
+    )
+    ten = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10), nn.BatchNorm1d(10))
+    torch.save(ten.state_dict(), tmp_path / "ten.pth")
+    mixed = [str(tmp_path / "run"), "--model", f"{tmp_path / 'ten.py'}:make", "--weights", str(tmp_path / "ten.pth")]
+    assert main(["evaluate", *mixed, "--device", "cpu", "--workers", "0"]) == 0
+    assert "ensemble of 2 on the test images of digits" in capsys.readouterr().out
+
+
 def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     torch.save(models.resnet18(num_classes=4).state_dict(), tmp_path / "four.pth")
     torch.save([1, 2], tmp_path / "list.pth")
@@ -160,7 +183,8 @@ def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "cut.pth").write_bytes((tmp_path / "four.pth").read_bytes()[:5000])
     model = ["--model", "resnet18", "--device", "cpu", "--data-dir", str(folder)]
     for arguments, code, says in (
-        ([], 2, "expected either checkpoints or --model with --weights"),
+        ([], 2, "expected checkpoints, or --model with --weights"),
+        ([*2 * ["--model", "resnet18"], *3 * ["--weights", "x.pth"]], 2, "or one for each, got 2 for 3 files"),
         (["--model", "resnet18"], 2, "--model and --weights belong together"),
         (["nowhere.pt"], 2, "nowhere.pt: no such file"),
         ([300 * "x"], 2, "xxx: no such file"),

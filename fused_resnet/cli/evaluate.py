@@ -19,10 +19,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="files or folders of train; several are an ensemble"
     )
-    parser.add_argument("--model", default="", metavar="NAME", help="instead of checkpoints: a network")
-    parser.add_argument(
-        "--weights", type=Path, action="append", metavar="FILE", help="and its state_dict, such as torchvision's"
-    )
+    parser.add_argument("--model", action="append", default=[], metavar="NAME", help="a network without a checkpoint; several")
+    more = "and its state_dict, such as torchvision's; several, of that one --model or each of its own, in their order"
+    parser.add_argument("--weights", type=Path, action="append", default=[], metavar="FILE", help=more)
     parser.add_argument("--data", default="", metavar="NAME", help="a data set; by default the checkpoint's, or folder")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where it lies, if it has to be brought")
     parser.add_argument("--size", type=natural, metavar="N", help="rows and columns of a crop (the checkpoint's, or 224)")
@@ -60,10 +59,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from ..train.evaluate import evaluate
     from ..train.views import Views
 
-    if bool(arguments.checkpoints) == bool(arguments.model):
-        raise UsageError("expected either checkpoints or --model with --weights")
-    if bool(arguments.model) != bool(arguments.weights):
+    names, files = arguments.model, arguments.weights
+    if not arguments.checkpoints and not names and not files:
+        raise UsageError("expected checkpoints, or --model with --weights")
+    if bool(names) != bool(files):
         raise UsageError("--model and --weights belong together")
+    if len(names) > 1 and len(names) != len(files):
+        raise UsageError(f"expected one --model for all --weights, or one for each, got {len(names)} for {len(files)} files")
     if arguments.scales and arguments.crops == "ten":
         raise UsageError("--crops ten cuts images and --scales takes them whole: expected one of the two")
     world = World.join(arguments.device)
@@ -74,17 +76,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     def test_images(name: str, recipe: Recipe | None = None) -> Data:
         return data.for_test(name, arguments.data_dir, views, recipe, arguments.size, arguments.on_corrupt)
 
-    if arguments.model:
-        name = arguments.data or "folder"
-        found = [
-            members.from_weights(arguments.model, path, device, arguments.backend, None, lambda: len(test_images(name).classes))
-            for path in arguments.weights
-        ]
-        images = test_images(name)
-    else:
-        found = [members.from_checkpoint(path, device, arguments.backend) for path in arguments.checkpoints]
-        name = arguments.data or found[0].data
-        images = test_images(name, found[0].recipe)
+    found = [members.from_checkpoint(path, device, arguments.backend) for path in arguments.checkpoints]
+    trained = found[0] if found else None
+    name = arguments.data or (trained.data if trained is not None else "folder")
+    recipe = trained.recipe if trained is not None else None
+    found += [
+        members.from_weights(model, path, device, arguments.backend, None, lambda: len(test_images(name, recipe).classes))
+        for model, path in zip(names * len(files) if len(names) == 1 else names, files, strict=True)
+    ]
+    images = test_images(name, recipe)
     for member in found:
         for size in views.scales or (images.size,):
             batch = arguments.batch

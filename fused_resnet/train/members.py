@@ -95,5 +95,8 @@ def from_weights(
         raise UsageError(f"{path}: no classifier in it, which would tell the number of classes")
     outputs = len(matrices[-1]) if matrices or classes is None else classes()
     model = networks.make(name, outputs, backend, **(arguments or {}))
-    load_tensors(tensors(model), weights)
+    try:
+        load_tensors(tensors(model), weights)
+    except UsageError as error:
+        raise UsageError(f"{path}, for {name}: {error}") from error
     return Member(f"{name} of {path}", _ready(model, device), None, outputs)
