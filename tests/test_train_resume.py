@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,19 @@ def test_in_pieces_on_triton(tmp_path: Path) -> None:
     assert training.same(contents(tmp_path / "pieces"), contents(tmp_path / "whole")) == []
 
 
-def kill(folder: Path, backend: str, moments: list[str]) -> None:
+def kill(folder: Path, backend: str, moments: list[str], same: Callable[[Path, Path], None] = check_same) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(folder), backend, *moments]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("killed") >= 3 * len(moments) / 4, result.stdout
     for index in range(len(moments)):
-        check_same(folder / str(index), folder / "whole")
+        same(folder / str(index), folder / "whole")
 
 
-def moment(step: int) -> str:
-    """By chance, up to 0.02 s after a step began, which may be in the next."""
-    return f"step:{step}:{0.02 * torch.rand(()):.4f}"
+def moment(step: int, seconds: float = 0.02) -> str:
+    """By chance, up to so long after a step began, which may be in the next."""
+    return f"step:{step}:{seconds * torch.rand(()):.4f}"
 
 
 def test_killed(tmp_path: Path) -> None:
@@ -105,6 +106,22 @@ def test_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_killed_while_it_evaluates(tmp_path: Path) -> None:
+    """Early in the first evaluation and later in the second; before and behind the best weights are in their place."""
+    kill(tmp_path, "cpu", ["evaluation:1:0.001", "evaluation:2:0.01", "before:1:best.pt", "after:1:best.pt"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_killed_at_twenty_moments(backend: str, tmp_path: Path) -> None:
     kill(tmp_path, backend, [moment(index) for index in range(20)])
+
+
+@pytest.mark.slow
+def test_killed_on_triton(tmp_path: Path) -> None:
+    """Through the interpreter, three steps; nothing is evaluated."""
+
+    def same(folder: Path, whole: Path) -> None:
+        assert training.same(contents(folder), contents(whole)) == []
+
+    kill(tmp_path, "triton", [moment(0, 1.0), moment(1, 1.0), moment(2, 0.1), "before:2:checkpoint.pt"], same)
