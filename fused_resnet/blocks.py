@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import backends, checks, plain, plain_paper, plain_rows, whole
 from .describe import (
+    SHARING,
     Entry,
     Parts,
     Reading,
@@ -202,7 +203,19 @@ def _worth_it(parts: Parts) -> bool:
 def _ends(layer: WeightLayer) -> bool:
     """Whether a bias or an activation comes behind a convolution: on a GPU each is a kernel of its own."""
     conv: Any = layer.conv
-    return conv.bias is not None or type(layer.activation) not in (type(None), nn.Identity)
+    return conv.bias is not None or _activates(layer)
+
+
+def _activates(layer: WeightLayer) -> bool:
+    return type(layer.activation) not in (type(None), nn.Identity)
+
+
+def _written(children: list[tuple[str, nn.Module]]) -> bool:
+    """Whether the first of these modules writes into what it is given: what a backward reads may not be that."""
+    for _, module in children:
+        if type(module) not in SHARING:
+            return getattr(module, "inplace", False) is True
+    return False
 
 
 def _weight_layer(children: list[tuple[str, nn.Module]], index: int) -> tuple[WeightLayer, int]:
@@ -239,8 +252,9 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
 
     A chain is as many ``Conv2d [BatchNorm2d] [activation]`` as follow each other, with ``BatchNorm2d [activation]`` in front of
     them and a MaxPool2d behind them if there are such; likewise Conv1d with BatchNorm1d and MaxPool1d, and Linear with
-    BatchNorm1d. A convolution alone, without a bias, has nothing to be fused with, nor has a Linear without a BatchNorm1d, nor
-    any without one behind a global pooling, on one pixel.
+    BatchNorm1d. (Behind an activation a pooling whose result the next module writes into stays by itself: the chain's backward
+    would read the result.) A convolution alone, without a bias, has nothing to be fused with, nor has a Linear without a
+    BatchNorm1d, nor any without one behind a global pooling, on one pixel.
     """
     index = 0
     pooled = False
@@ -260,7 +274,8 @@ def segments(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Parts
             index = behind
         parts = Parts(layers, entry=entry)
         if layers and _worth_it(parts) and not (pooled and not parts.norms):
-            if index < len(children) and pools(layers[0].conv, children[index][1]):
+            pooling = index < len(children) and pools(layers[0].conv, children[index][1])
+            if pooling and not (_activates(layers[-1]) and _written(children[index + 1 :])):
                 parts.pool = children[index][1]
                 index += 1
             yield name, parts

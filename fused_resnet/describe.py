@@ -21,6 +21,8 @@ from .watch import ALL, MATRICES, NONE
 #: Class of a weight layer -> dimensions of its input. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
 #: images of one row.
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv2d: 4, nn.Conv1d: 3, nn.Linear: 2}
+#: Modules whose results share memory with what they are given.
+SHARING = (nn.Identity, nn.Flatten, nn.Unflatten)
 #: Dimensions -> classes of the BatchNorm and of the max-pooling behind such a layer.
 _NORMS: dict[int, type[nn.Module]] = {4: nn.BatchNorm2d, 3: nn.BatchNorm1d, 2: nn.BatchNorm1d}
 _POOLS: dict[int, type[nn.Module]] = {4: nn.MaxPool2d, 3: nn.MaxPool1d}

@@ -310,6 +310,16 @@ class EarlyReshape(FrozenBatchNorm2d):
         return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
+class Learned(EarlyReshape):
+    """Given statistics, but weights and biases that are trained."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps)
+        weight, bias = self.weight, self.bias
+        del self.weight, self.bias
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+
 class Stem(nn.Module):
     """A frozen stem with its pooling, and a frozen block."""
 
@@ -351,7 +361,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, EarlyReshape], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, EarlyReshape, Learned], ids=lambda kind: kind.__name__)
 def test_frozen_batch_norms_that_are_arithmetic(kind: type[nn.Module]) -> None:
     compare(randomise(Stem(partial(kind, eps=0.05), POOLS["3x3"])), torch.randn(3, 3, 21, 18), FROZEN_LAUNCHES)
 

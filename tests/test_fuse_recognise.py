@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from nets import copies, launches, randomise
+from nets import copies, launches, randomise, train_step
 from tolerances import CLOSE, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 from fused_resnet import count_launches, explain, fuse, unfuse
+from fused_resnet.compiling import fused_resnet as backend
 
 
 class Own(BasicBlock):
@@ -298,3 +299,60 @@ def test_subclasses_of_layers(kind: type[nn.Conv2d], where: str, training: bool)
         assert relative_error(fused(x), wanted) < CLOSE
     assert (len(log) > 0) == (kind is _Conv)
     assert kind is _Conv or "not an nn.Conv2d" in str(explain(fused, show=False))
+
+
+class Written(nn.Module):
+    """A chain with its pooling, and what is done to the result."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()
+        self.pool, self.act, self.how = nn.MaxPool2d(2), nn.ReLU6(inplace=True), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.bn(self.conv(x))))
+        if self.how == "sum":
+            x += 1
+        elif self.how == "module":
+            x = self.act(x)
+        elif self.how == "view":
+            x = x.flatten(1)
+            x.mul_(2)
+        else:
+            x = x * 2
+        return x.flatten(1)
+
+
+def in_a_row(act: nn.Module) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Identity(), act, nn.Flatten()
+    )
+
+
+#: Modules, and whether the pooling is in the chain.
+WRITTEN: dict[str, tuple[nn.Module, bool]] = {
+    **{how: (Written(how), False) for how in ("sum", "module", "view")},
+    "nothing": (Written("nothing"), True),
+    "in a row": (in_a_row(nn.ReLU6(inplace=True)), False),
+    "in a row, not written": (in_a_row(nn.ReLU6()), True),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["fuse", "compile"])
+@pytest.mark.parametrize("how", WRITTEN)
+def test_what_is_written_into_behind_a_pooling(how: str, compiled: bool) -> None:
+    """The chain's backward would read it, eager's does not: the pooling stays by itself where that is seen."""
+    plain, pooled = copy.deepcopy(WRITTEN[how])
+    plain = randomise(plain).double().train()
+    x = torch.randn(2, 3, 10, 9).double()
+    truth = train_step(copy.deepcopy(plain), x)
+    fused: nn.Module = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    fused = torch.compile(fused, backend=backend, options={"inner": "aot_eager"}) if compiled else fuse(fused)
+    with count_launches() as log:
+        fused(x)
+    assert [launch.kind for _, launch in log.launches] == ["conv", "max_pool" if pooled else "bn_add_relu"]
+    getattr(fused, "_orig_mod", fused).load_state_dict(plain.state_dict())
+    found = {key.replace("_orig_mod.", ""): value for key, value in train_step(fused, x).items()}
+    for what, expected in truth.items():
+        assert relative_error(found[what], expected) < 1e-10, what

@@ -18,12 +18,6 @@ from ..fused import Fused
 from .patterns import Matcher
 from .tracing import has_layers
 
-#: Methods whose results share memory with what they are called on.
-_ALIASES = frozenset(
-    {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "chunk", "split",
-     "__getitem__", "getitem", "detach", "view_as", "contiguous", "unbind", "narrow", "select", "to"}
-)  # fmt: skip
-
 #: Modules of others whose result is viewed by code that cannot be traced, by the class and its module.
 _VIEWED = frozenset({("torchvision.models.detection.keypoint_rcnn", "KeypointRCNNHeads")})
 
@@ -60,17 +54,6 @@ def is_view(node: fx.Node) -> bool:
     return sizes and not any(isinstance(argument, torch.dtype) for argument in node.args)
 
 
-def _written(node: fx.Node, matcher: Matcher) -> bool:
-    """Whether something may write into the memory of a node's result."""
-    for user in node.users:
-        if not matcher.is_pure(user):
-            return True
-        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-        if user.op != "call_module" and name in _ALIASES and _written(user, matcher):
-            return True
-    return False
-
-
 def to_reshape(graph: fx.Graph, matcher: Matcher) -> set[fx.Node]:
     """The views of a graph that can be ``reshape`` as well."""
-    return {node for node in graph.nodes if is_view(node) and not _written(node, matcher)}
+    return {node for node in graph.nodes if is_view(node) and not matcher.may_be_written(node)}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..describe import follows, is_activation, is_convolution, is_norm
+from ..describe import SHARING, follows, is_activation, is_convolution, is_norm
 
 Node = fx.Node
 
@@ -134,6 +134,23 @@ class Nodes:
             return inside and not written
         return True
 
+    def may_be_written(self, node: Node) -> bool:
+        """Whether something in the graph may write into the memory of a node's result."""
+        for user in node.users:
+            if not self.is_pure(user) and not self._writes_elsewhere(user, node):
+                return True
+            name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+            shares = type(self.module(user)) in SHARING if user.op == "call_module" else name in _ALIASES
+            if shares and self.may_be_written(user):
+                return True
+        return False
+
+    @staticmethod
+    def _writes_elsewhere(user: Node, node: Node) -> bool:
+        """Whether what writes in place writes into its first argument, and that is another than ``node``."""
+        first = user.target in _IN_PLACE if user.op == "call_function" else user.op == "call_method"
+        return first and bool(user.args) and user.args[0] is not node and "out" not in user.kwargs
+
     @staticmethod
     def readers(node: Node) -> list[Node]:
         """Who reads a node's elements, not only its size."""
@@ -159,6 +176,11 @@ class Nodes:
         return False
 
 
+#: Methods whose results share memory with what they are called on.
+_ALIASES = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "chunk", "split",
+     "__getitem__", "getitem", "detach", "view_as", "contiguous", "unbind", "narrow", "select", "to"}
+)  # fmt: skip
 _IN_PLACE = (
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.delitem,

@@ -415,6 +415,8 @@ class Matcher(Nodes):
         following = self.follow(match.out, behind)
         if match.residual or following is None or not self.is_pool(following):
             return
+        if match.layers[-1].activation is not None and self.may_be_written(following):
+            return  # the backward reads the chain's output, eager's the activation's
         if self.fits(self._first(match), following):
             match.pool = self.place(following)
             match.nodes += [*behind, following]
