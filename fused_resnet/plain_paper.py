@@ -15,17 +15,7 @@ from .plain import BasicBlock, Bottleneck, NormLayer, Stages, conv3x3
 
 
 class _Gated(nn.Module):
-    """A residual block behind a gate: ``T * H(x) + (1 - T) * shortcut(x)`` with ``T = sigmoid(gate(x))``.
-
-    ``H(x)`` is the block's layers, a ReLU behind each; the gate is a 1x1 convolution with a bias (He et al. 2016, arXiv
-    1603.05027, section 3.1), which starts at ``gate_bias``: nearly closed, so that a deep network starts as shortcuts
-    (Srivastava et al. 2015, section 2.2). No ReLU stands behind the sum, a mean of two tensors that are not negative.
-
-    Args:
-        inplanes, planes, stride, downsample: as the block's without a gate.
-        gate_bias: what the gate's bias starts at.
-        **given: the other arguments of the block.
-    """
+    """The gate of a :class:`HighwayBlock`, in front of the class of a residual block."""
 
     def __init__(
         self,
@@ -46,7 +36,17 @@ class _Gated(nn.Module):
 
 
 class HighwayBlock(_Gated, BasicBlock):
-    """Two 3x3 layers behind a gate: ``H(x) = relu(bn2(conv2(relu(bn1(conv1(x))))))``."""
+    """Two 3x3 layers behind a gate: ``T * H(x) + (1 - T) * shortcut(x)`` with ``T = sigmoid(gate(x))``.
+
+    ``H(x) = relu(bn2(conv2(relu(bn1(conv1(x))))))``; the gate is a 1x1 convolution with a bias (He et al. 2016, arXiv
+    1603.05027, section 3.1), which starts at ``gate_bias``: nearly closed, so that a deep network starts as shortcuts
+    (Srivastava et al. 2015, section 2.2). No ReLU stands behind the sum, a mean of two tensors that are not negative.
+
+    Args:
+        inplanes, planes, stride, downsample: as a BasicBlock's.
+        gate_bias: what the gate's bias starts at.
+        **given: the other arguments of a BasicBlock.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""
@@ -58,7 +58,7 @@ class HighwayBlock(_Gated, BasicBlock):
 
 
 class HighwayBottleneck(_Gated, Bottleneck):
-    """1x1, 3x3 and 1x1 layers behind a gate, otherwise as a :class:`HighwayBlock`."""
+    """1x1, 3x3 and 1x1 layers behind a gate, a Bottleneck's; otherwise as a :class:`HighwayBlock`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""

@@ -148,7 +148,8 @@ class Nodes:
     @staticmethod
     def _writes_elsewhere(user: Node, node: Node) -> bool:
         """Whether what writes in place writes into its first argument, and that is another than ``node``."""
-        first = user.target in _IN_PLACE if user.op == "call_function" else user.op == "call_method"
+        kept = user.target is operator.setitem  # in a list or dict, perhaps
+        first = user.target in _IN_PLACE and not kept if user.op == "call_function" else user.op == "call_method"
         return first and bool(user.args) and user.args[0] is not node and "out" not in user.kwargs
 
     @staticmethod
