@@ -197,7 +197,7 @@ _GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 
 def _worth_it(parts: Parts) -> bool:
     """Whether something can be fused with the products of layers in a row."""
-    return bool(parts.norms) or any(_ends(layer) and type(layer.conv) is not nn.Linear for layer in parts.layers)
+    return len(parts.norms) > 0 or any(_ends(layer) and type(layer.conv) is not nn.Linear for layer in parts.layers)
 
 
 def _ends(layer: WeightLayer) -> bool:

@@ -54,8 +54,11 @@ def class_of(module: nn.Module | None) -> type:
     Other subclasses may compute something else; so may PyTorch's own.
     """
     kind = type(module)
-    if kind in _PLAIN:
-        return kind
+    return kind if module is None or kind in _PLAIN else _derived_from(kind)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 does not trace it
+def _derived_from(kind: type) -> type:
     for base in kind.__mro__:
         if base in _PLAIN:
             return base
