@@ -57,7 +57,6 @@ def class_of(module: nn.Module | None) -> type:
     return kind if module is None or kind in _PLAIN else _derived_from(kind)
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.11 does not trace it
 def _derived_from(kind: type) -> type:
     for base in kind.__mro__:
         if base in _PLAIN:
@@ -65,6 +64,10 @@ def _derived_from(kind: type) -> type:
         if base.__module__.startswith("torch.") or not _ADDED.issuperset(base.__dict__):
             return kind
     return kind
+
+
+# PyTorch 2.11 cannot trace it. This is what torch.compiler.assume_constant_result sets, which would import the compiler here.
+_derived_from._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_convolution(module: nn.Module) -> bool:
