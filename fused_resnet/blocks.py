@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -339,11 +339,10 @@ def _single(module: FusedSequential) -> tuple[Reading | None, Iterable[nn.Module
 
 def _one_by_one(parts: Parts, x: Tensor) -> Tensor:
     """``x`` through the modules of layers in a row, called as such: an activation that its BatchNorm calls is left to that."""
-    for layer in parts.in_a_row:
-        for module in layer.modules:
-            if module is not activation_of(layer.norm):
-                x = module(x)
-    return x if parts.pool is None else parts.pool(x)
+    modules = [part for layer in parts.in_a_row for part in layer.modules if part is not activation_of(layer.norm)]
+    for module in (*modules, *([] if parts.pool is None else [parts.pool])):
+        x = cast(nn.Module, module)(x)
+    return x
 
 
 class BasicBlock(FusedResidual, plain.BasicBlock):

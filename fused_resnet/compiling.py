@@ -19,6 +19,7 @@ from .describe import activation_name
 from .frozen_arithmetic import as_calls, example, frozen_norms
 from .inputs import as_image
 from .operators import traced
+from .swap.functions import CONVOLUTIONS, MAX_POOLS, convolution_arguments, norm_arguments, pooling_arguments
 from .swap.nodes import function_activation
 from .swap.patterns import EntryPlace, Joined, LayerPlace, Match, Matcher
 
@@ -59,32 +60,11 @@ def _any_layout(node: Node, known: dict[Node, bool]) -> bool:
     return True
 
 
-def _arguments(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return {**defaults, **dict(zip(names, node.args)), **node.kwargs}
-
-
-#: Functions that are max-pooling -> dimensions of the input that they take.
-_MAX_POOLS: dict[Any, int] = {F.max_pool2d: 4, torch.max_pool2d: 4, F.max_pool1d: 3, torch.max_pool1d: 3}
-#: Functions that are convolutions, or a Linear -> dimensions of the input that they take.
-_CONVOLUTIONS: dict[Any, int] = {torch.conv2d: 4, F.conv2d: 4, torch.conv1d: 3, F.conv1d: 3, F.linear: 2}
-
-
-def _convolution(node: Node) -> dict[str, Any]:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return _arguments(node, names, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
-
-
 def _windows(node: Node) -> dict[str, Any]:
     """Stride, padding and dilation of a convolution as one of images has them; None where they are no numbers."""
-    found, along = _convolution(node), _CONVOLUTIONS[node.target] - 2
+    found, along = convolution_arguments(node), CONVOLUTIONS[node.target] - 2
     none = {"stride": 1, "padding": 0, "dilation": 1}
     return {name: _pair(found[name] if along else across, along, across) for name, across in none.items()}
-
-
-def _norm(node: Node) -> dict[str, Any]:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    return _arguments(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
 
 
 def _pair(value: Any, along: int, across: int) -> tuple[int, int] | None:
@@ -98,14 +78,13 @@ def _pair(value: Any, along: int, across: int) -> tuple[int, int] | None:
 
 def _pooling(node: Node) -> Pool | None:
     """A max-pooling's windows; None where it is none that can be launched."""
-    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    none = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-    found, along = _arguments(node, names, none), _MAX_POOLS[node.target] - 2
-    stride = found["stride"] if found["stride"] not in (None, ()) else found["kernel_size"]
-    sizes = [found["kernel_size"], stride, found["padding"], found["dilation"]]
+    found, along = pooling_arguments(node), MAX_POOLS[node.target] - 2
+    if found is None:
+        return None
+    sizes = [found[name] for name in ("kernel_size", "stride", "padding", "dilation")]
     pairs = [_pair(size, along, across) for size, across in zip(sizes, (1, 1, 0, 1), strict=True)]
     windows = [pair for pair in pairs if pair is not None]
-    exact = found["ceil_mode"] is False and found["return_indices"] is False and set(found) == {*names}
+    exact = found["ceil_mode"] is False and found["return_indices"] is False
     return Pool(*windows) if exact and len(windows) == len(pairs) else None
 
 
@@ -126,27 +105,30 @@ class _Functions(Matcher):
         super().__init__(torch.nn.Module(), graph)
         self.by_name = {node.name: node for node in self.nodes}
 
+    def _note_functions(self) -> None:
+        """All layers are functions here."""
+
     def is_conv(self, node: Node) -> bool:
-        if node.op != "call_function" or node.target not in _CONVOLUTIONS:
+        if node.op != "call_function" or node.target not in CONVOLUTIONS:
             return False
-        found = _convolution(node)
+        found = convolution_arguments(node)
         numbers = None not in _windows(node).values()
         x, weight = example(found["input"]), example(found["weight"])
         if x is None or weight is None or not numbers or type(found["groups"]) is not int or not _optional(found["bias"]):
             return False
-        fits = x.dim() == _CONVOLUTIONS[node.target] and weight.dim() == x.dim()
+        fits = x.dim() == CONVOLUTIONS[node.target] and weight.dim() == x.dim()
         return fits and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def fits(self, conv: Node, node: Node) -> bool:
-        return node.target not in _MAX_POOLS or _MAX_POOLS[node.target] == _CONVOLUTIONS[conv.target]
+        return node.target not in MAX_POOLS or MAX_POOLS[node.target] == CONVOLUTIONS[conv.target]
 
     def dimensions(self, place: LayerPlace) -> int:
-        return _CONVOLUTIONS[self.by_name[place.conv].target]
+        return CONVOLUTIONS[self.by_name[place.conv].target]
 
     def is_norm(self, node: Node) -> bool:
         if node.op != "call_function" or node.target is not F.batch_norm:
             return False
-        found = _norm(node)
+        found = norm_arguments(node)
         tensors = [found[name] for name in ("running_mean", "running_var", "weight", "bias")]
         pairs = [(tensors[0] is None) == (tensors[1] is None), (tensors[2] is None) == (tensors[3] is None)]
         numbers = type(found["training"]) is bool and type(found["momentum"]) is float and type(found["eps"]) is float
@@ -159,7 +141,7 @@ class _Functions(Matcher):
         return False
 
     def is_pool(self, node: Node) -> bool:
-        return node.op == "call_function" and node.target in _MAX_POOLS and _pooling(node) is not None
+        return node.op == "call_function" and node.target in MAX_POOLS and _pooling(node) is not None
 
     def is_pure(self, node: Node) -> bool:
         value = example(node)
@@ -167,7 +149,7 @@ class _Functions(Matcher):
             return True  # a BatchNorm counts its batches
         if (
             node.op == "call_function"
-            and node.target not in (*_CONVOLUTIONS, F.batch_norm)
+            and node.target not in (*CONVOLUTIONS, F.batch_norm)
             and any(argument is True for argument in node.args)
         ):
             return False  # inplace, perhaps
@@ -199,14 +181,14 @@ class _Functions(Matcher):
         return super()._beside(match, projection, shortcut, by_out) if _alike(match.out, shortcut) else None
 
     def names(self, place: LayerPlace) -> set[str]:
-        found = {str(_convolution(self.by_name[place.conv])["weight"])}
+        found = {str(convolution_arguments(self.by_name[place.conv])["weight"])}
         return found if place.norm is None else {*found, self.norm_name(place.norm)}
 
     def place(self, node: Node) -> str:
         return node.name
 
     def norm_name(self, norm: str) -> str:
-        running = _norm(self.by_name[norm])["running_mean"]
+        running = norm_arguments(self.by_name[norm])["running_mean"]
         return norm if running is None else str(running)
 
     def _tell(self, chains: list[Match]) -> None:
@@ -216,7 +198,7 @@ class _Functions(Matcher):
 
     def described(self, place: LayerPlace) -> tuple[Layer, list[Node]]:
         """A layer, and the nodes of its tensors."""
-        found = _convolution(self.by_name[place.conv])
+        found = convolution_arguments(self.by_name[place.conv])
         weight: Any = example(found["weight"])
         tensors = [found["weight"], *([found["bias"]] if found["bias"] is not None else [])]
         windows = _windows(self.by_name[place.conv])
@@ -230,7 +212,7 @@ class _Functions(Matcher):
 
     def described_norm(self, norm: str) -> tuple[dict[str, Any], list[Node]]:
         """What a layer says of its BatchNorm, and the nodes of its tensors."""
-        given = _norm(self.by_name[norm])
+        given = norm_arguments(self.by_name[norm])
         running = [given["running_mean"], given["running_var"]] if given["running_mean"] is not None else []
         vectors = [given["weight"], given["bias"]] if given["weight"] is not None else []
         said = {"norm": True, "affine": bool(vectors), "eps": given["eps"]}

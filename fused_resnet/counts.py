@@ -304,7 +304,7 @@ def _followed(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         for _, parts in module.chains() if isinstance(module, Fused) else []:
             if read(parts).chain is not None:
-                inside.update(id(part) for part in (*parts.modules, *parts.containers))
+                inside.update(id(part) for part in (*parts.modules, *parts.containers, *parts.owners(module)))
         inside.update(id(part) for part in (module.inlined() if isinstance(module, Fused) else ()))
     return [m for m in model.modules() if id(m) not in inside and not isinstance(m, torch.jit.ScriptModule)]
 
@@ -447,7 +447,8 @@ def _places(model: nn.Module) -> dict[str, str]:
         for chain, parts in module.chains():
             place = ".".join(filter(None, (name, chain)))
             places[place] = place
-            places.update((names[id(part)], place) for part in parts.modules if id(part) in names)
+            stands_for = (*parts.modules, *parts.owners(module))
+            places.update((names[id(part)], place) for part in stands_for if id(part) in names)
             if not chain:
                 places[name] = place
     return places

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,15 @@ from .launch import DTYPES
 from .plain import ZeroPad
 from .watch import ALL, MATRICES, NONE
 
-#: Class of a weight layer -> dimensions of its input. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
+#: Dimensions of a weight layer's input -> its class. A Linear is a 1x1 convolution of images of one pixel, a Conv1d one of
 #: images of one row.
-_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv2d: 4, nn.Conv1d: 3, nn.Linear: 2}
+LAYERS: dict[int, type[nn.Module]] = {4: nn.Conv2d, 3: nn.Conv1d, 2: nn.Linear}
+_CONVOLUTIONS = {kind: dimensions for dimensions, kind in LAYERS.items()}
 #: Modules whose results share memory with what they are given.
 SHARING = (nn.Identity, nn.Flatten, nn.Unflatten)
 #: Dimensions -> classes of the BatchNorm and of the max-pooling behind such a layer.
-_NORMS: dict[int, type[nn.Module]] = {4: nn.BatchNorm2d, 3: nn.BatchNorm1d, 2: nn.BatchNorm1d}
-_POOLS: dict[int, type[nn.Module]] = {4: nn.MaxPool2d, 3: nn.MaxPool1d}
+NORMS: dict[int, type[nn.Module]] = {4: nn.BatchNorm2d, 3: nn.BatchNorm1d, 2: nn.BatchNorm1d}
+POOLS: dict[int, type[nn.Module]] = {4: nn.MaxPool2d, 3: nn.MaxPool1d}
 #: Class of an activation -> its name in :mod:`.activations`.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -37,9 +38,38 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
 }
 _TENSORS = (nn.Parameter, Tensor)
+
+
+class Called:
+    """A layer that a forward calls as a function with tensors of its own: what the module has that computes the same.
+
+    Attributes:
+        kind: the class of that module.
+        name: the place of its filters, or of the first of its vectors.
+    """
+
+    def __init__(self, kind: type[nn.Module], name: str, attributes: dict[str, Any]) -> None:
+        self.kind, self.name = kind, name
+        for key, value in attributes.items():
+            setattr(self, key, value)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+#: What a layer of a chain is read off.
+Module = nn.Module | Called
+
+
+def identity_of(conv: Module) -> int:
+    """What a convolution is told from others by: itself, or the filters that a function is called with."""
+    return id(conv.weight) if isinstance(conv, Called) else id(conv)
+
+
 #: PyTorch's classes that are known.
 _PLAIN: dict[type[nn.Module], bool] = dict.fromkeys(
-    (*_CONVOLUTIONS, *_NORMS.values(), nn.SyncBatchNorm, *_POOLS.values(), *_ACTIVATIONS), True
+    (*_CONVOLUTIONS, *NORMS.values(), nn.SyncBatchNorm, *POOLS.values(), *_ACTIVATIONS), True
 )
 #: What a class may have that computes what the one it is derived from does.
 _ADDED = frozenset(
@@ -48,11 +78,13 @@ _ADDED = frozenset(
 )
 
 
-def class_of(module: nn.Module | None) -> type:
+def class_of(module: Module | None) -> type:
     """The class whose computation a module does: one of PyTorch's that is known, if its own adds nothing but construction.
 
     Other subclasses may compute something else; so may PyTorch's own.
     """
+    if isinstance(module, Called):
+        return module.kind
     kind = type(module)
     return kind if module is None or kind in _PLAIN else _derived_from(kind)
 
@@ -70,19 +102,19 @@ def _derived_from(kind: type) -> type:
 _derived_from._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: Module) -> bool:
     """A plain convolution of images or sequences, or a Linear."""
     return class_of(module) in _CONVOLUTIONS
 
 
-def dimensions_of(conv: nn.Module) -> int:
+def dimensions_of(conv: Module) -> int:
     """Dimensions of what :func:`is_convolution`'s modules take: 4 for images, 3 for sequences [N, C, L], 2 for rows [N, C]."""
     return _CONVOLUTIONS[class_of(conv)]
 
 
-def is_norm(module: nn.Module) -> bool:
+def is_norm(module: Module) -> bool:
     """BatchNorm over channels, a frozen one, or timm's with an activation of its own."""
-    if class_of(module) in (*_NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module):
+    if class_of(module) in (*NORMS.values(), nn.SyncBatchNorm) or _is_frozen_norm(module):
         return True
     if not _is(module, _NORMS_WITH_ACTIVATION):
         return False
@@ -90,16 +122,16 @@ def is_norm(module: nn.Module) -> bool:
     return class_of(with_activation.drop) is nn.Identity
 
 
-def follows(conv: nn.Module, module: nn.Module) -> bool:
+def follows(conv: Module, module: Module) -> bool:
     """Whether ``module`` is a BatchNorm, or a max-pooling, of inputs with as many dimensions as ``conv`` gives."""
     dimensions = dimensions_of(conv)
     if is_norm(module):
         of_images = _is_frozen_norm(module) or _is(module, _NORMS_WITH_ACTIVATION)
-        return class_of(module) in (_NORMS[dimensions], nn.SyncBatchNorm) or (of_images and dimensions == 4)
-    return class_of(module) is _POOLS.get(dimensions)
+        return class_of(module) in (NORMS[dimensions], nn.SyncBatchNorm) or (of_images and dimensions == 4)
+    return class_of(module) is POOLS.get(dimensions)
 
 
-def pools(conv: nn.Module, module: Any) -> bool:
+def pools(conv: Module, module: Any) -> bool:
     """Whether ``module`` is a max-pooling of what ``conv`` gives that can be launched: in floor mode, without indices."""
     return not is_norm(module) and follows(conv, module) and not (module.ceil_mode or module.return_indices)
 
@@ -116,12 +148,12 @@ _NORMS_WITH_ACTIVATION: dict[str, tuple[str, ...]] = {
 }
 
 
-def _is(module: nn.Module, classes: dict[str, tuple[str, ...]]) -> bool:
+def _is(module: Module, classes: dict[str, tuple[str, ...]]) -> bool:
     kind = type(module)
     return any(kind.__name__.endswith(name) and kind.__module__.startswith(places) for name, places in classes.items())
 
 
-def _is_frozen_norm(module: nn.Module) -> bool:
+def _is_frozen_norm(module: Module) -> bool:
     return _is(module, _FROZEN)
 
 
@@ -145,12 +177,12 @@ class WeightLayer:
     """Modules of one weight layer, by name for people (``conv1``), and what follows it."""
 
     name: str
-    conv: nn.Module
-    norm: nn.Module | None = None
+    conv: Module
+    norm: Module | None = None
     activation: nn.Module | None = None
 
     @property
-    def modules(self) -> list[nn.Module]:
+    def modules(self) -> list[Module]:
         """The modules present, in the order in which they run."""
         return [module for module in (self.conv, self.norm, self.activation) if module is not None]
 
@@ -160,11 +192,11 @@ class Entry:
     """Modules in front of the first convolution: a BatchNorm, by name for people (``norm1``), and its activation."""
 
     name: str
-    norm: nn.Module
+    norm: Module
     activation: nn.Module | None = None
 
     @property
-    def modules(self) -> list[nn.Module]:
+    def modules(self) -> list[Module]:
         """The modules present, in the order in which they run."""
         return [self.norm] if self.activation is None else [self.norm, self.activation]
 
@@ -182,7 +214,7 @@ class Parts:
     layers: list[WeightLayer]
     residual: bool = False
     projection: WeightLayer | None = None
-    pool: nn.Module | None = None
+    pool: Module | None = None
     containers: tuple[nn.Module, ...] = ()
     reason: str | None = None
     gate: WeightLayer | None = None
@@ -201,7 +233,7 @@ class Parts:
         return [*([] if self.entry is None else [self.entry]), *self.layers]
 
     @property
-    def norms(self) -> list[nn.Module]:
+    def norms(self) -> list[Module]:
         """The BatchNorms present."""
         found = [None if self.entry is None else self.entry.norm, *(layer.norm for layer in self.weight_layers)]
         return [norm for norm in found if norm is not None]
@@ -212,16 +244,22 @@ class Parts:
         return [*([] if self.entry is None else [self.entry.name]), *(layer.name for layer in self.weight_layers)]
 
     @property
-    def modules(self) -> list[nn.Module]:
-        """All modules that the chain stands for."""
+    def modules(self) -> list[Module]:
+        """All modules that the chain stands for, and what stands for functions."""
         behind = self.weight_layers[len(self.layers) :]
         modules = [module for layer in (*self.in_a_row, *behind) for module in layer.modules]
         return modules if self.pool is None else [*modules, self.pool]
 
+    def owners(self, module: nn.Module) -> list[nn.Module]:
+        """The modules inside ``module``, whose chain it is, that have the tensors of what is called as functions."""
+        called = [part for part in self.modules if isinstance(part, Called) and part.name]
+        found = [module.get_submodule(part.name.rpartition(".")[0]) for part in called]
+        return [owner for owner in dict.fromkeys(found) if owner is not module]
+
     @property
     def watched(self) -> list[nn.Module]:
-        """All modules that it is read off."""
-        return [*self.modules, *self.containers, *self.way]
+        """All modules that it is read off: of functions those that have their tensors, which are on the ``way``."""
+        return [module for module in (*self.modules, *self.containers, *self.way) if isinstance(module, nn.Module)]
 
 
 @dataclass
@@ -315,7 +353,7 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
 def _refuse_norm(place: str, conv: Any, norm: Any) -> str | None:
     """``place``: ``behind conv1``."""
     if not (is_norm(norm) and follows(conv, norm)):
-        expected = _NORMS[dimensions_of(conv)].__name__
+        expected = NORMS[dimensions_of(conv)].__name__
         return f"the normalisation {place} is a {type(norm).__name__}, not a {expected}"
     if (norm.weight is None) != (norm.bias is None):
         return f"the BatchNorm {place} has only one of weight and bias"
@@ -349,7 +387,7 @@ def _refuse_mixture(parts: Parts) -> str | None:
     return None
 
 
-def _refuse_activation(place: str, norm: nn.Module | None, activation: nn.Module | None) -> str | None:
+def _refuse_activation(place: str, norm: Module | None, activation: nn.Module | None) -> str | None:
     """``place``: ``behind conv1``."""
     if activation is not None and class_of(activation) not in _ACTIVATIONS:
         known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
@@ -393,6 +431,8 @@ def refusal(parts: Parts, structure_only: bool = False) -> str | None:
     if hooks_everywhere():
         return "a hook looks into all modules (torch.nn.modules.module.register_module_..._hook)"
     for module in (*parts.modules, *parts.containers):
+        if isinstance(module, Called):
+            continue
         for name in ("forward", "_conv_forward"):
             if name in module.__dict__:
                 return f"{name} was replaced on its {type(module).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from fused_resnet import count_launches, fuse
 class Program(nn.Module):
     """A list of calls, each of values made before; what ``kind`` does is in :meth:`forward`.
 
-    Convolutions and BatchNorms are mostly taken once each, in chains more often than chance would have them.
+    Convolutions and BatchNorms are mostly taken once each, in chains more often than chance would have them. With ``functions``
+    half of their calls are of functions, with the modules' tensors.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, functions: bool = False) -> None:
         super().__init__()
         dice = random.Random(seed)
         count = dice.randint(2, 5)
@@ -78,15 +80,16 @@ class Program(nn.Module):
             else:
                 call(kind, source)
         self.others = [dice.randrange(len(self.calls) + 1)] if dice.random() < 0.3 else []
+        self.as_function = [functions and dice.random() < 0.5 for _ in self.calls]
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x * 1.0]
-        for kind, source, other in self.calls:
+        for (kind, source, other), as_function in zip(self.calls, self.as_function, strict=True):
             y = values[source]
             if kind == "conv":
-                y = self.convs[other](y)
+                y = convolved(self.convs[other], y) if as_function else self.convs[other](y)
             elif kind == "norm":
-                y = self.norms[other](y)
+                y = normalised(self.norms[other], y) if as_function else self.norms[other](y)
             elif kind == "act":
                 y = self.acts[other](y)
             elif kind == "add":
@@ -101,6 +104,22 @@ class Program(nn.Module):
                 y = F.relu(y)
             values.append(y)
         return sum((values[other] for other in self.others), values[-1])
+
+
+def convolved(conv: Any, x: Tensor) -> Tensor:
+    """As the module, by a function."""
+    return F.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+
+
+def normalised(norm: Any, x: Tensor) -> Tensor:
+    """As the module, by a function, which has no cumulative average."""
+    if norm.momentum is None:
+        result: Tensor = norm(x)
+        return result
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    batch = norm.training or norm.running_mean is None
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, batch, norm.momentum, norm.eps)
 
 
 def run(model: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor] | str:
@@ -119,10 +138,10 @@ def run(model: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor] | str
     return {name: value for name, value in made.items() if value is not None}
 
 
-def check(seed: int) -> int:
+def check(seed: int, functions: bool = False) -> int:
     """Compare one program in both modes; returns the launches."""
     torch.manual_seed(seed)
-    plain = randomise(Program(seed)).double()
+    plain = randomise(Program(seed, functions)).double()
     x, weights = torch.randn(2, 3, 4, 7, 6, dtype=torch.float64)
     launches = 0
     for training in (False, True):
@@ -145,3 +164,9 @@ def check(seed: int) -> int:
 @pytest.mark.parametrize("start", [0, *(pytest.param(100 * part, marks=pytest.mark.slow) for part in range(1, 30))])
 def test_programs_by_chance(start: int) -> None:
     assert sum(check(seed) for seed in range(start, start + 100)) > 500
+
+
+@pytest.mark.filterwarnings("ignore:fuse found no")
+@pytest.mark.parametrize("start", [7300, *(pytest.param(5000 + 100 * part, marks=pytest.mark.slow) for part in range(10))])
+def test_programs_with_functions_by_chance(start: int) -> None:
+    assert sum(check(seed, functions=True) for seed in range(start, start + 100)) > 500

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..blocks import FusedResidual, FusedStage, FusedStem
 from ..chain import shape_behind
-from ..describe import convolutions, dimensions_of
+from ..describe import convolutions, dimensions_of, identity_of
 from ..fused import Fused
 from ..whole import Chain, Network
 from .arguments import Structure
@@ -24,7 +24,7 @@ from .guards import Guard, descend, original, signature
 from .harmless import CannotTrace
 from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
-from .region import Block, FusedRegion, Later, Path, Places, Region, Site, runs_chains, usable, waits
+from .region import Block, FusedRegion, Later, Path, Place, Places, Region, Site, runs_chains, usable, waits
 from .tracing import Frame, TakesApart, Traced, arguments_of, trace
 from .trusted import all_known, of_a_zoo, written_classes
 
@@ -94,11 +94,12 @@ class Analysis:
         except CannotTrace as error:
             return str(error)
         matcher = Matcher(module, traced.graph)
-        frames = traced.frames
-        matches = matcher.find(lambda a, b: frames[a] is frames[b])
+        matches = matcher.find(_together(module, traced))
         spanning = [match for match in matches if self._owner(module, match, traced).path == ""]
         reshaped = to_reshape(traced.graph, matcher)
-        if not spanning and not (self._fused_inside(module, matches) and any(frames[node].parent is None for node in reshaped)):
+        if not spanning and not (
+            self._fused_inside(module, matches) and any(traced.frames[node].parent is None for node in reshaped)
+        ):
             return None
         return _Writer(module, traced, matcher, matches, spanning, reshaped).region(structure)
 
@@ -116,22 +117,24 @@ class Analysis:
         except CannotTrace:
             return None
         matcher = Matcher(module, traced.graph)
-        matches = matcher.find(lambda a, b: traced.frames[a] is traced.frames[b])
+        matches = matcher.find(_together(module, traced))
         runners: dict[fx.Node, Path] = {}
         for match in matches:
-            runner = self._runner(module, match, traced)
+            runner = self._runner(module, match, matcher, traced)
             if runner is None:  # what was unfused runs as it was written
                 return None
             runners[match.out] = runner
         return _Writer(module, traced, matcher, matches, None, to_reshape(traced.graph, matcher)).network(runners)
 
-    def _runner(self, root: nn.Module, match: Match, traced: Traced) -> Path | None:
+    def _runner(self, root: nn.Module, match: Match, matcher: Matcher, traced: Traced) -> Path | None:
         """The place of the fused module that runs a chain outside of a network; None where its modules run one by one."""
         layers = [*match.layers, *(() if match.projection is None else (match.projection,))]
-        convolutions = {id(root.get_submodule(layer.conv)) for layer in layers}
+        convolutions = {identity_of(matcher.modules[layer.conv]) for layer in layers}
         for frame in reversed(self._around(match, traced)):
             inner = root.get_submodule(frame.path)
-            if runs_chains(inner) and convolutions <= {id(part) for _, parts in inner.chains() for part in parts.modules}:
+            if not runs_chains(inner):
+                continue
+            if convolutions <= {identity_of(layer.conv) for _, parts in inner.chains() for layer in parts.weight_layers}:
                 return _path(frame.path) if frame.path else ()
         return None
 
@@ -153,6 +156,17 @@ class Analysis:
             if inner is not None and self._own(inner) and self._as_traced(inner, frame):
                 return frame
         return common[0]
+
+
+def _together(root: nn.Module, traced: Traced) -> Callable[[fx.Node, fx.Node], bool]:
+    """Whether two layers were called in the same frame; what a module without children calls as functions is its caller's."""
+
+    def caller(node: fx.Node) -> Frame:
+        frame = traced.frames[node]
+        alone = frame.parent is not None and not list(root.get_submodule(frame.path).children())
+        return frame.parent if alone and frame.parent is not None else frame
+
+    return lambda a, b: caller(a) is caller(b)
 
 
 class _Writer:
@@ -272,7 +286,7 @@ class _Writer:
                 return self.graph.call_method("tensor", (itself, len(tensors) - 1))
             return self.graph.node_copy(node, self.map.__getitem__)
 
-        known = {part for match in self.matches for part in match.nodes} | self._marks()
+        known = {part for match in self.matches for part in match.nodes} | self._marks() | self._idle()
         if not all(self._harmless(node) for node in self.traced.graph.nodes if node not in known):
             return None
         run, _ = self._written(chain, other)
@@ -304,7 +318,7 @@ class _Writer:
     def _harmless(self, node: fx.Node) -> bool:
         """Whether a node runs nobody's code who could change a module."""
         module = self.matcher.module(node)
-        if module is None:
+        if not isinstance(module, nn.Module):
             return _is_harmless(node)
         kinds = [original(type(part)).__module__ for part in module.modules()]
         return all(kind.startswith("torch.nn.modules.") or of_a_zoo(kind) for kind in kinds)
@@ -320,7 +334,7 @@ class _Writer:
         """
         itself = self.graph.create_node("placeholder", "self", name="fused_module")
         starts = {match.out if match.skip is not None else match.nodes[0]: match for match in self.matches}
-        inside = {node for match in self.matches for node in match.nodes}
+        inside = {node for match in self.matches for node in match.nodes} | self._idle()
         sized = {match.sized: match for match in self.matches if match.sized is not None}
         marks = {frame.mark: frame for frame in self.traced.results}
         for node in self.traced.graph.nodes:
@@ -343,6 +357,11 @@ class _Writer:
                     self.map[node].target = "reshape"
         return _compiled(self.graph)
 
+    def _idle(self) -> set[fx.Node]:
+        """Tensors of the module that chains alone read, which look for them by their places."""
+        inside = {node for match in self.matches for node in match.nodes}
+        return {node for node in self.traced.graph.nodes if node.op == "get_attr" and inside.issuperset(node.users)}
+
     def _folded_parent(self, frame: Frame) -> Frame | None:
         return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)
 
@@ -364,6 +383,9 @@ class _Writer:
         if match.skip is not None:
             inner[match.skip] = alone.placeholder("skip")
         for node in match.nodes:
+            for own in node.all_input_nodes:  # a tensor of the module
+                if own.op == "get_attr" and own not in inner:
+                    inner[own] = alone.node_copy(own, inner.__getitem__)
             inner[node] = alone.node_copy(node, inner.__getitem__)
         alone.output(inner[match.out])
         unfused, _ = _compiled(alone)
@@ -371,16 +393,19 @@ class _Writer:
         def activation(layer: LayerPlace | EntryPlace) -> Path | nn.Module | None:
             return _path(layer.activation) if isinstance(layer.activation, str) else layer.activation
 
+        def at(name: str | None) -> Place | None:
+            return self.matcher.functions.get(name) or _path(name) if name is not None else None
+
         def place(layer: LayerPlace) -> Places:
-            return layer.conv, cast(Path, _path(layer.conv)), _path(layer.norm), activation(layer)
+            return layer.conv, cast(Place, at(layer.conv)), at(layer.norm), activation(layer)
 
         passed = tuple(cast(Path, _path(str(node.target))) for node in match.nodes if self.matcher.is_identity(node))
         side = place(match.projection) if match.projection is not None else None
         layers = tuple(place(layer) for layer in match.layers)
         entry = None
         if match.entry is not None:
-            entry = match.entry.norm, cast(Path, _path(match.entry.norm)), activation(match.entry)
-        ends = (match.residual, side, _path(match.pool), passed, unfused, match.skip is not None, entry)
+            entry = match.entry.norm, cast(Place, at(match.entry.norm)), activation(match.entry)
+        ends = (match.residual, side, at(match.pool), passed, unfused, match.skip is not None, entry)
         return Site(match.layers[0].conv, layers, *ends)
 
     def _guards(self) -> tuple[Guard, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import backends
-from ..describe import Parts, WeightLayer, is_norm, read, refusal
+from ..describe import Parts, WeightLayer, identity_of, is_norm, read, refusal
 from ..fused import Fused
 from ..inputs import transformed
 from ..plan import backward_plan, forward_plan, nominal_size, trainable_slots
@@ -179,7 +180,8 @@ class _Walk:
             reason = self._fused(name, module)
         elif is_norm(module) or isinstance(module, _LAYERS):  # a Linear by itself is nothing one would expect fused
             self.rows.append(_left_alone(name, module, self.reasons.get(id(module), reason) or _by_itself(module)))
-            return
+            if is_norm(module):
+                return
         else:
             reason = self._unfused(module, reason)
         for child_name, child in module.named_children():
@@ -188,22 +190,33 @@ class _Walk:
 
     def _fused(self, name: str, module: Fused) -> str:
         chains, before = module.chains(), set(self.seen)
+        region, reason = current(module) if isinstance(module, FusedRegion) else (None, None)
         for chain, parts in chains:
             layers = [layer.conv for layer in parts.weight_layers]
-            if all(id(conv) in before for conv in layers):  # of a module around this one
+            if all(identity_of(conv) in before for conv in layers):  # of a module around this one
                 continue
-            whole = isinstance(module, FusedRegion) and len(chains) == 1 and _is_all(module, parts)
+            whole = region is not None and not region.reasons and len(chains) == 1 and _is_all(module, parts)
             place = ".".join(filter(None, (name, "" if whole else chain)))
             self.rows.append(_chain_row(place, " + ".join(parts.names), module, parts))
-            self.seen.update(id(part) for part in parts.modules)
+            self.seen.update(id(part) for part in (*parts.modules, *parts.owners(module)))
+            self.seen.update(map(identity_of, layers))
         if not isinstance(module, FusedRegion):
             return f"stands alone in a {module.unfused_class.__name__}"
-        region, reason = current(module)
         for place, why in region.reasons.items() if region is not None else ():
-            self.reasons.setdefault(id(module.get_submodule(place)), why)
+            self._tell(name, module, place, why)
         if reason is not None and reason != WAITING:
             self.fallen.add(reason)
         return reason or f"stands alone in a {module.unfused_class.__name__}: no chain reaches it"
+
+    def _tell(self, name: str, module: nn.Module, place: str, why: str) -> None:
+        """Note why a layer is in no chain; one that is called as a function has a row of its own."""
+        found: Any = module
+        for part in place.split("."):
+            found = getattr(found, "_modules", {}).get(part)
+        if isinstance(found, nn.Module):
+            self.reasons.setdefault(id(found), why)
+        else:
+            self.rows.append(Row(f"{name}.{place}" if name else place, "function", "pytorch", 1, 1, why))
 
     def _unfused(self, module: nn.Module, reason: str) -> str:
         if reason in self.fallen:
@@ -228,7 +241,7 @@ _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
 
 def _is_all(module: nn.Module, parts: Parts) -> bool:
     """Whether a chain is all that a module has of layers."""
-    inside = {id(part) for part in parts.modules}
+    inside = {id(part) for part in (*parts.modules, *parts.owners(module))}
     return all(id(part) in inside for part in module.modules() if isinstance(part, _LAYERS))
 
 

@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from ..describe import SHARING, follows, is_activation, is_convolution, is_norm
+from ..describe import SHARING, Module, class_of, dimensions_of, follows, is_activation, is_convolution, is_norm
+from .functions import CONVOLUTIONS, MAX_POOLS, Function, function_of
 
 Node = fx.Node
 
@@ -61,16 +62,55 @@ class Nodes:
         self.root = root
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.nodes = list(graph.nodes)
-        self.modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+        self.modules: dict[str, Module] = dict(root.named_modules(remove_duplicate=False))
+        self.functions: dict[str, Function] = {}  # layers that are called as functions, by place
+        self.places: dict[Node, str] = {}  # their nodes
         self.reasons: dict[str, str] = {}
+        self._note_functions()
+
+    # ---- layers that are called as functions
+
+    def _note_functions(self) -> None:
+        """Find them, the convolutions first, which tell of the others' dimensions."""
+        layers = [node for node in self.nodes if node.op == "call_function"]
+        for node in (node for node in layers if node.target in CONVOLUTIONS):
+            self._note(node, function_of(node))
+        for node in (node for node in layers if node.target is F.batch_norm or node.target in MAX_POOLS):
+            self._note(node, function_of(node, self._dimensions(node)))
+
+    def _note(self, node: Node, function: Function | None) -> None:
+        """Give a layer that is called as a function a place: that of the module that has its filters, if that is no other's."""
+        if function is None:
+            return
+        layer: Any = function.layer(self.root)
+        if is_convolution(layer) and layer.weight.dim() != dimensions_of(layer):
+            return
+        owner, _, name = function.name.rpartition(".")
+        called = any(part.op == "call_module" and part.target == owner for part in self.nodes)
+        place = owner if owner and name in ("weight", "running_mean") and not called else function.name or node.name
+        place = place if place not in self.functions else f"{place} ({node.name})"
+        self.functions[place], self.places[node], self.modules[place] = function, place, layer
+
+    def _dimensions(self, node: Node) -> int:
+        """Of the input of a BatchNorm: those of the convolution in front of it, or of one behind."""
+        around = [node.args[0] if node.args else None, *node.users, *(after for user in node.users for after in user.users)]
+        for part in around:
+            if isinstance(part, Node) and self.is_conv(part):
+                return dimensions_of(cast(Module, self.module(part)))
+        return 4
 
     # ---- what a node is
 
-    def module(self, node: Node) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+    def module(self, node: Node) -> Module | None:
+        """The module that is called, or what stands for a function."""
+        if node.op == "call_module":
+            return self.modules.get(str(node.target))
+        return self.modules[self.places[node]] if node in self.places else None
 
     def _one(self, node: Node) -> Node | None:
-        """The only tensor that a node reads."""
+        """The only tensor that a node reads, but for those that are its own."""
+        if node in self.places:
+            return cast(Node, node.args[0]) if node.args else None
         return node.args[0] if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node) else None
 
     def is_conv(self, node: Node) -> bool:
@@ -90,8 +130,8 @@ class Nodes:
     def is_activation(self, node: Node) -> bool:
         """As a module or a function that is known."""
         if node.op == "call_module":
-            module = self.module(node)
-            return module is not None and is_activation(module) and self._one(node) is not None
+            module = self.modules[str(node.target)]
+            return isinstance(module, nn.Module) and is_activation(module) and self._one(node) is not None
         return function_activation(node) is not None
 
     def activation(self, node: Node) -> str | nn.Module | None:
@@ -106,7 +146,7 @@ class Nodes:
     def is_pool(self, node: Node) -> bool:
         """A max-pooling that can be launched."""
         pool: Any = self.module(node)
-        known = type(pool) in (nn.MaxPool2d, nn.MaxPool1d) and self._one(node) is not None
+        known = class_of(pool) in (nn.MaxPool2d, nn.MaxPool1d) and self._one(node) is not None
         return known and not (pool.ceil_mode or pool.return_indices)
 
     def added(self, node: Node) -> tuple[Node, Node, bool] | None:
@@ -126,7 +166,7 @@ class Nodes:
             ours = all(type(part).__module__.startswith("torch.nn") for part in parts)
             return ours and not any(getattr(part, "inplace", False) for part in parts)
         if node.op == "call_method":
-            return not str(node.target).endswith("_")
+            return not str(node.target).endswith("_") or self._counts(node)
         if node.op == "call_function":
             name = getattr(node.target, "__name__", "_")
             inside = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator", "builtins", "fused_resnet"))
@@ -134,13 +174,21 @@ class Nodes:
             return inside and not written
         return True
 
+    def _counts(self, node: Node) -> bool:
+        """Whether a number of the module's own is counted up: by somebody's BatchNorm, the batches."""
+        counter = node.args[0] if node.args and node.target == "add_" else None
+        if not isinstance(counter, Node) or counter.op != "get_attr":
+            return False
+        owner, _, name = str(counter.target).rpartition(".")
+        return cast(Tensor, getattr(self.root.get_submodule(owner), name)).dim() == 0
+
     def may_be_written(self, node: Node) -> bool:
         """Whether something in the graph may write into the memory of a node's result."""
         for user in node.users:
             if not self.is_pure(user) and not self._writes_elsewhere(user, node):
                 return True
             name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-            shares = type(self.module(user)) in SHARING if user.op == "call_module" else name in _ALIASES
+            shares = class_of(self.module(user)) in SHARING if user.op == "call_module" else name in _ALIASES
             if shares and self.may_be_written(user):
                 return True
         return False
@@ -167,7 +215,7 @@ class Nodes:
         """Whether a tensor is one pixel an image: what a squeeze-and-excitation computes on."""
         for _ in range(8):
             module = self.module(node)
-            name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+            name = getattr(node.target, "__name__", str(node.target)) if module is None else class_of(module).__name__
             if "AdaptiveAvgPool" in name or "GlobalPool" in name or "AdaptivePool" in name or name in _POOLING:
                 return True
             sources = node.all_input_nodes

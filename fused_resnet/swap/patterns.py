@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from ..describe import Parts, WeightLayer, activation_of, dimensions_of, is_norm, layer_refusal, refusal
+from ..describe import Parts, WeightLayer, activation_of, class_of, dimensions_of, is_norm, layer_refusal, refusal
 from .nodes import Node, Nodes
 
 
@@ -91,8 +91,8 @@ class Matcher(Nodes):
 
     def layer(self, conv: Node) -> tuple[LayerPlace, list[Node]]:
         """A convolution with what follows it."""
-        nodes, place = [conv], LayerPlace(str(conv.target))
-        norm: nn.Module | None = None
+        nodes, place = [conv], LayerPlace(self.place(conv))
+        norm: Any = None
         passed: list[Node] = []
         following = self.follow(conv, passed)
         if (
@@ -103,7 +103,7 @@ class Matcher(Nodes):
         ):
             nodes += [*passed, following]
             norm = self.module(following)
-            place = replace(place, norm=str(following.target))
+            place = replace(place, norm=self.place(following))
             if type(activation_of(norm)) not in (type(None), nn.Identity):
                 return replace(place, activation=f"{following.target}.act"), nodes
             passed = []
@@ -144,8 +144,8 @@ class Matcher(Nodes):
             module = self.module(node)
             if module is None or node in inside:
                 continue
-            place = str(node.target)
-            if isinstance(module, nn.modules.conv._ConvNd):
+            place = self.place(node)
+            if isinstance(module, nn.modules.conv._ConvNd) or class_of(module) in (nn.Conv2d, nn.Conv1d):
                 refused = refusal(Parts([WeightLayer(place, module)]), structure_only=True)
                 self.reasons.setdefault(place, refused or self._behind(node))
             elif is_norm(module):
@@ -159,7 +159,7 @@ class Matcher(Nodes):
             return f"its output is read {len(node.users)} times"
         user = next(iter(node.users))
         module = self.module(user)
-        name = type(module).__name__ if module is not None else getattr(user.target, "__name__", str(user.target))
+        name = getattr(user.target, "__name__", str(user.target)) if module is None else class_of(module).__name__
         return f"stands alone: behind it is {name}, nothing to fuse with"
 
     def _runs(self, same: Callable[[Node, Node], bool]) -> dict[Node, Match]:
@@ -202,7 +202,8 @@ class Matcher(Nodes):
 
     def names(self, place: LayerPlace) -> set[str]:
         """What must not be twice in a chain: its convolution and its BatchNorm, whose statistics each call moves on."""
-        return {name for name in (place.conv, place.norm) if name is not None}
+        conv = self.functions[place.conv].name if place.conv in self.functions else place.conv
+        return {conv} if place.norm is None else {conv, self.norm_name(place.norm)}
 
     def strip(self, node: Node) -> tuple[Node, list[Node]]:
         """What identities in front of a node hand on, and these."""
@@ -324,9 +325,11 @@ class Matcher(Nodes):
         return all(self.is_pure(part) or self._into_new(part, first) for part in others)
 
     def _statistics(self, norm: Node) -> list[Any]:
-        """What a BatchNorm is told by: the module, under whatever name, or the tensors that a function is given."""
-        module = self.module(norm)
-        return norm.all_input_nodes[1:] if module is None else [module]
+        """What a BatchNorm is told by: the statistics that it moves on, or the module, under whatever name."""
+        module: Any = self.module(norm)
+        if module is None:
+            return norm.all_input_nodes[1:]
+        return [module if module.running_mean is None else id(module.running_mean)]
 
     def _into_new(self, node: Node, first: int) -> bool:
         """Whether what an activation in place writes into was made behind ``first`` by a layer, and nobody else reads it."""
@@ -382,11 +385,12 @@ class Matcher(Nodes):
 
     def place(self, node: Node) -> str:
         """What stands for a module."""
-        return str(node.target)
+        return self.places.get(node) or str(node.target)
 
     def norm_name(self, norm: str) -> str:
-        """What a BatchNorm is called in :meth:`names`."""
-        return norm
+        """What a BatchNorm is called in :meth:`names`: by its statistics, as in :meth:`_statistics`."""
+        module: Any = self.modules[norm]
+        return norm if module.running_mean is None else str(id(module.running_mean))
 
     def _enter(self, match: Match, taken: set[Node]) -> None:
         """Take the BatchNorm in front of a chain into it, if all that read it are in the chain, behind its activation."""

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from .. import blocks, plain, plain_paper, plain_rows
-from ..describe import Parts, refusal
+from ..describe import Parts, is_norm, refusal
 from ..fused import Fused
 from .analysis import Analysis
+from .functions import calls_layers
 from .quantised import quantised
 from .region import FusedRegion, Later, Region
 from .tracing import has_layers
@@ -89,9 +90,9 @@ def fused_forward(module: nn.Module, traced: Analysis | None = None) -> tuple[ty
     if (prepared := quantised(module)) is not None:
         return None, prepared
     fused, reason = known_forward(module)
-    if fused is not None or not list(module.children()):
+    if fused is not None or not (list(module.children()) or calls_layers(module)):
         return fused, reason
-    if isinstance(module, (torch.jit.ScriptModule, nn.modules.batchnorm._NormBase)) or not has_layers(module):
+    if isinstance(module, torch.jit.ScriptModule) or is_norm(module) or not has_layers(module):
         return None, reason
     region = (traced or analysis()).region(module)
     if isinstance(region, Region) or (isinstance(region, Later) and any(layers_of(module))):
@@ -144,7 +145,7 @@ def _known_forward(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
     kind = type(module)
     if isinstance(module, nn.Sequential):
         parts = [part for _, part in blocks.segments(list(module._modules.items())) if isinstance(part, Parts)]
-        if not parts and not _is_stage(module):
+        if (not parts and not _is_stage(module)) or any(map(calls_layers, module.children())):
             return None, None
         if kind.forward is not nn.Sequential.forward:
             return None, f"{kind.__name__} overrides Sequential's forward"

@@ -22,11 +22,13 @@ from ..describe import Entry, Parts, WeightLayer, hooks_everywhere
 from ..fused import Fused
 from ..whole import Network
 from .arguments import Structure, structure_of, tensors_of, told
+from .functions import Function
 from .guards import Guard, descend
 from .tracing import LOCK
 
 Path = tuple[str, ...]
-Places = tuple[str, Path, Path | None, Path | nn.Module | None]
+Place = Path | Function
+Places = tuple[str, Place, Place | None, Path | nn.Module | None]
 
 #: Why a forward that takes apart its arguments holds no chain yet.
 WAITING = "traced at its first call in this mode, for the structure of its arguments"
@@ -38,18 +40,19 @@ class Site:
     where the chain has one, ``skip``.
 
     Layers are ``(name, convolution, norm, activation)``, an entry is ``(name, norm, activation)``; where a function is called,
-    the activation is a module of its own. ``runner``: the place of the module that runs the chain, in a network around it.
+    the activation is a module of its own, and another layer a :class:`.functions.Function`. ``runner``: the place of the module
+    that runs the chain, in a network around it.
     """
 
     name: str
     layers: tuple[Places, ...]
     residual: bool
     projection: Places | None
-    pool: Path | None
+    pool: Place | None
     passed: tuple[Path, ...]
     unfused: Callable[..., Tensor]
     skip: bool = False
-    entry: tuple[str, Path, Path | nn.Module | None] | None = None
+    entry: tuple[str, Place, Path | nn.Module | None] | None = None
     runner: Path | None = None
 
     def run(self, region: Any, x: Tensor, *skip: Tensor) -> Tensor:
@@ -71,8 +74,10 @@ class Site:
     def parts(self, region: nn.Module) -> Parts:
         """The modules, as they are now."""
 
-        def at(path: Path | nn.Module | None) -> Any:
-            return _at(region, path) if isinstance(path, tuple) else path
+        def at(place: Place | nn.Module | None) -> Any:
+            if isinstance(place, Function):
+                return place.layer(region)
+            return _at(region, place) if isinstance(place, tuple) else place
 
         def layer(places: Any) -> WeightLayer:
             return WeightLayer(places[0], at(places[1]), at(places[2]), at(places[3]))
@@ -85,10 +90,11 @@ class Site:
         return Parts(layers, self.residual, projection, at(self.pool), containers, skip=self.skip, entry=entry, way=way)
 
     def _way(self) -> list[Path]:
-        """The places between the region and its chain's modules."""
+        """The places between the region and its chain's modules, and those of the modules that have the functions' tensors."""
         layers = [*self.layers, *(() if self.projection is None else (self.projection,))]
         places = [*(place for layer in layers for place in layer[1:]), *(() if self.entry is None else self.entry[1:])]
         paths = [path for path in (*places, self.pool, *self.passed) if isinstance(path, tuple)]
+        paths += [tuple(at.split(".")) for place in places if isinstance(place, Function) for _, at in place.tensors]
         return list(dict.fromkeys(path[:depth] for path in paths for depth in range(1, len(path))))
 
 

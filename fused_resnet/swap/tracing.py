@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..describe import hooked, hooks_everywhere
+from ..describe import hooked, hooks_everywhere, is_convolution, is_norm
 from .arguments import Given, Structure, hands_on, may_change, put_together
+from .functions import calls_layers
 from .guards import original
 from .harmless import CannotTrace, listened, watched
 from .quantised import quantised
@@ -92,7 +93,8 @@ def _mark() -> None:
 def has_layers(module: nn.Module) -> bool:
     """Whether there are convolutions or normalisations in it."""
     kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
-    return any(isinstance(part, kinds) or "BatchNorm" in type(part).__name__ for part in module.modules())
+    parts = list(module.modules())
+    return any(isinstance(part, kinds) or "BatchNorm" in type(part).__name__ for part in parts) or any(map(calls_layers, parts))
 
 
 def code_of(module: nn.Module) -> FunctionType:
@@ -336,10 +338,13 @@ class _Tracer(fx.Tracer):
         kind = original(type(m))
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
-        if not contained and (not list(m.children()) or not has_layers(m)):
+        if isinstance(m, torch.jit.ScriptModule) or is_convolution(m) or is_norm(m):
             return ""
-        if isinstance(m, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
-            return ""
+        if not calls_layers(m):
+            if not contained and (not list(m.children()) or not has_layers(m)):
+                return ""
+            if isinstance(m, nn.modules.batchnorm._NormBase):
+                return ""
         if "forward" in m.__dict__:
             return f"forward was replaced on this {type(m).__name__}"
         if hooked(m) or m._compiled_call_impl is not None:
