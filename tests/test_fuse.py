@@ -17,6 +17,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
 from fused_resnet import explain, fuse, unfuse
+from fused_resnet.fused import Fused
+from fused_resnet.measure import Timing
+from fused_resnet.swap import worth
 
 
 def test_parameters_buffers_and_names_stay() -> None:
@@ -272,3 +275,53 @@ def test_nothing_to_fuse_is_a_warning() -> None:
 def test_projection_helper_matches_torchvisions() -> None:
     """The helper of these tests is what torchvision builds."""
     assert str(projection(64, 128, 2)) == str(resnet18(num_classes=2).layer2[0].downsample)
+
+
+class Clocked(nn.Module):
+    """Pretends to take long where its convolution and BatchNorm are called one by one, or where they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.modes: list[bool] = []
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        self.modes.append(self.training or torch.is_grad_enabled())
+        return self.body(x if y is None else x + y)
+
+
+@pytest.mark.parametrize("ratios", [(0.96, 0.96), (0.9, 0.98), (1.2,)], ids=str)
+def test_a_model_that_is_slower_on_an_example_is_left_alone(ratios: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are given; what is timed are the model as it was and the fused one, both with its tensors."""
+    said, seen = list(ratios), []
+
+    def interleaved(contenders, device, **options):
+        outputs = {name: call() for name, call in contenders.items()}
+        seen.append(outputs)
+        ratio = said.pop(0)
+        return {name: Timing((2.0 * (ratio if name == "plain" else 1.0),)) for name in contenders}
+
+    monkeypatch.setattr(worth, "interleaved", interleaved)
+    model = randomise(Clocked()).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(2, 2, 3, 9, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fuse(model, example=(x, y))
+    slow = max(ratios) < 0.97
+    assert [str(warning.message)[:37] for warning in told] == ["fused, the model is slower on the exa"] * slow
+    assert isinstance(model.body, Fused) != slow
+    assert not said and len(seen) == len(ratios)
+    assert relative_error(seen[0]["fused"], seen[0]["plain"]) < CLOSE
+    assert model.training and model.body[1].training and not any(model.modes), "eval mode, without gradients, and back again"
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_is_timed_on_an_example() -> None:
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who is faster is no matter here
+        assert fuse(model, example=images()) is model
+        with pytest.raises(RuntimeError, match="channels"):
+            fuse(unfused := tiny(), example=torch.randn(1, 4, 9, 9))
+    assert not any(isinstance(module, Fused) for module in unfused.modules()), "nothing is left half done"
