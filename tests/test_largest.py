@@ -19,8 +19,8 @@ from fused_resnet.counts import fused_share
 pytestmark = pytest.mark.slow
 torchvision = pytest.importorskip("torchvision")
 
-#: GiB: at its highest the test holds the float64 model, a layer's gradients, and the model itself.
-MEMORY = 11
+#: GiB, 13.5 measured: at its highest the test holds the float64 model, a layer's gradients, and the model itself.
+MEMORY = 14
 
 
 def _available() -> float:
