@@ -271,6 +271,7 @@ class Reading:
     reason: str | None = None
     frozen: bool = False  # a BatchNorm is torchvision's frozen one
     dimensions: int = 4  # of the input: 3 for sequences [N, C, L], 2 for rows [N, C]
+    exact: bool = False  # a BatchNorm is a function, which takes inputs of other dimensions too
     batch: bool = False  # a BatchNorm normalises by the batch's statistics
     lasts: bool = False  # while the modules stay as they are: no hooks elsewhere, no process groups decide as well
     fitting: set[tuple[torch.dtype, torch.device]] = field(default_factory=set)  # inputs that the parameters were checked for
@@ -341,6 +342,10 @@ def _refuse_convolution(name: str, conv: Any) -> str | None:
         return f"{name}'s weight is a {type(conv.weight).__name__}, a tensor subclass"
     if conv.weight.dtype not in DTYPES:
         return f"{name}'s weight is {conv.weight.dtype}, which no executor computes in"
+    if isinstance(conv, Called) and (
+        conv.weight.dim() != dimensions_of(conv) or not (conv.bias is None or conv.bias.dim() == 1)
+    ):
+        return f"{name} is given tensors of other dimensions than it has"
     if class_of(conv) is nn.Linear:
         return None
     if conv.padding_mode != "zeros":
@@ -355,6 +360,9 @@ def _refuse_norm(place: str, conv: Any, norm: Any) -> str | None:
     if not (is_norm(norm) and follows(conv, norm)):
         expected = NORMS[dimensions_of(conv)].__name__
         return f"the normalisation {place} is a {type(norm).__name__}, not a {expected}"
+    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if isinstance(norm, Called) and any(vector is not None and vector.dim() != 1 for vector in vectors):
+        return f"the BatchNorm {place} is given tensors that are no vectors"
     if (norm.weight is None) != (norm.bias is None):
         return f"the BatchNorm {place} has only one of weight and bias"
     eps = _eps(norm)
@@ -604,4 +612,5 @@ def read(parts: Parts, memory: str = "default") -> Reading:
     frozen = any(_is_frozen_norm(norm) for norm in parts.norms)
     chain = make(layers, parts.residual, projection, window, memory, gate, parts.skip, entry)
     lasts = not any(isinstance(norm, nn.SyncBatchNorm) for norm in parts.norms)
-    return Reading(chain, parameters, frozen=frozen, dimensions=dimensions, batch=chain.batch, lasts=lasts)
+    exact = any(isinstance(norm, Called) for norm in parts.norms)
+    return Reading(chain, parameters, None, frozen, dimensions, exact, chain.batch, lasts)

@@ -173,7 +173,8 @@ def unfit(reading: Reading, x: Tensor, skip: Any = None) -> bool:
     A rank without images takes part in a SyncBatchNorm all the same: the others wait for its share.
     """
     dimensions = x.dim() if isinstance(x, Tensor) else 0
-    if reading.dimensions != 4 and dimensions != reading.dimensions:  # a Linear takes any number, or PyTorch has an error
+    exact = reading.dimensions != 4 or reading.exact  # a Linear takes any number, or PyTorch has an error
+    if exact and dimensions != reading.dimensions:
         return True
     spec = reading.chain
     if spec is None:

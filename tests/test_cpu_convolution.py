@@ -106,7 +106,13 @@ def test_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
     product, blocked, fp32 = cpu_convolution.is_product, cpu_convolution.is_blocked, torch.float32
     assert product(WAYS["product"], fp32) and product(WAYS["strided product"], fp32) and product(WAYS["rows"], fp32)
     assert not product(WAYS["product"], torch.bfloat16) and not product(WAYS["skips pixels"], fp32)
-    assert product(Geometry(8, 8, 8, 64, 64, 1, 1), fp32) and not product(Geometry(8, 8, 9, 64, 64, 1, 1), fp32)
+    for capability, images in (("AVX2", 8), ("AVX512", 2)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        cpu_convolution._most_pixels.cache_clear()
+        assert product(Geometry(images, 8, 8, 64, 64, 1, 1), fp32), capability
+        assert not product(Geometry(images, 8, 9, 64, 64, 1, 1), fp32), capability
+    monkeypatch.undo()
+    cpu_convolution._most_pixels.cache_clear()
     assert not product(Geometry(2, 5, 5, 64, 64, 1, 1, padding=(1, 1)), fp32)
     assert not product(Geometry(2, 5, 5, 64, 64, 1, 1, groups=2), fp32)
     little = Geometry(2, 8, 8, 256, 128, 3, 3, padding=(1, 1))  # its filters are six times as large

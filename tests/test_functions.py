@@ -365,3 +365,157 @@ def test_copies_do_not_share_tensors() -> None:
     other.conv.weight.data.zero_()
     assert torch.equal(fused(x), before)
     assert not torch.equal(other(x), before)
+
+
+class NamedLikeNodes(nn.Module):
+    """Children whose names torch.fx gives to calls of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.max_pool2d = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3, 1, 1)
+        self.weight2, self.batch_norm = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.BatchNorm2d(4, eps=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.max_pool2d(F.relu(self.conv(F.max_pool2d(x, 2))))
+        x = F.relu(F.batch_norm(F.conv2d(x, self.weight2), None, None, training=True))
+        return F.relu(self.batch_norm(F.conv2d(x, self.weight2)))
+
+
+class Constant(nn.Module):
+    """The input of a chain, and of a projection, is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.const = nn.Parameter(torch.randn(1, 3, 8, 8))
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.side, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(F.conv2d(self.const, self.conv.weight, padding=1))) + x
+        return self.norm(self.conv(x)) + self.other(self.side(self.const))
+
+
+class LikeGradients(nn.Module):
+    """A layer of the name by which plans call the gradient of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.norm = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.BatchNorm2d(4)
+        self.d = nn.ParameterDict({"w": torch.randn(4, 4, 1, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.conv2d(F.relu(F.conv2d(x, self.w)), self.d["w"]))
+
+
+class ReadBetween(nn.Module):
+    """Statistics that are read, or moved by a call that is not understood, between a convolution and its BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.live = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        read = self.norm.running_mean.sum()
+        y = F.relu(self.norm(y)) + read
+        z, n = F.conv2d(y, self.conv.weight), self.live
+        moved = F.batch_norm(input=x + 1, running_mean=n.running_mean, running_var=n.running_var, training=self.training)
+        return F.relu(F.batch_norm(z, n.running_mean, n.running_var, training=self.training)) + moved
+
+
+@pytest.mark.parametrize("kind", [NamedLikeNodes, Constant, LikeGradients, ReadBetween], ids=lambda kind: kind.__name__)
+def test_what_a_review_found(kind: type[nn.Module]) -> None:
+    plain = net(kind).double()
+    fused, x = fuse(copy.deepcopy(plain), backend="reference"), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        got, wanted = train_step(fused, x), train_step(plain, x)
+        for name, value in wanted.items():
+            assert (got[name].double() - value).norm() <= 1e-9 * value.double().norm() + 1e-9, name
+    plain.eval(), fused.eval()
+    with torch.no_grad():
+        for _ in range(4):
+            assert relative_error(fused(x), plain(x)) < 1e-10
+    explain(fused, show=False)
+
+
+class Tied(nn.Module):
+    """Two layers whose filters, and statistics, may be one."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(3, 3, 3, 3)) for _ in range(2))
+        self.register_buffer("mean1", torch.randn(3))
+        self.register_buffer("mean2", torch.randn(3))
+        self.register_buffer("var", torch.rand(3) + 0.5)
+        if tied:
+            self.second, self.mean2 = self.first, self.mean1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.batch_norm(F.conv2d(x, self.first, padding=1), self.mean1, self.var))
+        return F.relu(F.batch_norm(F.conv2d(x, self.second, padding=1), self.mean2, self.var))
+
+
+def test_tensors_of_several_names() -> None:
+    plain = nn.Sequential(Tied(True), Tied(False)).eval()
+    fused, x = fuse(copy.deepcopy(plain)), images(2, 9, 8)
+    assert relative_error(fused(x), plain(x)) < CLOSE, "one is not like the other"
+    other = plain[1].second.detach().clone()
+    for model in (plain, fused):
+        model[0].second = nn.Parameter(other.clone())
+        model[1].second = model[1].first
+    assert relative_error(fused(x), plain(x)) < CLOSE, "tied and untied since"
+    moved = plain[0].mean2 + 1
+    for model in (plain, fused):
+        model[0].mean2 = moved.clone()
+    with torch.no_grad():
+        for _ in range(4):
+            assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+class AnyRank(nn.Module):
+    """A BatchNorm as a function takes one image as well, whose rows are then its channels, and vectors of any shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.scale, self.shift = nn.Parameter(torch.rand(shape) + 0.5), nn.Parameter(torch.randn(shape))
+        self.register_buffer("mean", torch.randn(8))
+        self.register_buffer("var", torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(self.conv(x), self.mean, self.var, self.scale, self.shift))
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8, 1, 1), (8, 1, 1)])
+def test_what_batch_norm_takes_as_a_function(shape: tuple[int, ...]) -> None:
+    plain = AnyRank(*shape)
+    fused = fuse(copy.deepcopy(plain))
+    for x in (torch.randn(2, 3, 8, 8), torch.randn(3, 8, 8)):
+        with torch.no_grad():
+            for _ in range(4):
+                assert relative_error(fused(x), plain(x)) < CLOSE
+
+
+def test_filters_that_are_not_made_yet() -> None:
+    class Lazy(Alone):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy = nn.LazyConv2d(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(super().forward(x), self.lazy.weight)
+
+    fused = fuse(net(Lazy).eval())
+    assert [row.name for row in explain(fused, show=False).rows if row.fused] == ["conv"]
+
+
+@pytest.mark.parametrize("options", [{"padding": -1}, {"stride": 0}, {"padding": "same", "stride": 2}], ids=str)
+def test_errors_are_pytorchs(options: dict[str, Any]) -> None:
+    class Invalid(Leaf):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(F.conv2d(x, self.weight, self.bias, **options))
+
+    fused = fuse(nn.ModuleList([Invalid(3, 4), Leaf(3, 4)]))
+    explain(fused, show=False)
+    with pytest.raises(RuntimeError, match=r"negative padding|non-positive stride|padding='same' is not supported"):
+        fused[0](images())

@@ -13,7 +13,7 @@ in shorter parts: 512 filters of 3x3 on 512 channels are 2.3e-7 from float64, 1.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -35,7 +35,11 @@ LARGER, LARGER_IN_CHANNELS_LAST, LEAST_FILTERS = 2, 10, 2**18
 #: channels, 2 images of 2x2 4.1, 1.0 ms; 2 of 7x7 6.9, 4.2; 8 of 7x7 15.9, 14.0; 2048 on 512 2.0, 0.7; 4.6, 3.7; 16.1, 15.6;
 #: 256 on 1024 1.5, 0.6; 2.3, 1.6; 4.8, 4.4; 8 of 14x14 12.6, 13.0; 64 on 256 0.21, 0.08; 0.25, 0.17; 0.41, 0.32. Of one image
 #: oneDNN's kernels are others: 512 on 2048 of 7x7 5.6, 2.9, but 256 on 1024 of 14x14 2.2, 2.3, 64 on 256 of 7x7 0.09, 0.12.
-MOST_PIXELS = 512
+#: Another such processor, 2026-12-01, has convolutions of twice the speed and products, which MKL makes without AVX-512 there,
+#: of the same: 512 on 2048 channels, 2 images of 7x7 7.5, 3.7 ms; 4 8.7, 6.6; 8 12.2, 13.0; 2048 on 512 2.5, 3.5; 3.9, 6.7;
+#: 6.9, 12.9; 256 on 1024 0.92, 1.04; 1.27, 1.82; 2.0, 3.4; 64 on 256 0.14, 0.08; 0.17, 0.13; 0.21, 0.23. So with AVX-512 only
+#: of fewer pixels, though the first would gain a few percent with more.
+MOST_PIXELS, MOST_PIXELS_WITH_AVX512 = 512, 128
 
 
 def is_rows(g: Geometry, dtype: torch.dtype) -> bool:
@@ -48,12 +52,18 @@ def is_rows(g: Geometry, dtype: torch.dtype) -> bool:
     return pixels and g.groups == 1 and dtype == torch.float32
 
 
+@cache
+def _most_pixels() -> int:
+    return MOST_PIXELS_WITH_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else MOST_PIXELS
+
+
 def is_product(g: Geometry, dtype: torch.dtype) -> bool:
     """Whether it is trained as a matrix product: a Linear, or 1x1 filters on few pixels of several images."""
     if is_rows(g, dtype):
         return True
     one_tap = g.R == g.S == 1 and g.padding == (0, 0) and g.groups == 1 and dtype == torch.float32
-    few = g.N != 1 and g.N * g.P * g.Q <= MOST_PIXELS
+    pixels = g.N * g.P * g.Q
+    few = g.N != 1 and pixels <= _most_pixels()
     # Products may be allowed to round their factors; that is not said of convolutions.
     return one_tap and few and torch.get_float32_matmul_precision() == "highest"
 

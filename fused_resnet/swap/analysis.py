@@ -20,7 +20,7 @@ from ..describe import convolutions, dimensions_of, identity_of
 from ..fused import Fused
 from ..whole import Chain, Network
 from .arguments import Structure
-from .guards import Guard, descend, original, signature
+from .guards import Guard, Tie, descend, original, signature
 from .harmless import CannotTrace
 from .layout import is_view, to_reshape
 from .patterns import EntryPlace, LayerPlace, Match, Matcher
@@ -56,11 +56,7 @@ class Analysis:
         if id(module) not in self.found:
             self.keep.append(module)  # its id is its own while it lives
             self.found[id(module)] = None
-            like = (
-                signature(module)
-                if len({*module.modules()}) == sum(1 for _ in module.named_modules(remove_duplicate=False))
-                else None
-            )
+            like = None if _has_shared(module) else signature(module)
             if like is None or like not in self.like:
                 self.like[like] = self.look(module)
             self.found[id(module)] = self.like[like]
@@ -156,6 +152,18 @@ class Analysis:
             if inner is not None and self._own(inner) and self._as_traced(inner, frame):
                 return frame
         return common[0]
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by all their names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _has_shared(module: nn.Module) -> bool:
+    """Whether there are modules or tensors in it that have several names."""
+    modules = [inner for _, inner in module.named_modules(remove_duplicate=False)]
+    tensors = [id(tensor) for _, tensor in _tensors(module)]
+    return len({*modules}) < len(modules) or len({*tensors}) < len(tensors)
 
 
 def _together(root: nn.Module, traced: Traced) -> Callable[[fx.Node, fx.Node], bool]:
@@ -360,7 +368,9 @@ class _Writer:
     def _idle(self) -> set[fx.Node]:
         """Tensors of the module that chains alone read, which look for them by their places."""
         inside = {node for match in self.matches for node in match.nodes}
-        return {node for node in self.traced.graph.nodes if node.op == "get_attr" and inside.issuperset(node.users)}
+        given = {tensor for match in self.matches for tensor in (match.x, match.skip)}
+        tensors = [node for node in self.traced.graph.nodes if node.op == "get_attr" and node not in given]
+        return {node for node in tensors if inside.issuperset(node.users)}
 
     def _folded_parent(self, frame: Frame) -> Frame | None:
         return next((outer for outer in frame.lineage()[1:-1] if outer not in self.open), None)
@@ -397,7 +407,8 @@ class _Writer:
             return self.matcher.functions.get(name) or _path(name) if name is not None else None
 
         def place(layer: LayerPlace) -> Places:
-            return layer.conv, cast(Place, at(layer.conv)), at(layer.norm), activation(layer)
+            name = f"_{layer.conv}" if layer.conv.startswith("d.") else layer.conv  # as plans call gradients
+            return name, cast(Place, at(layer.conv)), at(layer.norm), activation(layer)
 
         passed = tuple(cast(Path, _path(str(node.target))) for node in match.nodes if self.matcher.is_identity(node))
         side = place(match.projection) if match.projection is not None else None
@@ -408,7 +419,7 @@ class _Writer:
         ends = (match.residual, side, at(match.pool), passed, unfused, match.skip is not None, entry)
         return Site(match.layers[0].conv, layers, *ends)
 
-    def _guards(self) -> tuple[Guard, ...]:
+    def _guards(self) -> tuple[Guard | Tie, ...]:
         """Of the root, the modules written out, and those on the way to what is called."""
         paths = {frame.path for frame in self.open}
         for node in self.traced.graph.nodes:
@@ -419,9 +430,18 @@ class _Writer:
             names = frame.path.split(".")
             if self._folded_parent(frame) is None:
                 paths.update(".".join(names[:depth]) for depth in range(len(names)))
+        ties = self._ties()
+        paths.update(place.rpartition(".")[0] for tie in ties for place in (tie.first, tie.second))
         found = ((path, descend(self.module, tuple(path.split(".")) if path else ())) for path in sorted(paths))
         called = {frame.path for frame in self.open if frame.parent is not None}
-        return tuple(Guard.of(path, module, path in called) for path, module in found if module is not None)
+        return (*(Guard.of(path, module, path in called) for path, module in found if module is not None), *ties)
+
+    def _ties(self) -> list[Tie]:
+        """The other names of tensors that are read, of which the trace knows the first."""
+        read = {str(node.target) for node in self.traced.graph.nodes if node.op == "get_attr" and self._folded(node) is None}
+        named = _tensors(self.module) if read else []
+        first = {id(tensor): name for name, tensor in reversed(named) if name in read}
+        return [Tie(first[id(tensor)], name) for name, tensor in named if first.get(id(tensor), name) != name]
 
 
 def _parts(result: Any) -> list[tuple[Any, Any]]:

@@ -69,24 +69,29 @@ _CALLS = frozenset(("conv2d", "conv1d", "linear", "batch_norm", "_conv_forward")
 def calls_layers(module: nn.Module) -> bool:
     """Whether a module with tensors of its own seems to call layers as functions with them, in code that is not PyTorch's."""
     kind = original(type(module))
-    if not (module._parameters or module._buffers) or kind.__module__.startswith("torch."):
+    lists = any(isinstance(child, (nn.ParameterList, nn.ParameterDict)) for child in module.children())
+    if not (module._parameters or module._buffers or lists) or kind.__module__.startswith("torch."):
         return False
     if kind.forward.__module__ == "torch.nn.modules.batchnorm":  # which asks for the input's dimensions
         return False
     return any(not _CALLS.isdisjoint(code.co_names) for code in _codes(kind.forward, kind, 2))
 
 
-def _tensor(root: nn.Module, place: str) -> Tensor:
+def tensor_at(root: nn.Module, place: str) -> Tensor:
+    """The parameter or buffer at a place."""
     owner, _, name = place.rpartition(".")
     found: Any = getattr(root.get_submodule(owner), name)
     return found
 
 
-def _numbers(value: Any, count: int) -> bool:
-    """Whether a window's sizes are known: a number, or as many as there are dimensions."""
-    if isinstance(value, (tuple, list)):
-        return len(value) in (1, count) and all(type(part) is int for part in value)
-    return type(value) is int
+def _numbers(value: Any, count: int, least: int) -> bool:
+    """Whether a window's sizes are known: a number, or as many as there are dimensions, not less than PyTorch takes."""
+    values = value if isinstance(value, (tuple, list)) else (value,) * count
+    return len(values) in (1, count) and all(type(part) is int and part >= least for part in values)
+
+
+#: The least that there may be of a window's sizes.
+_LEAST = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,13 @@ class Function:
         """The place of the tensor that it is known by."""
         return self.tensors[0][1] if self.tensors else ""
 
+    def values(self, root: nn.Module) -> dict[str, Tensor]:
+        """The tensors that are there now."""
+        return {name: tensor_at(root, at) for name, at in self.tensors}
+
     def layer(self, root: nn.Module) -> Called:
         """What stands for it, with the tensors that are there now."""
-        tensors = {name: _tensor(root, at) for name, at in self.tensors}
+        tensors = self.values(root)
         sizes = {"kernel_size": tuple(tensors["weight"].shape[2:])} if self.kind in (nn.Conv2d, nn.Conv1d) else {}
         return Called(self.kind, self.name, {**dict(self.options), **sizes, **tensors})
 
@@ -149,9 +158,9 @@ def _convolution(node: Node) -> Function | None:
     tensors = _owned(found, ("weight", "bias")) if _given(found, ("weight", "bias", *windows, "groups")) else None
     if tensors is None or found["weight"] is None or type(found["groups"]) is not int:
         return None
-    named = found["padding"] in ("same", "valid")
+    named = found["padding"] == "valid" or (found["padding"] == "same" and found["stride"] in (1, (1,), (1, 1)))
     sizes = [name for name in windows if not (named and name == "padding")]
-    if dimensions > 2 and any(not _numbers(found[name], dimensions - 2) for name in sizes):
+    if dimensions > 2 and any(not _numbers(found[name], dimensions - 2, _LEAST[name]) for name in sizes):
         return None
     options = {name: found[name] for name in (*windows, "groups")} | {"bias": None, "padding_mode": "zeros"}
     return Function(LAYERS[dimensions], tensors, tuple(options.items()))
@@ -171,12 +180,20 @@ def _norm(node: Node, dimensions: int) -> Function | None:
     return Function(NORMS[dimensions], tensors, tuple(options.items()))
 
 
+def _fits(padding: Any, kernel: Any) -> bool:
+    """Whether a pooling's padding is at most half of its windows, as PyTorch wants it."""
+    sides = [size if isinstance(size, (tuple, list)) else (size,) for size in (padding, kernel)]
+    return 2 * max(sides[0]) <= min(sides[1])
+
+
 def _pooling(node: Node) -> Function | None:
     found, dimensions = pooling_arguments(node), MAX_POOLS[node.target]
     windows = ("kernel_size", "stride", "padding", "dilation")
     if found is None or not isinstance(found["input"], Node):
         return None
-    numbers = all(_numbers(found[name], dimensions - 2) for name in windows)
+    numbers = all(_numbers(found[name], dimensions - 2, _LEAST[name]) for name in windows)
+    if numbers and not _fits(found["padding"], found["kernel_size"]):
+        return None
     if not numbers or found["ceil_mode"] is not False or found["return_indices"] is not False:
         return None
     options = {name: found[name] for name in (*windows, "ceil_mode", "return_indices")}

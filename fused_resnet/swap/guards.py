@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import torch
@@ -115,6 +115,26 @@ class Guard:
             if key not in found or printed(found[key]) != value:
                 return f"the attribute {key} of its {self.kind.__name__} changed"
         return None
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two names of one tensor, dotted, of which a trace has read the first for both."""
+
+    first: str
+    second: str
+    path: ClassVar[tuple[str, ...]] = ()
+
+    def broken(self, root: nn.Module) -> str | None:
+        """What has changed, or None."""
+        one, other = (self._tensor(root, place) for place in (self.first, self.second))
+        return None if one is other else f"{self.second} is no longer the tensor that {self.first} is"
+
+    @staticmethod
+    def _tensor(root: nn.Module, place: str) -> Any:
+        *path, name = place.split(".")
+        owner = descend(root, tuple(path))
+        return None if owner is None else getattr(owner, name, None)
 
 
 def _which(module: nn.Module) -> tuple[tuple[str, bool], ...]:

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..describe import SHARING, Module, class_of, dimensions_of, follows, is_activation, is_convolution, is_norm
-from .functions import CONVOLUTIONS, MAX_POOLS, Function, function_of
+from .functions import CONVOLUTIONS, MAX_POOLS, Function, function_of, tensor_at
 
 Node = fx.Node
 
@@ -80,14 +81,14 @@ class Nodes:
 
     def _note(self, node: Node, function: Function | None) -> None:
         """Give a layer that is called as a function a place: that of the module that has its filters, if that is no other's."""
-        if function is None:
+        if function is None or any(map(is_lazy, function.values(self.root).values())):
             return
         layer: Any = function.layer(self.root)
         if is_convolution(layer) and layer.weight.dim() != dimensions_of(layer):
             return
         owner, _, name = function.name.rpartition(".")
         called = any(part.op == "call_module" and part.target == owner for part in self.nodes)
-        place = owner if owner and name in ("weight", "running_mean") and not called else function.name or node.name
+        place = owner if owner and name in ("weight", "running_mean") and not called else function.name or f"{node.name}()"
         place = place if place not in self.functions else f"{place} ({node.name})"
         self.functions[place], self.places[node], self.modules[place] = function, place, layer
 
@@ -171,7 +172,8 @@ class Nodes:
             name = getattr(node.target, "__name__", "_")
             inside = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator", "builtins", "fused_resnet"))
             written = name.endswith("_") or node.target in _IN_PLACE or node.kwargs.get("inplace") or "out" in node.kwargs
-            return inside and not written
+            moves = name in _MOVING and not self.is_norm(node)  # statistics, perhaps
+            return inside and not (written or moves)
         return True
 
     def _counts(self, node: Node) -> bool:
@@ -179,8 +181,7 @@ class Nodes:
         counter = node.args[0] if node.args and node.target == "add_" else None
         if not isinstance(counter, Node) or counter.op != "get_attr":
             return False
-        owner, _, name = str(counter.target).rpartition(".")
-        return cast(Tensor, getattr(self.root.get_submodule(owner), name)).dim() == 0
+        return tensor_at(self.root, str(counter.target)).dim() == 0
 
     def may_be_written(self, node: Node) -> bool:
         """Whether something in the graph may write into the memory of a node's result."""
@@ -234,4 +235,6 @@ _IN_PLACE = (
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.delitem,
 )  # fmt: skip
+#: Functions that may move statistics which they are given.
+_MOVING = ("batch_norm", "native_batch_norm", "instance_norm")
 _POOLING = ("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d")

@@ -25,6 +25,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from ..describe import Parts, WeightLayer, activation_of, class_of, dimensions_of, is_norm, layer_refusal, refusal
+from .functions import tensor_at
 from .nodes import Node, Nodes
 
 
@@ -322,14 +323,21 @@ class Matcher(Nodes):
         moved = {of for part in mine if self.is_norm(part) for of in self._statistics(part)}
         if any(self.is_norm(part) and not moved.isdisjoint(self._statistics(part)) for part in others):
             return False
+        if moved and any(not moved.isdisjoint(map(self._read, part.all_input_nodes)) for part in others):
+            return False
         return all(self.is_pure(part) or self._into_new(part, first) for part in others)
 
     def _statistics(self, norm: Node) -> list[Any]:
-        """What a BatchNorm is told by: the statistics that it moves on, or the module, under whatever name."""
+        """What a BatchNorm is told by: the statistics that it moves on, and the module, under whatever name."""
         module: Any = self.module(norm)
         if module is None:
             return norm.all_input_nodes[1:]
-        return [module if module.running_mean is None else id(module.running_mean)]
+        tensors = [getattr(module, name, None) for name in ("running_mean", "running_var", "num_batches_tracked")]
+        return [module, *(id(tensor) for tensor in tensors if tensor is not None)]
+
+    def _read(self, node: Node) -> Any:
+        """What a node is among :meth:`_statistics`."""
+        return id(tensor_at(self.root, str(node.target))) if node.op == "get_attr" else node
 
     def _into_new(self, node: Node, first: int) -> bool:
         """Whether what an activation in place writes into was made behind ``first`` by a layer, and nobody else reads it."""

@@ -23,7 +23,7 @@ from ..fused import Fused
 from ..whole import Network
 from .arguments import Structure, structure_of, tensors_of, told
 from .functions import Function
-from .guards import Guard, descend
+from .guards import Guard, Tie, descend
 from .tracing import LOCK
 
 Path = tuple[str, ...]
@@ -149,7 +149,7 @@ class Region:
 
     run: Callable[..., Any]
     sites: tuple[Site, ...]
-    guards: tuple[Guard, ...]
+    guards: tuple[Guard | Tie, ...]
     required: int
     reasons: dict[str, str]
     source: str

@@ -255,7 +255,7 @@ def fuse(
             copy or a pickle of such a module is not compiled.
         example: an input, or a tuple of all inputs: the fused model is timed on it against the model as it was, in turn, for a
             second, in eval mode without gradients; where it is slower than 0.97x, it is left alone, with a warning. Hooks are
-            called meanwhile. None: not timed.
+            called meanwhile; buffers and random numbers are as before. None: not timed.
         inplace: False works on a deep copy.
 
     Returns:

@@ -34,6 +34,8 @@ def speedup(fused: nn.Module, plain: nn.Module, example: Tensor | tuple[Any, ...
     devices = [leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     device = devices[0] if devices else torch.device("cpu")
 
+    buffers = [(buffer, buffer.clone()) for buffer in plain.buffers()]
+
     def call(model: nn.Module) -> Callable[[], object]:
         return lambda: model(*args)
 
@@ -42,6 +44,10 @@ def speedup(fused: nn.Module, plain: nn.Module, example: Tensor | tuple[Any, ...
         times = interleaved(contenders, device, seconds=_SECONDS, rounds=(7, 200), warm_up=_WARM_UP)
         return times["plain"].median / times["fused"].median
 
-    with torch.no_grad():
-        first = once()
-        return first if first >= LEAST else max(first, once())
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            first = once()
+            return first if first >= LEAST else max(first, once())
+        finally:  # in eval mode few forwards write any
+            for buffer, before in buffers:
+                buffer.copy_(before)
