@@ -138,7 +138,7 @@ def pools(conv: Module, module: Any) -> bool:
 
 #: BatchNorms of others, by the end of the class's name and the start of its module's.
 _FROZEN: dict[str, tuple[str, ...]] = {
-    "FrozenBatchNorm2d": ("torchvision.ops", "transformers.models."),
+    "FrozenBatchNorm2d": ("torchvision.ops", "transformers.models.", "detectron2.layers."),
     "FrozenBatchNormAct2d": ("timm.layers.",),
 }
 _NORMS_WITH_ACTIVATION: dict[str, tuple[str, ...]] = {

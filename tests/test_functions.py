@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -519,3 +520,78 @@ def test_errors_are_pytorchs(options: dict[str, Any]) -> None:
     explain(fused, show=False)
     with pytest.raises(RuntimeError, match=r"negative padding|non-positive stride|padding='same' is not supported"):
         fused[0](images())
+
+
+class Conv2d(ConvOf):
+    """detectron2's class by the same name, as it is written since it takes empty inputs: it asks for them."""
+
+    __module__ = "detectron2.layers.wrappers"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            with warnings.catch_warnings(record=True):
+                if x.numel() == 0 and self.training and isinstance(self.norm, nn.SyncBatchNorm):
+                    raise AssertionError("no empty inputs")  # not by the statement, which pytest writes again
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+Conv2d.forward.__module__ = "detectron2.layers.wrappers"
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """detectron2's, which asks whether gradients are wanted."""
+
+    __module__ = "detectron2.layers.batch_norm"
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps = 1e-3
+        for name in ("weight", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+        for name in ("bias", "running_mean"):
+            self.register_buffer(name, torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = self.weight, self.bias, self.running_mean, self.running_var
+        if x.requires_grad:
+            return torch.batch_norm(x, *vectors, False, 0.1, self.eps, torch.backends.cudnn.enabled)
+        return F.batch_norm(x, *vectors[2:], *vectors[:2], training=False, eps=self.eps)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+@pytest.mark.parametrize("more", [False, True])
+def test_detectron2(norm: Any, more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes written again, since it comes without a package; of a version that does more nothing is assumed."""
+    if more:
+        known = Conv2d.forward
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            if x.numel() == 0:
+                return x.sigmoid()
+            return known(self, x)
+
+        forward.__module__, forward.__qualname__ = known.__module__, known.__qualname__
+        monkeypatch.setattr(Conv2d, "forward", forward)
+    torch.manual_seed(3)
+    plain: Any = Detector()
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, ConvOf):
+            options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups")}
+            sizes = module.in_channels, module.out_channels, module.kernel_size
+            made = Conv2d(*sizes, bias=False, norm=norm(module.out_channels), **options)
+            plain.set_submodule(name, made)
+    plain = randomise(plain)
+    exact, fused, x = copy.deepcopy(plain).double(), fuse(copy.deepcopy(plain)), images(2, 37, 33)
+    got, wanted = train_step(fused, x), train_step(exact, x.double())
+    for name, value in wanted.items():
+        assert relative_error(got[name], value) < 20 * CLOSE, name
+    with torch.no_grad():
+        assert relative_error(fused.eval()(x), exact.eval()(x.double())) < CLOSE
+        assert launches(fused, x) == (0 if more else NETS[Detector][1])
+    empty = x[:0]
+    assert fused(empty).shape == plain.eval()(empty).shape

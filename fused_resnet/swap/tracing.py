@@ -34,6 +34,7 @@ from .arguments import Given, Structure, hands_on, may_change, put_together
 from .functions import calls_layers
 from .guards import original
 from .harmless import CannotTrace, listened, watched
+from .others import in_other_words
 from .quantised import quantised
 from .stand_ins import Attribute, StandIn, TensorStandIn
 
@@ -188,6 +189,7 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Stand-ins for the arguments without a default, or for those of a structure; the others keep theirs."""
+        root_fn = in_other_words(type(self.root)) or root_fn
         if self.structure is not None:
             parts = (self.create_proxy("placeholder", f"given_{index}", (), {}) for index in count())
             arguments = put_together(self.structure, parts)
@@ -309,7 +311,7 @@ class _Tracer(fx.Tracer):
         self.frame = Frame(path, outer, mark, self.create_arg(args), self.create_arg(kwargs))
         self.running.append(m)
         try:
-            result = original(type(m)).forward(m, *args, **kwargs)
+            result = (in_other_words(type(m)) or original(type(m)).forward)(m, *args, **kwargs)
         except Exception:
             self.caught = self.caught or ("its forward catches an error of a module inside", self.running[:-1])
             raise
