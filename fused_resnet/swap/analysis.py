@@ -48,6 +48,7 @@ class Analysis:
         self.found: dict[int, Region | Later | str | None] = {}
         self.like: dict[Any, Region | Later | str | None] = {}
         self.keep: list[nn.Module] = []
+        self.hopeless: dict[type[Any], str] = {}  # see :func:`.tracing.trace`
 
     def region(self, module: nn.Module) -> Region | Later | str | None:
         """The region that a module is for tensors; a reason why its forward cannot be looked into, or not yet; None where it
@@ -84,7 +85,7 @@ class Analysis:
     def look(self, module: nn.Module, structure: Structure | None = None) -> Region | Later | str | None:
         """As :meth:`region`, for arguments of a structure; None: tensors."""
         try:
-            traced = trace(module, self._opaque, structure)
+            traced = trace(module, self._opaque, structure, hopeless=self.hopeless)
         except TakesApart as error:
             return Later(str(error))
         except CannotTrace as error:

@@ -164,12 +164,13 @@ class _Tracer(fx.Tracer):
         self,
         opaque: Callable[[nn.Module], str | None],
         untraceable: dict[nn.Module, str],
+        hopeless: dict[type[Any], str],
         structure: Structure | None = None,
     ) -> None:
         super().__init__()
         self.thread: int | None = threading.get_ident()  # none: it is over
         self.opaque = opaque
-        self.untraceable = untraceable
+        self.untraceable, self.hopeless = untraceable, hopeless
         self.structure = structure
         self.given = Given([])
         self.frame = Frame("", None, None)
@@ -338,6 +339,8 @@ class _Tracer(fx.Tracer):
         if m in self.untraceable:
             return self.untraceable[m]
         kind = original(type(m))
+        if kind in self.hopeless and not list(m.children()):
+            return self.hopeless[kind]
         if kind.__module__.startswith(("torch.nn", "torch.ao", "torch.jit")) and kind is not nn.Sequential:
             return ""
         if isinstance(m, torch.jit.ScriptModule) or is_convolution(m) or is_norm(m):
@@ -381,6 +384,7 @@ def trace(
     opaque: Callable[[nn.Module], str | None],
     structure: Structure | None = None,
     known: bool = False,
+    hopeless: dict[type[Any], str] | None = None,
 ) -> Traced:
     """The graph of a module's forward, its children traced through where that can be done.
 
@@ -390,6 +394,8 @@ def trace(
         structure: of the arguments that the graph is for; it then takes the tensors in them, in their order. None: a tensor for
             each argument that must be given.
         known: the forward is known to do no more than compute: nothing is put back, which other threads may have changed.
+        hopeless: classes of modules without children, with layers as functions, one of which could not be traced, and why: the
+            others are not tried, since each would end a trace of all that is around it. Added to.
 
     Raises:
         TakesApart: it could be, if the structure of its arguments were known.
@@ -403,9 +409,10 @@ def trace(
     if structure is not None and not required <= len(structure) <= most:
         raise CannotTrace(f"it was called with {len(structure)} arguments by position, its forward must be given {required}")
     untraceable: dict[nn.Module, str] = {}
+    hopeless = {} if hopeless is None else hopeless
     with LOCK:
         while True:
-            tracer = _Tracer(opaque, untraceable, structure)
+            tracer = _Tracer(opaque, untraceable, hopeless, structure)
             tracer.traced_func_name = "forward" if not hasattr(type(module), "unfused_class") else "unfused_forward"
             try:
                 with listened(tracer) if known else watched(module, tracer):
@@ -419,6 +426,8 @@ def trace(
                     raise CannotTrace(_message(error)) from error
                 blamed = tracer.running[-1]  # try again with a call of it in its place
                 untraceable[blamed] = _message(error)
+                if calls_layers(blamed) and not list(blamed.children()):
+                    hopeless[original(type(blamed))] = untraceable[blamed]
                 continue
             finally:
                 tracer.thread = None
